@@ -1,0 +1,367 @@
+"""Convolutions: their hyper-parameters, and the networks of their operations.
+
+Indices: `n` batch, `g` group, `c` input and `d` output channel within the group, and per spatial
+dimension `i1, i2, ...` input, `o1, o2, ...` output, `k1, k2, ...` kernel position. All networks are
+manipulations of `forward` (Dangel 2024, arXiv 2307.02275).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from math import prod
+
+from kfac_tn.tn.network import Network, Node, Operand
+from kfac_tn.tn.pattern import PADDING_MODES, IndexPattern
+
+Ints = int | tuple[int, ...]
+Padding = str | int | tuple[int, ...] | tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Shapes and hyper-parameters of a convolution in any number of spatial dimensions.
+
+    Whatever is given per dimension may be given as one integer for all. Attributes are normalised
+    to tuples, so equal convolutions are equal, and share their cached networks.
+
+    Attributes:
+        input_shape: `(N, C_in, *I)`.
+        weight_shape: `(C_out, C_in / groups, *K)`; transposed: `(C_in, C_out / groups, *K)`.
+        stride: Step of the kernel. Default: 1.
+        padding: Positions added on both sides; a pair `(before, after)` per dimension if they
+            differ; `"valid"` for none; `"same"` for as many outputs as inputs (the odd one goes
+            after, as in torch). Normalised to pairs. Default: 0.
+        dilation: Step between kernel elements. Default: 1.
+        groups: Number of groups of channels that do not see each other. Default: 1.
+        transposed: Whether this is a transposed convolution. Default: no.
+        output_padding: Positions added after a transposed convolution's output. Default: 0.
+        padding_mode: What added positions hold: `"zeros"` (default), `"circular"`, `"reflect"` or
+            `"replicate"`.
+
+    Raises:
+        ValueError: If these describe no convolution. The message names the option.
+
+    Example:
+        >>> spec = ConvSpec(input_shape=(8, 3, 32, 32), weight_shape=(16, 3, 5, 5), padding="same")
+        >>> spec.padding, spec.output_shape
+        (((2, 2), (2, 2)), (8, 16, 32, 32))
+    """
+
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    stride: Ints = 1
+    padding: Padding = 0
+    dilation: Ints = 1
+    groups: int = 1
+    transposed: bool = False
+    output_padding: Ints = 0
+    padding_mode: str = "zeros"
+
+    def __post_init__(self) -> None:
+        def normalise(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        normalise("input_shape", tuple(map(int, self.input_shape)))
+        normalise("weight_shape", tuple(map(int, self.weight_shape)))
+        self._check_shapes()
+        for name, least in (("stride", 1), ("dilation", 1), ("output_padding", 0)):
+            normalise(name, self._per_dimension(name, least))
+        normalise("padding", self._padding_pairs())
+        if self.padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode={self.padding_mode!r} is none of {PADDING_MODES}")
+        for dimension in range(self.dimensions):
+            self._check_dimension(dimension)
+
+    def _check_shapes(self) -> None:
+        for name in ("input_shape", "weight_shape"):
+            shape = getattr(self, name)
+            if len(shape) < 2 or min(shape) < 1:
+                raise ValueError(
+                    f"{name}={shape} must be two channel axes, or batch and channels, followed by "
+                    "spatial sizes, all at least 1"
+                )
+        if len(self.input_shape) != len(self.weight_shape):
+            raise ValueError(
+                f"input_shape={self.input_shape} has {len(self.input_shape) - 2} spatial "
+                f"dimensions, weight_shape={self.weight_shape} has {len(self.weight_shape) - 2}"
+            )
+        channels, out = self.input_shape[1], self.weight_shape[0]
+        if self.groups < 1 or channels % self.groups or out % self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide {channels} input channels and the {out} "
+                "channels of weight_shape[0]"
+            )
+        expected = (channels, None) if self.transposed else (None, channels // self.groups)
+        if expected[0] not in (None, out) or expected[1] not in (None, self.weight_shape[1]):
+            raise ValueError(
+                f"weight_shape={self.weight_shape} does not take {channels} input channels in "
+                f"groups={self.groups}: "
+                + (
+                    f"weight_shape[0] must be {channels}"
+                    if self.transposed
+                    else f"weight_shape[1] must be {channels} / {self.groups} = {expected[1]}"
+                )
+            )
+
+    def _per_dimension(self, name: str, least: int) -> tuple[int, ...]:
+        value = getattr(self, name)
+        values = (value,) * self.dimensions if isinstance(value, int) else tuple(map(int, value))
+        if len(values) == 1:
+            values *= self.dimensions
+        if len(values) != self.dimensions:
+            raise ValueError(
+                f"{name}={value} has {len(values)} entries for {self.dimensions} dimensions"
+            )
+        if any(v < least for v in values):
+            raise ValueError(f"{name}={value} must be at least {least}")
+        return values
+
+    def _padding_pairs(self) -> tuple[tuple[int, int], ...]:
+        padding = self.padding
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise ValueError(f"padding={padding!r} is neither 'same' nor 'valid'")
+            if self.transposed:
+                raise ValueError(f"padding={padding!r}: transposed convolutions need numbers")
+            if padding == "valid":
+                return ((0, 0),) * self.dimensions
+            if any(stride != 1 for stride in self.strides):
+                raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
+            spans = (d * (k - 1) for d, k in zip(self.dilations, self.kernel_size, strict=True))
+            return tuple((span // 2, span - span // 2) for span in spans)
+        if isinstance(padding, int) or all(isinstance(p, int) for p in padding):
+            return tuple((p, p) for p in self._per_dimension("padding", 0))
+        pairs = tuple(tuple(map(int, p)) for p in padding)  # type: ignore[arg-type]
+        if len(pairs) != self.dimensions or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(
+                f"padding={padding} must have a pair (before, after) per dimension, "
+                f"here {self.dimensions}"
+            )
+        if any(p < 0 for pair in pairs for p in pair):
+            raise ValueError(f"padding={padding} must be at least 0")
+        return pairs  # type: ignore[return-value]
+
+    def _check_dimension(self, dimension: int) -> None:
+        size, kernel = self.input_size[dimension], self.kernel_size[dimension]
+        stride, dilation = self.strides[dimension], self.dilations[dimension]
+        before, after = self.paddings[dimension]
+        extra = self.output_padding[dimension]  # type: ignore[index]
+        where = f"in spatial dimension {dimension}"
+        if self.padding_mode != "zeros" and self.transposed:
+            raise ValueError(
+                f"padding_mode={self.padding_mode!r}: a transposed convolution takes only 'zeros'"
+            )
+        if self.padding_mode == "reflect" and max(before, after) >= size:
+            raise ValueError(
+                f"padding_mode='reflect' needs padding < input size, but padding "
+                f"{max(before, after)} >= {size} {where}"
+            )
+        if self.padding_mode == "circular" and max(before, after) > size:
+            raise ValueError(
+                f"padding_mode='circular' needs padding <= input size, but padding "
+                f"{max(before, after)} > {size} {where}"
+            )
+        if extra and not self.transposed:
+            raise ValueError(f"output_padding={extra} is for transposed convolutions only")
+        if self.transposed and extra >= max(stride, dilation):
+            raise ValueError(
+                f"output_padding={extra} must be smaller than stride or dilation, but "
+                f"{extra} >= max({stride}, {dilation}) {where}"
+            )
+        if self.output_size[dimension] < 1:
+            raise ValueError(
+                f"padding={before, after} leaves no output: ({size} - 1) * {stride} + "
+                f"{dilation} * ({kernel} - 1) + {extra} + 1 - {before} - {after} = "
+                f"{self.output_size[dimension]} {where}"
+                if self.transposed
+                else f"kernel_size={kernel} with dilation={dilation} spans {dilation} * "
+                f"({kernel} - 1) + 1 = {dilation * (kernel - 1) + 1} positions, but the padded "
+                f"input has {before} + {size} + {after} = {before + size + after} {where}"
+            )
+
+    # The normalised attributes, typed as what they are after normalisation.
+
+    @property
+    def dimensions(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.input_shape) - 2
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Spatial sizes of the input."""
+        return self.input_shape[2:]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Spatial sizes of the kernel."""
+        return self.weight_shape[2:]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Stride per dimension."""
+        return self.stride  # type: ignore[return-value]
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Dilation per dimension."""
+        return self.dilation  # type: ignore[return-value]
+
+    @property
+    def paddings(self) -> tuple[tuple[int, int], ...]:
+        """Padding before and after, per dimension."""
+        return self.padding  # type: ignore[return-value]
+
+    @cached_property
+    def output_size(self) -> tuple[int, ...]:
+        """Spatial sizes of the output."""
+        sizes = []
+        for dimension, (before, after) in enumerate(self.paddings):
+            size, stride = self.input_size[dimension], self.strides[dimension]
+            span = self.dilations[dimension] * (self.kernel_size[dimension] - 1)
+            if self.transposed:
+                extra = self.output_padding[dimension]  # type: ignore[index]
+                sizes.append((size - 1) * stride + span + extra + 1 - before - after)
+            else:
+                sizes.append((before + size + after - span - 1) // stride + 1)
+        return tuple(sizes)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """`(N, C_out, *O)`."""
+        out = self.weight_shape[1] * self.groups if self.transposed else self.weight_shape[0]
+        return (self.input_shape[0], out, *self.output_size)
+
+    def patterns(self) -> Iterator[IndexPattern]:
+        """The index pattern of each dimension; its axis `o` is the input if transposed."""
+        for dimension, kernel in enumerate(self.kernel_size):
+            short, long = self.output_size[dimension], self.input_size[dimension]
+            if self.transposed:
+                short, long = long, short
+            yield IndexPattern(
+                kernel,
+                short,
+                long,
+                self.strides[dimension],
+                self.dilations[dimension],
+                self.paddings[dimension][0],
+                self.padding_mode,
+            )
+
+
+# A few hundred shapes are more than a model has; older ones are forgotten.
+_builder = lru_cache(maxsize=512)
+
+
+def _indices(letter: str, spec: ConvSpec) -> tuple[str, ...]:
+    return tuple(f"{letter}{dimension + 1}" for dimension in range(spec.dimensions))
+
+
+def _axes(indices: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple((index,) for index in indices)
+
+
+@_builder
+def forward(spec: ConvSpec) -> Network:
+    """Network of the convolution itself.
+
+    Args:
+        spec: The convolution.
+
+    Returns:
+        Network from `input` and `weight` to the output `[N, C_out, *O]`, without bias.
+
+    Example:
+        >>> print(forward(ConvSpec((1, 2, 5), (4, 2, 3))))
+        input[n (g c) i1] Pi[k1 o1 i1] weight[(g d) c k1] -> [n (g d) o1]
+        c=2 d=4 g=1 i1=5 k1=3 n=1 o1=3
+    """
+    inputs, outputs, kernel = (_indices(letter, spec) for letter in "iok")
+    short, long = (inputs, outputs) if spec.transposed else (outputs, inputs)
+    weight = (("g", "c"), ("d",)) if spec.transposed else (("g", "d"), ("c",))
+    nodes = [Node(Operand("input"), (("n",), ("g", "c"), *_axes(inputs)))]
+    sizes = {
+        "n": spec.input_shape[0],
+        "g": spec.groups,
+        "c": spec.input_shape[1] // spec.groups,
+        "d": spec.output_shape[1] // spec.groups,
+        **dict(zip(inputs, spec.input_size, strict=True)),
+        **dict(zip(outputs, spec.output_size, strict=True)),
+        **dict(zip(kernel, spec.kernel_size, strict=True)),
+    }
+    for pattern, k, o, i in zip(spec.patterns(), kernel, short, long, strict=True):
+        nodes.append(Node(pattern, ((k,), (o,), (i,))))
+    nodes.append(Node(Operand("weight"), (*weight, *_axes(kernel))))
+    return Network.build(nodes, [("n",), ("g", "d"), *_axes(outputs)], sizes)
+
+
+@_builder
+def unfold_input(spec: ConvSpec) -> Network:
+    """Network of the unfolded input (im2col): for each output, what each weight is multiplied by.
+
+    Args:
+        spec: The convolution.
+
+    Returns:
+        Network from `input` to `[N, C_in * prod(K), prod(O)]`, as `torch.nn.functional.unfold`.
+    """
+    kernel, outputs = _indices("k", spec), _indices("o", spec)
+    return forward(spec).without("weight", ("n",), ("g", "c", *kernel), outputs)
+
+
+@_builder
+def average_unfolded_input(spec: ConvSpec) -> Network:
+    """Network of the unfolded input's mean over output positions.
+
+    Args:
+        spec: The convolution.
+
+    Returns:
+        Network from `input` to `[N, groups, C_in / groups * prod(K)]`.
+    """
+    columns = ("c", *_indices("k", spec))
+    summed = unfold_input(spec).with_output(("n",), ("g",), columns)
+    return summed.scale(Fraction(1, prod(spec.output_size)))
+
+
+@_builder
+def kfac_expand_input_factor(spec: ConvSpec) -> Network:
+    """Network of the input's Kronecker factor in KFC / KFAC-expand.
+
+    The mean over examples and output positions of the outer product of the unfolded input with
+    itself (Grosse & Martens 2016, arXiv 1602.01407; up to scale).
+
+    Args:
+        spec: The convolution.
+
+    Returns:
+        Network from `input` to `[groups, d, d]`, `d = C_in / groups * prod(K)`: input channel, then
+        kernel position, as in `weight.flatten(1)` (of a convolution that is not transposed).
+    """
+    positions = prod(spec.output_size) * spec.input_shape[0]
+    return _gram(unfold_input(spec), spec, ("n", "g", *_indices("o", spec)), positions)
+
+
+@_builder
+def kfac_reduce_input_factor(spec: ConvSpec) -> Network:
+    """Network of the input's Kronecker factor in KFAC-reduce.
+
+    The mean over examples of the outer product with itself of the unfolded input's mean over output
+    positions (Eschenhagen et al. 2023, arXiv 2311.00636, equation 22).
+
+    Args:
+        spec: The convolution.
+
+    Returns:
+        Network from `input` to `[groups, d, d]`, as `kfac_expand_input_factor`.
+    """
+    return _gram(average_unfolded_input(spec), spec, ("n", "g"), spec.input_shape[0])
+
+
+def _gram(rows: Network, spec: ConvSpec, share: tuple[str, ...], count: int) -> Network:
+    """Join rows with themselves, and average over what the copies share, but for the group."""
+    columns = ("c", *_indices("k", spec))
+    primed = tuple(f"{index}'" for index in columns)
+    return rows.join(rows, share, [("g",), columns, primed]).scale(Fraction(1, count))
