@@ -16,7 +16,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-import kfac_tn
 from kfac_tn.likelihood import (
     CrossEntropyLikelihood,
     MSELikelihood,
@@ -609,7 +608,6 @@ def test_the_example_refuses_what_it_does_not_know(example):
         loss_fn.sample(torch.zeros(3, 2), torch.zeros(3), weight=torch.ones(3))
 
 
-@pytest.mark.skipif(not hasattr(kfac_tn, "KFAC"), reason="needs the optimizer")
 def test_the_example_runs(example):
     before, after = example.main(["--steps", "20", "--examples", "64"])
     assert after < before
