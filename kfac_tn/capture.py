@@ -1,0 +1,441 @@
+"""The hooks: from a plain forward and backward pass to the Kronecker factors of that pass.
+
+A layer's forward hook computes what the input factor needs and leaves it in the metadata of the
+autograd node that made the layer's output. When the user's backward pass reaches the loss, a hook
+on the loss walks the graph from the model's outputs, finds those records, and makes the extra
+backward passes of the Fisher in question. So a record lives exactly as long as its graph, a loss
+finds just the calls it depends on (whatever was in place, called twice, checkpointed or unused),
+and a forward pass that nobody differentiates leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.nn import Module, Parameter
+from torch.utils.hooks import RemovableHandle
+
+from kfac_tn.layers import LayerBlock, OtherParameter
+from kfac_tn.likelihood import Likelihood, likelihood_of
+from kfac_tn.statistics import (
+    Call,
+    Factors,
+    Statistics,
+    add_to,
+    combine_grad_outputs,
+    combine_inputs,
+)
+
+_ONE = torch.ones(())
+
+Fisher: TypeAlias = Literal["mc", "type-2", "empirical", "forward-only"]
+
+
+@dataclass
+class _Pass:
+    """The losses of one call of ``backward()``: micro-batches are passes, terms share one."""
+
+    scale: Tensor
+    grad_outputs: list[tuple[Call, Tensor]] = field(default_factory=list)  # empirical Fisher
+    terms: Tensor | int = 1
+
+
+class Capture:
+    """Watches a model and a loss, and turns what they do into Kronecker factors.
+
+    Nothing happens while ``armed`` is false, under ``torch.no_grad()``, during backward passes
+    (activation checkpointing runs layers again there), or after ``close()``. The hooks don't keep
+    this object alive, and copies of the model don't report to it.
+
+    Scale (Section 4 of the design: the loss as the user computes it): input factors are means over
+    the examples of all passes. Output-gradient factors of several losses in one ``backward()`` add
+    up, each with the factor that it has in the objective. Over several ``backward()`` calls
+    (micro-batches) a mean loss averages, weighted by those factors; a sum loss adds up. An overall
+    factor, such as gradient scaling's, cancels. With ``reduction="none"`` the weights are those
+    that the user's own reduction gives each element, normalized to sum to 1.
+
+    Args:
+        blocks: The layers to watch.
+        loss_fn: The loss module, called by the user, or a likelihood.
+        fisher: ``"mc"``: targets drawn from the model, one backward pass for each sample.
+            ``"type-2"``: the exact root of the loss Hessian, one pass for each column.
+            ``"empirical"``: the gradients of the user's own pass. ``"forward-only"``: input
+            factors alone; output-gradient factors are the identity (Benzing 2022, FOOF).
+        mc_samples: Samples for ``"mc"``.
+        diagonals: Parameters whose diagonal Fisher is wanted from the same extra passes.
+        generator: Source of randomness; by default the device's global one.
+
+    Raises:
+        ValueError: For an unknown ``fisher``, ``mc_samples < 1``, or the empirical Fisher of a loss
+            with ``reduction="none"``.
+        TypeError: For a loss whose likelihood isn't known.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[LayerBlock],
+        loss_fn: Module | Likelihood,
+        fisher: Fisher = "mc",
+        mc_samples: int = 1,
+        diagonals: Iterable[OtherParameter] = (),
+        generator: Callable[[torch.device], torch.Generator | None] = lambda device: None,
+    ) -> None:
+        if fisher not in get_args(Fisher):
+            raise ValueError(f"fisher is {fisher!r}: choose one of {get_args(Fisher)}.")
+        if mc_samples < 1:
+            raise ValueError(f"mc_samples is {mc_samples}: at least 1 is needed.")
+        self.likelihood = likelihood_of(loss_fn)
+        if fisher == "empirical" and self.likelihood.reduction == "none":
+            raise ValueError(
+                "fisher='empirical' isn't defined for a loss with reduction='none': use 'mean' or "
+                "'sum', or fisher='mc'."
+            )
+        self._loss_fn = cast(Callable[[Tensor, Tensor], Tensor], loss_fn)
+        self.fisher = fisher
+        self.mc_samples = mc_samples
+        self.generator = generator
+        self.armed = True
+        self.seen_loss = False
+        self.diagonals = [other.parameter for other in diagonals]
+        self._blocks = {module: block for block in blocks for module in block.modules}
+        self._key = object()  # marks our records among those of other captures
+        self._reset()
+
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(
+                cast(Any, _WeakHook(self, "_after_layer")), with_kwargs=True
+            )
+            for module in self._blocks
+        ]
+        if isinstance(loss_fn, Module):
+            self._handles.append(
+                loss_fn.register_forward_hook(
+                    cast(Any, _WeakHook(self, "_after_loss")), with_kwargs=True
+                )
+            )
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+
+    def close(self) -> None:
+        """Remove every hook; nothing is recorded any more."""
+        self._finalizer()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was seen since the last ``take``."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self._input_sums: dict[LayerBlock, tuple[Tensor, int]] = {}
+        self._grad_output_sums: dict[LayerBlock, Tensor] = {}
+        self._diagonal_sums: dict[Parameter, Tensor] = {}
+        self._passes: dict[int, _Pass] = {}
+
+    def observe(self, outputs: Tensor, targets: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Record a loss that isn't computed by the loss module: between forward and backward.
+
+        Args:
+            outputs: What the model returned, with its graph.
+            targets: What the loss compares them with.
+            weight: The factor of this loss in the objective, relative to other calls'.
+
+        Raises:
+            ValueError: If the loss has ``reduction="none"``: the weights of its elements aren't
+                known here.
+        """
+        if self.likelihood.reduction == "none":
+            raise ValueError(
+                "observe() can't know how a loss with reduction='none' is reduced: give the "
+                "optimizer a loss with reduction 'mean' or 'sum'."
+            )
+        self.seen_loss = True
+        if not self.armed or not torch.is_grad_enabled():
+            return
+        fisher = self.fisher
+        task = -1 - len(self._passes)  # each call stands for a backward pass of its own
+        scale = _accurate(torch.as_tensor(weight, dtype=outputs.dtype, device=outputs.device))
+        with _plain(outputs.device):
+            if fisher == "empirical":
+                self._differentiate(outputs, self._empirical(outputs, targets), scale, task)
+            elif fisher == "forward-only":
+                self._count_inputs(call for _, call in self._calls(outputs))
+                self._begin(task, scale)
+            else:
+                columns = self._columns(outputs, targets, None)
+                self._differentiate(outputs, columns, scale, task)
+
+    def take(self) -> Statistics:
+        """Return the factors of all passes since the last call, and forget them."""
+        for one_pass in self._passes.values():
+            if one_pass.grad_outputs:  # M sum_n g g^T, g without the scale it went through
+                factor = one_pass.terms / one_pass.scale
+                for block, total in combine_grad_outputs(one_pass.grad_outputs).items():
+                    add_to(self._grad_output_sums, block, total * factor)
+        scales = torch.stack([one_pass.scale for one_pass in self._passes.values()] or [_ONE])
+        total_scale = scales.max() if self.likelihood.reduction == "sum" else scales.sum()
+        factors = {}
+        for block, (total, count) in self._input_sums.items():
+            if self.fisher == "forward-only":
+                eye = torch.eye(block.grad_output_dim, dtype=total.dtype, device=total.device)
+                grad_output = eye.expand(block.groups, -1, -1)
+            elif block in self._grad_output_sums:
+                grad_output = self._grad_output_sums[block] / total_scale
+            else:
+                continue
+            factors[block] = Factors(total / count, grad_output)
+        diagonals = {
+            parameter: total / total_scale for parameter, total in self._diagonal_sums.items()
+        }
+        self._reset()
+        return Statistics(factors, diagonals)
+
+    # Hooks -------------------------------------------------------------------------------------
+
+    def _active(self) -> bool:
+        in_backward = torch._C._current_graph_task_id() != -1
+        return self.armed and torch.is_grad_enabled() and not in_backward
+
+    def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
+        block = self._blocks.get(module)  # None in a copy of the model
+        if block is None or not self._active():
+            return
+        if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
+            return
+        x = args[0] if args else kwargs["input"]
+        source = _source(output)
+        if source.grad_fn is None:
+            return
+        with _plain(output.device):
+            bias = block.bias is not None
+            if block.approximation == "expand":
+                statistic = block.family.input_factor(module, x.detach(), bias)
+            else:
+                statistic = block.family.average_input(module, x.detach(), bias)
+        edge = torch.autograd.graph.get_gradient_edge(source)
+        examples, positions = block.family.batch_and_positions(module, output)
+        call = Call(block, module, edge.output_nr, output.shape, statistic, examples, positions)
+        _metadata(edge.node).setdefault(self._key, []).append(call)
+
+    def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self.seen_loss = True
+        if not self._active() or not loss.requires_grad:
+            return
+        values = [*args, *kwargs.values()]
+        outputs = kwargs.get("input", values[0])
+        targets = kwargs.get("target", values[1])
+        hook = _WeakHook(self, "_at_loss_backward")
+        loss.register_hook(lambda gradient: hook(outputs, targets, gradient))
+
+    def _at_loss_backward(self, outputs: Tensor, targets: Tensor, gradient: Tensor) -> None:
+        """Runs inside the user's backward pass, before it enters the model."""
+        task = torch._C._current_graph_task_id()
+        with _plain(outputs.device):
+            gradient, weight = _accurate(gradient.detach()), None
+            scale = gradient.sum()
+            if self.likelihood.reduction == "none":
+                weight = gradient / scale  # positive also for an objective that is maximized
+            scale = scale.abs()
+            if self.fisher == "forward-only":
+                self._count_inputs(call for _, call in self._calls(outputs))
+                self._begin(task, scale)
+            elif self.fisher == "empirical":
+                self._listen(outputs, targets, scale, task)
+            else:
+                columns = self._columns(outputs, targets, weight)
+                self._differentiate(outputs, columns, scale, task)
+
+    # Passes ------------------------------------------------------------------------------------
+
+    def _calls(self, outputs: Tensor) -> list[tuple[Node, Call]]:
+        """All recorded calls that ``outputs`` depend on, with the nodes that made their results."""
+        calls: list[tuple[Node, Call]] = []
+        stack: list[Node | None] = [outputs.grad_fn]
+        seen: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "torch.utils.checkpoint with use_reentrant=True hides its layers from KFAC: "
+                    "use checkpoint(..., use_reentrant=False)."
+                )
+            calls.extend((node, call) for call in _metadata(node).get(self._key, ()))
+            stack.extend(function for function, _ in node.next_functions)
+        return calls
+
+    def _columns(self, outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Iterator[Tensor]:
+        """What to back-propagate, in turn: columns of a root of the loss Hessian."""
+        predictions = outputs.detach()
+        generator = self.generator(outputs.device)
+        if self.fisher == "mc":
+            for _ in range(self.mc_samples):
+                sample = self.likelihood.sample(predictions, targets, generator, weight)
+                yield sample / math.sqrt(self.mc_samples)
+            return
+        for column in self.likelihood.columns(predictions, targets, weight):
+            yield self._random_signs(column)
+
+    def _empirical(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
+        self.armed = False  # the next line isn't the user's call
+        with torch.enable_grad():
+            predictions = outputs.detach().requires_grad_()
+            loss = self._loss_fn(predictions, targets)
+        self.armed = True
+        (gradient,) = torch.autograd.grad(loss, predictions)
+        terms = self.likelihood.num_terms(predictions.detach(), targets)
+        root = torch.as_tensor(terms, dtype=gradient.dtype, device=gradient.device).sqrt()
+        yield self._random_signs(gradient * root)
+
+    def _random_signs(self, column: Tensor) -> Tensor:
+        """Flip whole examples, so that a squared batch gradient has no cross terms on average.
+
+        A layer's factors, sums over examples of g g^T, don't notice.
+        """
+        if not self.diagonals:
+            return column
+        signs = torch.empty(column.shape[0], dtype=column.dtype, device=column.device)
+        signs.bernoulli_(0.5, generator=self.generator(column.device)).mul_(2).sub_(1)
+        return column * signs.view(-1, *[1] * (column.dim() - 1))
+
+    def _differentiate(
+        self, outputs: Tensor, columns: Iterable[Tensor], scale: Tensor, task: int
+    ) -> None:
+        """Back-propagate columns from the outputs to every recorded call, and accumulate."""
+        calls = self._calls(outputs)
+        if not calls and not self.diagonals:
+            return
+        self._begin(task, scale)
+        edges = [GradientEdge(node, call.output_nr) for node, call in calls]
+        reached: dict[Call, None] = {}
+        for column in columns:
+            gradients = torch.autograd.grad(
+                [outputs],
+                cast(Any, [*edges, *self.diagonals]),
+                [column.to(outputs.dtype)],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            statistics = [
+                (call, call.grad_output_statistic(gradient))
+                for (_, call), gradient in zip(calls, gradients, strict=False)
+                if gradient is not None
+            ]
+            reached.update((call, None) for call, _ in statistics)
+            for block, factor in combine_grad_outputs(statistics).items():
+                add_to(self._grad_output_sums, block, factor * scale)
+            for parameter, gradient in zip(self.diagonals, gradients[len(calls) :], strict=True):
+                if gradient is not None:
+                    add_to(self._diagonal_sums, parameter, gradient.square() * scale)
+        self._count_inputs(reached)
+
+    def _listen(self, outputs: Tensor, targets: Tensor, scale: Tensor, task: int) -> None:
+        """Take the gradients of the user's own pass, as it arrives at each layer's output."""
+        if task in self._passes:
+            raise RuntimeError(
+                "fisher='empirical' isn't defined for several losses in one backward(): call "
+                "backward() for each, or use fisher='mc'."
+            )
+        one_pass = self._begin(task, scale)
+        one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
+        for node, call in self._calls(outputs):
+            hook = _WeakHook(self, "_at_layer_backward")
+            node.register_prehook(
+                lambda gradients, hook=hook, call=call: hook(task, call, gradients)
+            )
+
+    def _at_layer_backward(self, task: int, call: Call, gradients: tuple) -> None:
+        gradient = gradients[call.output_nr]
+        listening = task == torch._C._current_graph_task_id() and task in self._passes
+        if gradient is None or not listening:  # a second backward through a retained graph
+            return
+        with _plain(gradient.device):
+            statistic = call.grad_output_statistic(gradient.detach())
+            self._passes[task].grad_outputs.append((call, statistic))
+            self._count_inputs([call])
+
+    def _begin(self, task: int, scale: Tensor) -> _Pass:
+        """Note a loss and its factor in the objective of the pass that it belongs to."""
+        one_pass = self._passes.setdefault(task, _Pass(scale))
+        one_pass.scale = torch.maximum(one_pass.scale, scale)
+        return one_pass
+
+    def _count_inputs(self, calls: Iterable[Call]) -> None:
+        """Add the input statistics of calls that weren't counted before."""
+        new = [call for call in calls if not call.counted]
+        for call in new:
+            call.counted = True
+        for block, (total, count) in combine_inputs(new).items():
+            previous, previous_count = self._input_sums.get(block, (0.0, 0))
+            self._input_sums[block] = (previous + total, previous_count + count)
+
+
+# Tools -----------------------------------------------------------------------------------------
+
+
+def _source(output: Tensor) -> Tensor:
+    """The tensor whose autograd node stays in the graph if the output is changed in place.
+
+    An in-place operation on a view (a linear layer returns one for inputs with more than two axes)
+    makes new nodes for the view, and the old one drops out of the graph; the base's stays.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or not base.requires_grad:
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
+
+
+def _metadata(node: Node) -> dict[Any, Any]:
+    """Python's dict on a node: annotated as a method in torch, in truth an attribute."""
+    return cast(dict[Any, Any], node.metadata)
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """Half precision is for the model, not for statistics."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class _plain:  # noqa: N801 (a context manager, called like a function)
+    """No gradients, no autocast: statistics are computed in the precision they are given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._contexts = (torch.no_grad(), torch.autocast(device.type, enabled=False))
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*exception)
+
+
+class _WeakHook:
+    """Calls a method of an object without keeping it alive; copies and pickles are inert."""
+
+    def __init__(self, owner: object | None = None, method: str = "") -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._method = method
+
+    def __call__(self, *args: Any) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            getattr(owner, self._method)(*args)
+
+    def __reduce__(self) -> tuple[type[_WeakHook], tuple[()]]:
+        return _WeakHook, ()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

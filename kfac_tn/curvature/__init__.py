@@ -1,0 +1,1 @@
+"""Curvature matrices: blocks, their algebra, robust factorizations, moving averages."""

@@ -1,0 +1,130 @@
+"""KFAC of a model over a data set, without an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_tn.capture import Capture, Factors, Fisher
+from kfac_tn.curvature.curvature import Curvature
+from kfac_tn.curvature.kronecker import Bias, Block, DiagonalBlock, KroneckerBlock, Layout
+from kfac_tn.layers import ApproximationChoice, LayerBlock, partition
+from kfac_tn.likelihood import Likelihood
+
+
+def compute_kfac(
+    model: Module,
+    loss_fn: Module | Likelihood,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    approximation: ApproximationChoice = "expand",
+    fisher: Fisher = "mc",
+    mc_samples: int = 1,
+    bias: Bias = "separate",
+    generator: torch.Generator | None = None,
+) -> Curvature:
+    r"""KFAC of a model's loss over a data set: Kronecker factors for every layer.
+
+    Each layer's block is B (x) A (Martens & Grosse 2015; with weight sharing Eschenhagen et al.
+    2023). Trainable parameters without Kronecker structure (normalization, embeddings, ...) have a
+    diagonal block, estimated without bias from the same backward passes. The model is used in the
+    mode (train or eval) it is in, and is left as it was.
+
+    Args:
+        model: The model; called on each batch's inputs, on whatever device these are.
+        loss_fn: The loss, a module (``kfac_tn.likelihood`` lists which) or a likelihood.
+        loader: Batches ``(inputs, targets)``. The curvature is that of the loss on the whole set:
+            a mean loss is averaged over batches by their number of terms, a sum loss summed.
+        approximation: ``"expand"`` (exact for weights shared over positions whose losses add up),
+            ``"reduce"`` (for positions that are averaged, and cheaper), a dict by layer name or a
+            function of (name, module).
+        fisher: ``"mc"``, ``"type-2"`` (exact, one backward pass for each output of an example),
+            ``"empirical"`` or ``"forward-only"`` (B is the identity).
+        mc_samples: Samples of the targets for ``"mc"``; the error falls with their square root.
+        bias: ``"separate"``: a block of its own; ``"joint"``: coupled to its weight.
+        generator: Source of randomness (on the model's device); by default the global one.
+
+    Returns:
+        The curvature; ``curvature.blocks["conv1"].input_factor`` is ``[G, d_in, d_in]``,
+        ``.grad_output_factor`` ``[G, d_out, d_out]``. Layers that the loss doesn't depend on have
+        zero blocks.
+
+    Raises:
+        ValueError: For unknown options, an empty loader, results that aren't finite, a loss with
+            ``reduction="none"``, or ``"forward-only"`` with parameters that have no Kronecker
+            structure (freeze them, or choose another Fisher).
+        TypeError: For a loss whose likelihood isn't known.
+
+    Example:
+        >>> import torch, kfac_tn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(),
+        ...                             torch.nn.Linear(4, 2))
+        >>> batches = [(torch.rand(8, 1, 3, 3), torch.randint(2, (8,)))]
+        >>> curvature = kfac_tn.compute_kfac(model, torch.nn.CrossEntropyLoss(), batches)
+        >>> curvature.blocks["0"].input_factor.shape
+        torch.Size([1, 9, 9])
+    """
+    if bias not in ("joint", "separate"):
+        raise ValueError(f"bias is {bias!r}: choose 'joint' or 'separate'.")
+    blocks, others = partition(model, approximation)
+    if fisher == "forward-only" and others:
+        raise ValueError(
+            "fisher='forward-only' knows nothing of parameters without Kronecker structure: freeze "
+            f"{[other.name for other in others]} (requires_grad_(False)) or choose another Fisher."
+        )
+    capture = Capture(blocks, loss_fn, fisher, mc_samples, others, lambda device: generator)
+    try:
+        batches = 0
+        for inputs, targets in loader:
+            batches += 1
+            with torch.enable_grad():
+                outputs = model(inputs)
+            weight: Tensor | float = 1.0
+            if capture.likelihood.reduction == "mean":
+                weight = capture.likelihood.num_terms(outputs.detach(), targets)
+            capture.observe(outputs, targets, weight)
+        statistics = capture.take()
+    finally:
+        capture.close()
+    if batches == 0:
+        raise ValueError("The loader is empty: at least one batch is needed.")
+    computed: dict[str, Block] = {}
+    for block in blocks:
+        factors = statistics.factors.get(block) or _zero(block)
+        _check_finite(block.name, factors.input, factors.grad_output)
+        input_factor = factors.input
+        if block.bias is not None and bias == "separate":
+            input_factor = input_factor[:, :-1, :-1].contiguous()
+        computed[block.name] = KroneckerBlock(
+            layout_of(block), input_factor, factors.grad_output.contiguous(), bias
+        )
+    for other in others:
+        values = statistics.diagonals.get(other.parameter)
+        values = torch.zeros_like(other.parameter) if values is None else values
+        _check_finite(other.name, values)
+        computed[other.name] = DiagonalBlock(other.name, values.detach())
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    return Curvature(computed, shapes)
+
+
+def layout_of(block: LayerBlock) -> Layout:
+    """Where the parameters of a layer lie in its block."""
+    return Layout(block.weight_name, block.weight.shape, block.bias_name, block.groups)
+
+
+def _zero(block: LayerBlock) -> Factors:
+    """Factors of a layer that the loss doesn't depend on."""
+    size = block.input_dim + (block.bias is not None)
+    zeros = block.weight.detach().new_zeros
+    outputs = block.grad_output_dim
+    return Factors(zeros(block.groups, size, size), zeros(block.groups, outputs, outputs))
+
+
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ValueError(
+            f"The curvature of '{name}' isn't finite: look for NaN or inf in the data, the "
+            "parameters or the loss."
+        )

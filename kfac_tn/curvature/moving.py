@@ -1,0 +1,153 @@
+"""Moving averages of Kronecker factors and their damped inverses, batched by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_tn.capture import Factors
+from kfac_tn.curvature.inverse import damped_inverse
+from kfac_tn.curvature.kronecker import mean_eigenvalue, pi_split
+from kfac_tn.layers import LayerBlock
+
+
+class MovingFactors:
+    """The factors of layers of one shape, stacked: averages and damped inverses.
+
+    The average after k updates is sum_j (1 - decay) decay^(k-j) F_j / (1 - decay^k): corrected for
+    its start at zero, as Adam's moments are (Kingma & Ba 2015, Section 3).
+
+    Args:
+        blocks: Layers with equal groups and factor sizes.
+        decay: Of the average, in [0, 1).
+    """
+
+    _TENSORS = ("input", "grad_output", "input_inverse", "grad_output_inverse")
+
+    def __init__(self, blocks: Iterable[LayerBlock], decay: float) -> None:
+        self.blocks = tuple(blocks)
+        self.decay = decay
+        self.groups = self.blocks[0].groups
+        self._slot = {block: index for index, block in enumerate(self.blocks)}
+        self.updates = [0] * len(self.blocks)
+        self.inverted = [False] * len(self.blocks)
+        self.input: Tensor  # [blocks, G, d_in, d_in]; these four are made by the first update
+        self.grad_output: Tensor
+        self.input_inverse: Tensor
+        self.grad_output_inverse: Tensor
+
+    def update(self, factors: Mapping[LayerBlock, Factors]) -> None:
+        """Average new factors in; layers that are missing keep theirs."""
+        for block, new in factors.items():
+            if not any(self.updates):
+                self._allocate(new)
+            slot = self._slot[block]
+            self.updates[slot] += 1
+            share = (1 - self.decay) / (1 - self.decay ** self.updates[slot])
+            self.input[slot].lerp_(new.input.to(self.input.dtype), share)
+            self.grad_output[slot].lerp_(new.grad_output.to(self.grad_output.dtype), share)
+
+    def invert(self, damping: float, relative: bool) -> list[str]:
+        """Renew the inverses of all layers that have factors.
+
+        Args:
+            damping: Added to B (x) A, divided between the factors by ``pi_split``.
+            relative: The damping is in units of each block's mean eigenvalue, not of the loss.
+
+        Returns:
+            Names of the layers with a factor that can't be inverted; their old inverses stay.
+        """
+        slots = [slot for slot, updates in enumerate(self.updates) if updates]
+        if not slots:
+            return []
+        a, b = self.input[slots].flatten(0, 1), self.grad_output[slots].flatten(0, 1)
+        if relative:
+            shifts = tuple(damping**0.5 * _or_one(mean_eigenvalue(factor)) for factor in (a, b))
+        else:
+            shifts = pi_split(a, b, damping)
+        inverses = [damped_inverse(f, shift) for f, shift in zip((a, b), shifts, strict=True)]
+        good = torch.stack([mask.view(-1, self.groups).all(1) for _, mask in inverses]).all(0)
+        failed = []
+        for position, (slot, is_good) in enumerate(zip(slots, good.tolist(), strict=True)):
+            if not is_good:
+                failed.append(self.blocks[slot].name)
+                continue
+            rows = slice(position * self.groups, (position + 1) * self.groups)
+            self.input_inverse[slot] = inverses[0][0][rows]
+            self.grad_output_inverse[slot] = inverses[1][0][rows]
+            self.inverted[slot] = True
+        return failed
+
+    def precondition(self, matrices: Mapping[LayerBlock, Tensor]) -> dict[LayerBlock, Tensor]:
+        """Multiply with the damped inverses: B^-1 M A^-1 for each ``[G, d_out, d_in]``.
+
+        Layers that have no inverse yet are missing in the result.
+        """
+        blocks = [block for block in matrices if self.inverted[self._slot[block]]]
+        if not blocks:
+            return {}
+        stacked = torch.stack([matrices[block] for block in blocks]).to(self.input.dtype)
+        a, b = self.input_inverse, self.grad_output_inverse
+        if len(blocks) < len(self.blocks):
+            slots = [self._slot[block] for block in blocks]
+            a, b = a[slots], b[slots]
+        result = torch.bmm(torch.bmm(b.flatten(0, 1), stacked.flatten(0, 1)), a.flatten(0, 1))
+        return dict(zip(blocks, result.view_as(stacked).unbind(), strict=True))
+
+    def factors(self, block: LayerBlock) -> Factors | None:
+        """The averages of one layer, or None before its first update."""
+        slot = self._slot[block]
+        return Factors(self.input[slot], self.grad_output[slot]) if self.updates[slot] else None
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """By layer name: averages, inverses, and how often they were updated."""
+        return {
+            block.name: {
+                "updates": self.updates[slot],
+                "inverted": self.inverted[slot],
+                **{name: getattr(self, name)[slot].clone() for name in self._TENSORS},
+            }
+            for block, slot in self._slot.items()
+            if self.updates[slot]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set what ``state_dict`` gave; layers that are missing there start anew.
+
+        Raises:
+            ValueError: If a factor's shape isn't the layer's; nothing is changed then.
+        """
+        mine = {block: state[block.name] for block in self.blocks if block.name in state}
+        for block, entry in mine.items():
+            size = block.input_dim + (block.bias is not None)
+            shape = (block.groups, size, size)
+            if entry["input"].shape != shape:
+                raise ValueError(
+                    f"The state has an input factor {list(entry['input'].shape)} for layer "
+                    f"'{block.name}', which needs {list(shape)}: it is another model's."
+                )
+        self.updates = [0] * len(self.blocks)
+        self.inverted = [False] * len(self.blocks)
+        for block, entry in mine.items():
+            if not any(self.updates):
+                device = block.weight.device
+                new = Factors(entry["input"].to(device), entry["grad_output"].to(device))
+                self._allocate(new)
+            slot = self._slot[block]
+            self.updates[slot], self.inverted[slot] = entry["updates"], entry["inverted"]
+            for name in self._TENSORS:
+                getattr(self, name)[slot].copy_(entry[name])
+
+    def _allocate(self, like: Factors) -> None:
+        count = len(self.blocks)
+        for name, factor in (("input", like.input), ("grad_output", like.grad_output)):
+            setattr(self, name, factor.new_zeros(count, *factor.shape))
+            setattr(self, f"{name}_inverse", factor.new_zeros(count, *factor.shape))
+
+
+def _or_one(scale: Tensor) -> Tensor:
+    """A factor that is zero has no scale of its own."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,24 @@
+"""Families of layers: what their inputs and output gradients mean for their parameters."""
+
+from kfac_tn.layers.base import Approximation, LayerFamily
+from kfac_tn.layers.conv import ConvFamily
+from kfac_tn.layers.linear import LinearFamily
+from kfac_tn.layers.partition import (
+    ApproximationChoice,
+    LayerBlock,
+    OtherParameter,
+    partition,
+    register_layer,
+)
+
+__all__ = [
+    "Approximation",
+    "ApproximationChoice",
+    "ConvFamily",
+    "LayerBlock",
+    "LayerFamily",
+    "LinearFamily",
+    "OtherParameter",
+    "partition",
+    "register_layer",
+]

@@ -1,0 +1,45 @@
+"""What every family of layers must say about itself: the small interface behind the registry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import Module
+
+Approximation = Literal["expand", "reduce"]
+
+
+class LayerFamily(ABC):
+    """How the inputs and output gradients of one kind of module give its Kronecker factors.
+
+    A family is stateless: every method takes the module it speaks of. ``x`` is what the module
+    was called with, ``g`` a gradient with respect to what it returned; both may lack the batch
+    axis where PyTorch allows that. ``a`` is the vector that one weight row is multiplied with at
+    one output position (KFAC's input), followed by a 1 when ``bias`` is true.
+    """
+
+    @abstractmethod
+    def groups(self, module: Module) -> int:
+        """Number G of independent groups, each with a factor pair of its own."""
+
+    @abstractmethod
+    def batch_and_positions(self, module: Module, output: Tensor) -> tuple[int, int]:
+        """Number N of examples and R of positions (over which the weight is shared) of a call."""
+
+    @abstractmethod
+    def input_factor(self, module: Module, x: Tensor, bias: bool) -> Tensor:
+        """KFAC-expand: the mean of a a^T over examples and positions, ``[G, d_in, d_in]``."""
+
+    @abstractmethod
+    def average_input(self, module: Module, x: Tensor, bias: bool) -> Tensor:
+        """KFAC-reduce: the mean of a over positions, one row per example, ``[N, G, d_in]``."""
+
+    @abstractmethod
+    def grad_output_factor(self, module: Module, g: Tensor) -> Tensor:
+        """KFAC-expand: the sum of g g^T over examples and positions, ``[G, d_out, d_out]``."""
+
+    @abstractmethod
+    def sum_grad_output(self, module: Module, g: Tensor) -> Tensor:
+        """KFAC-reduce: the sum of g over positions, one row per example, ``[N, G, d_out]``."""

@@ -1,0 +1,43 @@
+"""Linear layers, with any number of leading axes."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_tn import functional
+from kfac_tn.layers.base import LayerFamily
+
+
+class LinearFamily(LayerFamily):
+    """``torch.nn.Linear`` on ``[N, *shared, d_in]``: axes between first and last share the weight.
+
+    KFAC-reduce takes the first axis for the batch; for sequences that come as ``[T, N, d]``, use
+    ``"expand"`` (which treats all leading axes alike) or put the batch first.
+    """
+
+    def groups(self, module: Module) -> int:  # noqa: D102
+        return 1
+
+    def batch_and_positions(self, module: Module, output: Tensor) -> tuple[int, int]:  # noqa: D102
+        shape = _batched(output).shape
+        return shape[0], math.prod(shape[1:-1])
+
+    def input_factor(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
+        return functional.linear_input_factor(_batched(x), "expand", bias=bias)
+
+    def average_input(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
+        return functional.linear_average_input(_batched(x), bias=bias)
+
+    def grad_output_factor(self, module: Module, g: Tensor) -> Tensor:  # noqa: D102
+        return functional.linear_grad_output_factor(_batched(g), "expand")
+
+    def sum_grad_output(self, module: Module, g: Tensor) -> Tensor:  # noqa: D102
+        return functional.linear_sum_grad_output(_batched(g))
+
+
+def _batched(x: Tensor) -> Tensor:
+    """Give a single vector its batch axis."""
+    return x.unsqueeze(0) if x.dim() == 1 else x

@@ -1,0 +1,242 @@
+"""Divides a model's parameters into blocks: each layer's Kronecker block, and the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
+
+from kfac_tn.layers.base import Approximation, LayerFamily
+from kfac_tn.layers.conv import ConvFamily
+from kfac_tn.layers.linear import LinearFamily
+
+ApproximationChoice: TypeAlias = (
+    Approximation | Mapping[str, Approximation] | Callable[[str, Module], Approximation]
+)
+
+_FAMILIES: dict[type[Module], LayerFamily] = {
+    torch.nn.Linear: LinearFamily(),
+    torch.nn.Conv1d: ConvFamily(),
+    torch.nn.Conv2d: ConvFamily(),
+    torch.nn.Conv3d: ConvFamily(),
+}
+
+
+def register_layer(module_type: type[Module], family: LayerFamily) -> None:
+    """Teach kfac_tn a further kind of layer, or another treatment of a known one.
+
+    The module's parameters must be called ``weight`` (its flattened rows multiply the vectors
+    ``a`` of ``family``) and ``bias`` (or None).
+
+    Args:
+        module_type: The class; subclasses are not meant, since they may compute something else.
+        family: What its inputs and output gradients mean for its parameters.
+
+    Example:
+        >>> import torch
+        >>> from kfac_tn.layers import LinearFamily, register_layer
+        >>> class LoudLinear(torch.nn.Linear):  # computes what Linear does
+        ...     pass
+        >>> register_layer(LoudLinear, LinearFamily())
+    """
+    _FAMILIES[module_type] = family
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBlock:
+    """One weight matrix with its bias, and all the modules that apply it.
+
+    Attributes:
+        name: Name of the (first) module in the model.
+        modules: The modules that share these very parameters; one unless weights are tied.
+        family: How their inputs and output gradients give factors.
+        approximation: ``"expand"`` or ``"reduce"``.
+        weight: The trainable weight, flattened by rows to ``[d_out, d_in]``.
+        bias: The trainable bias, or None.
+        weight_name: Name of the weight in ``model.named_parameters()``.
+        bias_name: Name of the bias there, or None.
+        groups: Number of groups, each with its own factor pair.
+    """
+
+    name: str
+    modules: tuple[Module, ...]
+    family: LayerFamily
+    approximation: Approximation
+    weight: Parameter
+    bias: Parameter | None
+    weight_name: str
+    bias_name: str | None
+    groups: int
+
+    @property
+    def input_dim(self) -> int:
+        """Rows d_in of the input factor, without the bias' one."""
+        return self.weight.shape[1:].numel()
+
+    @property
+    def grad_output_dim(self) -> int:
+        """Rows d_out of the output-gradient factor, in each group."""
+        return self.weight.shape[0] // self.groups
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """The block's trainable parameters by name, weight first."""
+        named = {self.weight_name: self.weight}
+        if self.bias is not None and self.bias_name is not None:
+            named[self.bias_name] = self.bias
+        return named
+
+
+@dataclass(frozen=True, eq=False)
+class OtherParameter:
+    """A trainable parameter without a Kronecker block, and the reason why it has none."""
+
+    name: str
+    parameter: Parameter
+    reason: str
+
+
+def partition(
+    model: Module, approximation: ApproximationChoice = "expand"
+) -> tuple[list[LayerBlock], list[OtherParameter]]:
+    """Divide the trainable parameters of a model into Kronecker blocks and others.
+
+    A weight has a block if every module that owns it is a known layer, all of one kind and with
+    the same bias; so a weight that, say, an embedding and a linear layer share has none.
+
+    Args:
+        model: Any module.
+        approximation: ``"expand"`` or ``"reduce"`` for all layers, or a dict by layer name (every
+            layer with a block must be named), or a function of name and module.
+
+    Returns:
+        The blocks, in the order of ``model.named_modules()``, and all other trainable parameters,
+        in the order of ``model.named_parameters()``. Together: every trainable parameter, once.
+
+    Raises:
+        ValueError: For an unknown approximation, a name that the dict lacks or that is no layer,
+            and for parameters of lazy modules that have no shape yet.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+        >>> blocks, others = partition(model)
+        >>> blocks[0].name, [other.name for other in others]
+        ('0', ['1.weight', '1.bias'])
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, name in names.items():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"Parameter '{name}' is not initialized yet: run the lazy model once before."
+            )
+    owners = _owners(model)
+    blocks: list[LayerBlock] = []
+    covered: set[Parameter] = set()
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight in covered or _reason(weight, owners[weight]) is not None:
+            continue
+        bias = module._parameters.get("bias")
+        if bias is not None and not (bias.requires_grad and _same_owners(bias, weight, owners)):
+            bias = None
+        family = _FAMILIES[type(module)]
+        block = LayerBlock(
+            name=name,
+            modules=tuple(dict.fromkeys(owner for _, owner, _ in owners[weight])),
+            family=family,
+            approximation=_resolve(approximation, name, module),
+            weight=weight,
+            bias=bias,
+            weight_name=names[weight],
+            bias_name=None if bias is None else names[bias],
+            groups=family.groups(module),
+        )
+        blocks.append(block)
+        covered.update(block.parameters.values())
+    if isinstance(approximation, Mapping):
+        unknown = set(approximation) - {block.name for block in blocks}
+        if unknown:
+            raise ValueError(
+                f"approximation names {sorted(unknown)}, which are no layers with a Kronecker "
+                f"block; those are {[block.name for block in blocks]}."
+            )
+    others = [
+        OtherParameter(
+            name, parameter, _reason(parameter, owners[parameter]) or "its weight has no block"
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter not in covered
+    ]
+    return blocks, others
+
+
+Owner: TypeAlias = tuple[str, Module, str]
+
+
+def _owners(model: Module) -> dict[Parameter, list[Owner]]:
+    """All (module name, module, attribute) that hold each parameter."""
+    owners: dict[Parameter, list[Owner]] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((name, module, attribute))
+    return owners
+
+
+def _same_owners(bias: Parameter, weight: Parameter, owners: dict[Parameter, list[Owner]]) -> bool:
+    """Whether a bias belongs to the very modules that a weight belongs to, and as their bias."""
+    of_weight = {(id(module), "bias") for _, module, _ in owners[weight]}
+    return of_weight == {(id(module), attribute) for _, module, attribute in owners[bias]}
+
+
+def _reason(parameter: Parameter, owners: list[Owner]) -> str | None:
+    """Why a parameter can't be (the weight or bias of) a Kronecker block; None if it can."""
+    for name, module, attribute in owners:
+        if type(module) not in _FAMILIES or attribute not in ("weight", "bias"):
+            kind = type(module).__name__
+            if len(owners) > 1:
+                return f"shared with {kind} '{name}', which has no Kronecker structure here"
+            return f"{kind} has no Kronecker structure here"
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.requires_grad:
+            return "the layer's weight is frozen or no parameter of its own"
+    first = owners[0][1]
+    for name, module, attribute in owners[1:]:
+        same_kind = type(module) is type(first) and attribute == owners[0][2]
+        if not same_kind or module._parameters.get("bias") is not first._parameters.get("bias"):
+            return f"shared with '{name}', which is another kind of layer or has another bias"
+        if _settings(module) != _settings(first):
+            return f"shared with '{name}', which has other hyper-parameters"
+    if not parameter.is_floating_point():
+        return f"its dtype is {parameter.dtype}"
+    return None
+
+
+def _settings(module: Module) -> dict[str, object]:
+    """The hyper-parameters that a module declares: they must agree where weights are tied."""
+    return {name: getattr(module, name) for name in getattr(type(module), "__constants__", ())}
+
+
+def _resolve(choice: ApproximationChoice, name: str, module: Module) -> Approximation:
+    """The approximation for one layer."""
+    if isinstance(choice, str):
+        resolved: object = choice
+    elif isinstance(choice, Mapping):
+        if name not in choice:
+            raise ValueError(
+                f"approximation has no entry for layer '{name}' ({type(module).__name__}): name "
+                "every layer, or pass a function of (name, module)."
+            )
+        resolved = choice[name]
+    else:
+        resolved = choice(name, module)
+    if resolved not in ("expand", "reduce"):
+        raise ValueError(
+            f"approximation is {resolved!r} for layer '{name}': choose 'expand' or 'reduce'."
+        )
+    return resolved

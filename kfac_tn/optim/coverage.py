@@ -1,0 +1,72 @@
+"""The table that says how each parameter of a model is treated, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.nn import Module
+
+from kfac_tn.layers import LayerBlock, OtherParameter
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its name, shape, treatment, and the reason for it."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    treatment: str
+    why: str
+
+
+class Coverage(tuple[Row, ...]):
+    """Rows, one for each parameter of a model; prints as a table."""
+
+    def __repr__(self) -> str:
+        header = Row("parameter", (), "treatment", "why")
+        rows = [
+            (row.parameter, "shape" if row is header else str(list(row.shape)), row.treatment)
+            for row in (header, *self)
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            + "  "
+            + full.why
+            for row, full in zip(rows, (header, *self), strict=True)
+        )
+
+
+def coverage(
+    model: Module,
+    blocks: Iterable[LayerBlock],
+    others: Iterable[OtherParameter],
+    other_treatment: str,
+) -> Coverage:
+    """The table for a model divided into blocks and others.
+
+    Args:
+        model: The model.
+        blocks: Its layers with Kronecker factors.
+        others: Its other trainable parameters.
+        other_treatment: What happens to those, in a word or two.
+    """
+    rows: dict[str, Row] = {}
+    for block in blocks:
+        sizes = f"{block.grad_output_dim} x {block.input_dim + (block.bias is not None)}"
+        why = f"{type(block.modules[0]).__name__}: factors {sizes}"
+        if block.groups > 1:
+            why += f" in {block.groups} groups"
+        if len(block.modules) > 1:
+            why += f", shared by {len(block.modules)} modules"
+        for name, parameter in block.parameters.items():
+            treatment = f"KFAC-{block.approximation}"
+            rows[name] = Row(name, tuple(parameter.shape), treatment, why)
+    for other in others:
+        shape = tuple(other.parameter.shape)
+        rows[other.name] = Row(other.name, shape, other_treatment, other.reason)
+    return Coverage(
+        rows.get(name, Row(name, tuple(parameter.shape), "none", "frozen"))
+        for name, parameter in model.named_parameters()
+    )

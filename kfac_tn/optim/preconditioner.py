@@ -1,0 +1,163 @@
+"""KFAC's direction for any other optimizer: preconditions the gradients in place."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_tn.capture import Factors, Fisher
+from kfac_tn.curvature.estimator import CurvatureEstimator, all_finite
+from kfac_tn.layers import ApproximationChoice
+from kfac_tn.likelihood import Likelihood
+from kfac_tn.optim.coverage import Coverage, coverage
+from kfac_tn.optim.step_rules import StepRule, clip_kl, graft
+
+
+class KFACPreconditioner:
+    """Replaces each layer's gradient by the damped inverse curvature times it.
+
+    Between ``loss.backward()`` and the step of the optimizer one has; parameters without Kronecker
+    structure keep their gradient. For the curvature, see ``KFAC``, whose arguments these are.
+
+    Args:
+        model: The model.
+        loss_fn: The loss module that the training loop calls.
+        step_rule: ``"graft"``: each preconditioned gradient gets the norm that the plain one had,
+            so that the optimizer's learning rate stays good. ``"kl_clip"``: shrunk such that
+            lr^2 d^T g stays below ``kl_clip``; needs ``lr``. ``"fixed"``: as it is.
+        kl_clip: The limit of the rule of that name.
+        lr: For ``"kl_clip"``: the learning rate of the optimizer; set ``preconditioner.lr`` when it
+            changes.
+        approximation: See ``KFAC``, as for all that follow.
+        fisher: The kind of Fisher.
+        mc_samples: Samples for ``fisher="mc"``.
+        damping: Added to each block.
+        relative_damping: Whether in units of each block's mean eigenvalue.
+        factor_decay: Decay of the factors' moving averages.
+        factor_interval: Steps between statistics.
+        inverse_interval: Steps between inversions.
+        seed: Of the samples.
+
+    Raises:
+        ValueError: For hyper-parameters out of range, or ``"kl_clip"`` without ``lr``.
+        TypeError: For a loss whose likelihood isn't known.
+
+    Example:
+        >>> import torch, kfac_tn
+        >>> model, loss_fn = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> preconditioner = kfac_tn.KFACPreconditioner(model, loss_fn)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> for _ in range(3):
+        ...     sgd.zero_grad()
+        ...     loss_fn(model(x), y).backward()
+        ...     good = preconditioner.step()
+        ...     sgd.step()
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        loss_fn: Module | Likelihood,
+        *,
+        step_rule: StepRule = "graft",
+        kl_clip: float = 1e-3,
+        lr: float | None = None,
+        approximation: ApproximationChoice = "expand",
+        fisher: Fisher = "mc",
+        mc_samples: int = 1,
+        damping: float = 1e-3,
+        relative_damping: bool = True,
+        factor_decay: float = 0.95,
+        factor_interval: int = 10,
+        inverse_interval: int = 50,
+        seed: int = 0,
+    ) -> None:
+        if step_rule not in get_args(StepRule):
+            raise ValueError(f"step_rule is {step_rule!r}: choose one of {get_args(StepRule)}.")
+        if not kl_clip > 0:
+            raise ValueError(f"kl_clip is {kl_clip}: it must be positive.")
+        if (step_rule == "kl_clip") != (lr is not None):
+            raise ValueError("step_rule='kl_clip' needs lr, and the other rules take none.")
+        self._estimator = CurvatureEstimator(
+            model,
+            loss_fn,
+            approximation=approximation,
+            fisher=fisher,
+            mc_samples=mc_samples,
+            damping=damping,
+            relative_damping=relative_damping,
+            decay=factor_decay,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            seed=seed,
+        )
+        self.lr = lr
+        self._model = model
+        self._step_rule, self._kl_clip = step_rule, kl_clip
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Update the curvature if it is due, and precondition the gradients in place.
+
+        Gradient scaling may be on or off at this point: the map is linear in the gradient.
+
+        Returns:
+            False, with gradients and curvature left as they are, if a gradient isn't finite: skip
+            the optimizer's step then, as ``torch.amp.GradScaler`` does by itself.
+
+        Raises:
+            RuntimeError: If the loss module was never called.
+        """
+        gradients = {p: p.grad for p in self._model.parameters() if p.grad is not None}
+        if not gradients or not all_finite(list(gradients.values())):
+            self._estimator.capture.discard()
+            if gradients:
+                self._estimator.warn("A gradient isn't finite (NaN or inf): skip its step.")
+            return not gradients
+        self._estimator.advance()
+        directions = self._estimator.precondition(gradients)
+        values = list(directions.values())
+        references = [gradients[p] for p in directions]
+        if self._step_rule == "graft":
+            graft(values, references)
+        elif self.lr is not None:
+            clip_kl(values, references, [self.lr] * len(values), self._kl_clip)
+        for parameter, direction in directions.items():
+            gradients[parameter].copy_(direction)
+        return True
+
+    def observe(self, outputs: Tensor, targets: Tensor, weight: float = 1.0) -> None:
+        """Show a loss that isn't computed by the loss module; see ``KFAC.observe``."""
+        self._estimator.capture.observe(outputs, targets, weight)
+
+    def coverage(self) -> Coverage:
+        """How each parameter is treated and why; prints as a table."""
+        estimator = self._estimator
+        return coverage(self._model, estimator.blocks, estimator.others, "gradient as it is")
+
+    def factors(self) -> dict[str, Factors]:
+        """The moving averages of the Kronecker factors, by layer name; don't modify them."""
+        return self._estimator.factors()
+
+    def close(self) -> None:
+        """Remove the hooks from model and loss; later steps keep the curvature they have."""
+        self._estimator.capture.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers: ``torch.load(..., weights_only=True)`` reads it."""
+        return self._estimator.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: If the state is of a model with other layers.
+        """
+        self._estimator.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n{self.coverage()!r}\n)"

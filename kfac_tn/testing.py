@@ -1,0 +1,231 @@
+"""Exact oracles, for anybody's KFAC: settings in which it equals the GGN, and the GGN by autograd.
+
+Nothing here uses the package's own layers, likelihoods or factors, so that it can judge them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+
+def trainable(model: Module) -> dict[str, Tensor]:
+    """The trainable parameters by name, in the order of flat vectors."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def dense_ggn(model: Module, loss_fn: Module, x: Tensor, y: Tensor) -> Tensor:
+    """The generalized Gauss-Newton matrix J^T H J by autograd, row by row.
+
+    J is the Jacobian of all outputs, H the loss Hessian with respect to all of them (Schraudolph
+    2002). Slow and plain; for small models.
+
+    Args:
+        model: The model.
+        loss_fn: A loss module with a scalar result.
+        x: Inputs ``[N, ...]``.
+        y: Targets.
+
+    Returns:
+        ``[P, P]``, parameters in the order of ``trainable(model)``.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> dense_ggn(model, torch.nn.MSELoss(), x, torch.zeros(2, 1))
+        tensor([[10.]])
+    """
+    outputs = model(x)
+    jacobian = _jacobian(outputs, list(trainable(model).values()))
+    hessian = torch.autograd.functional.hessian(
+        lambda flat: loss_fn(flat.view_as(outputs), y), outputs.detach().reshape(-1)
+    )
+    return jacobian.T @ hessian @ jacobian
+
+
+def empirical_fisher(model: Module, loss_fn: Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean over examples of the outer product of the loss's gradient, one example at a time.
+
+    Args:
+        model: The model.
+        loss_fn: A loss module with ``reduction="mean"``.
+        x: Inputs ``[N, ...]``.
+        y: Targets ``[N, ...]``.
+
+    Returns:
+        ``[P, P]``, parameters in the order of ``trainable(model)``.
+    """
+    parameters = list(trainable(model).values())
+    rows = []
+    for x_n, y_n in zip(x.split(1), y.split(1), strict=True):
+        gradients = torch.autograd.grad(loss_fn(model(x_n), y_n), parameters)
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+    stacked = torch.stack(rows)
+    return stacked.T @ stacked / len(rows)
+
+
+def diagonal_block(matrix: Tensor, model: Module, names: tuple[str, ...]) -> Tensor:
+    """The rows and columns of some parameters, in the order of ``names``.
+
+    Args:
+        matrix: ``[P, P]``, parameters in the order of ``trainable(model)``.
+        model: The model.
+        names: Names of parameters.
+    """
+    offset, places = 0, {}
+    for name, parameter in trainable(model).items():
+        places[name] = torch.arange(offset, offset + parameter.numel())
+        offset += parameter.numel()
+    index = torch.cat([places[name] for name in names]).to(matrix.device)
+    return matrix[index][:, index]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of the expected."""
+    return float((actual - expected).norm() / expected.norm())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, a loss and data for which an approximation is the exact GGN.
+
+    Attributes:
+        name: What it is.
+        model: In float64.
+        loss_fn: The loss module.
+        x: Inputs.
+        y: Targets.
+        approximation: The one that is exact.
+        exact: Groups of parameters whose joint diagonal block is exact.
+    """
+
+    name: str
+    model: Module
+    loss_fn: Module
+    x: Tensor
+    y: Tensor
+    approximation: Literal["expand", "reduce"]
+    exact: tuple[tuple[str, ...], ...]
+
+
+def exact_settings(seed: int = 0) -> Iterator[Setting]:
+    """Settings in which KFAC is exact (Eschenhagen et al. 2023, Section 3).
+
+    Single convolutions of every kind (1-d to 3-d, grouped, strided, dilated, every padding), whose
+    output is the prediction (expand) or is averaged (reduce); deep linear networks applied at
+    every position (expand, in every layer); deep circular linear CNNs that are averaged (reduce, in
+    every layer). Joint blocks of weight and bias.
+
+    Args:
+        seed: Of parameters and data; the global random state is left as it was.
+
+    Example:
+        >>> len(list(exact_settings())) > 30
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield from _single_convolutions()
+        yield from _pointwise_networks()
+        yield from _circular_networks()
+
+
+_CONVOLUTIONS: tuple[tuple[int, dict], ...] = (
+    (1, {"kernel_size": 3}),
+    (1, {"kernel_size": 4, "padding": "same", "dilation": 3}),
+    (2, {"kernel_size": 3, "padding": 1}),
+    (2, {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}),
+    (2, {"kernel_size": 2, "padding": "same"}),
+    (2, {"kernel_size": (4, 3), "padding": "same", "dilation": (1, 2), "groups": 2}),
+    (2, {"kernel_size": 3, "padding": "valid", "groups": 2, "bias": False}),
+    (2, {"kernel_size": 3, "padding": 1, "groups": 4}),
+    (2, {"kernel_size": 3, "padding": 2, "padding_mode": "circular"}),
+    (2, {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect", "stride": 2}),
+    (2, {"kernel_size": 3, "padding": 2, "padding_mode": "replicate", "dilation": 2}),
+    (2, {"kernel_size": (2, 4), "padding": "same", "padding_mode": "circular", "groups": 2}),
+    (2, {"kernel_size": 1, "stride": 2}),
+    (3, {"kernel_size": 2, "padding": 1, "stride": (1, 2, 1), "groups": 2}),
+    (3, {"kernel_size": (2, 1, 3), "padding": "same"}),
+)
+_SIZES = {1: (9,), 2: (6, 7), 3: (3, 4, 4)}
+
+
+class _Pool(Module):
+    """The mean over all spatial axes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2)
+
+
+def _convolution(dimension: int, options: dict, out_channels: int) -> Module:
+    kinds = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
+    return kinds[dimension](4, out_channels, **options, dtype=torch.float64)
+
+
+def _single_convolutions() -> Iterator[Setting]:
+    for dimension, options in _CONVOLUTIONS:
+        names = ("0.weight", "0.bias") if options.get("bias", True) else ("0.weight",)
+        text = ", ".join(f"{key}={value}" for key, value in options.items())
+        for reduction in ("mean", "sum"):
+            x = torch.rand(3, 4, *_SIZES[dimension], dtype=torch.float64)
+            model = torch.nn.Sequential(_convolution(dimension, options, 4))
+            mse = torch.nn.MSELoss(reduction=reduction)
+            title = f"Conv{dimension}d({text}), {reduction}"
+            yield Setting(title, model, mse, x, torch.rand_like(model(x)), "expand", (names,))
+            pooled = torch.nn.Sequential(_convolution(dimension, options, 4), _Pool())
+            y = torch.rand(3, 4, dtype=torch.float64)
+            yield Setting(f"pooled {title}", pooled, mse, x, y, "reduce", (names,))
+
+
+def _pointwise_networks() -> Iterator[Setting]:
+    for reduction in ("mean", "sum"):
+        convolutions = torch.nn.Sequential(
+            torch.nn.Conv2d(2, 3, 1), torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.Conv2d(4, 3, 1)
+        ).double()
+        x = torch.rand(3, 2, 3, 2, dtype=torch.float64)
+        y = torch.rand(3, 3, 3, 2, dtype=torch.float64)
+        mse = torch.nn.MSELoss(reduction=reduction)
+        blocks: tuple[tuple[str, ...], ...]
+        blocks = (("0.weight", "0.bias"), ("1.weight",), ("2.weight", "2.bias"))
+        yield Setting(f"1x1 network, {reduction}", convolutions, mse, x, y, "expand", blocks)
+        linears = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 3)).double()
+        x = torch.rand(3, 5, 2, dtype=torch.float64)
+        y = torch.rand(3, 5, 3, dtype=torch.float64)
+        blocks = (("0.weight", "0.bias"), ("1.weight", "1.bias"))
+        yield Setting(f"shared linear network, {reduction}", linears, mse, x, y, "expand", blocks)
+
+
+def _circular_networks() -> Iterator[Setting]:
+    for dimension in (1, 2):
+        kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d}[dimension]
+        for reduction in ("mean", "sum"):
+            circular: Any = {"padding": "same", "padding_mode": "circular", "dtype": torch.float64}
+            model = torch.nn.Sequential(
+                kind(2, 4, 3, **circular),
+                kind(4, 4, 2, **circular),
+                kind(4, 3, 3, dilation=2, **circular),
+                _Pool(),
+            )
+            x = torch.rand(3, 2, *_SIZES[dimension], dtype=torch.float64)
+            y = torch.rand(3, 3, dtype=torch.float64)
+            mse = torch.nn.MSELoss(reduction=reduction)
+            names = tuple((f"{layer}.weight", f"{layer}.bias") for layer in range(3))
+            title = f"circular {dimension}-d network, {reduction}"
+            yield Setting(title, model, mse, x, y, "reduce", names)
+
+
+def _jacobian(outputs: Tensor, parameters: list[Tensor]) -> Tensor:
+    """``[outputs, P]``, one backward pass for each row."""
+    rows = []
+    for output in outputs.reshape(-1):
+        gradients = torch.autograd.grad(
+            output, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+    return torch.stack(rows)
