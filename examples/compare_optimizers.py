@@ -173,7 +173,7 @@ def compete(runs: Sequence[Run], seconds: float) -> None:
                 bar.set_postfix_str(
                     "diverged" if run.diverged else f"loss {run.final_loss:.2e}", refresh=False
                 )
-                bar.update(run.seconds - bar.n)
+                bar.update(min(run.seconds, seconds) - bar.n)
 
 
 # ------------------------------------------------------------------------------------ report
@@ -255,7 +255,7 @@ def describe_machine() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
     return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{cpu}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}, "
         f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"kfac_tn {kfac_tn.__version__}"
     )
@@ -291,6 +291,8 @@ def draw_runs(ax: Axes, runs: Sequence[Run], clock: str) -> None:
             [getattr(point, clock) for point in run.curve],
             [point.train_loss for point in run.curve],
             color=COLORS[run.name],
+            # On layers without weight sharing both KFACs are the same: dashes show both.
+            linestyle=(0, (3, 1.5)) if run.name == "KFAC-reduce" else "-",
             linewidth=(2.4 if run.lr is None else 1.8) if strong else 0.8,
             alpha=1.0 if strong else 0.3,
             zorder=(4 if run.lr is None else 3) if strong else 2,
@@ -315,10 +317,12 @@ def draw(results: Results, setting: str, path: Path) -> None:
         over_steps.set_title(problem.title, loc="left", fontweight="bold")
         over_steps.set(xlabel="steps", ylabel="training loss")
         over_seconds.set(xlabel="seconds of training")
-        over_seconds.legend(frameon=False, loc="upper right")
         target = target_loss(runs)
         if target is not None:
-            over_seconds.axhline(target, color="0.4", linewidth=0.9, linestyle=":", zorder=1)
+            style = {"color": "0.3", "linewidth": 1.0, "linestyle": ":", "zorder": 1}
+            over_seconds.axhline(target, label="best of SGD and Adam at the end", **style)
+        over_seconds.plot([], [], color="0.8", linewidth=0.8, label="other learning rates")
+        over_seconds.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
     figure.text(0.01, 0.005, setting, fontsize=7, color="0.4")
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     figure.savefig(path, dpi=150)
