@@ -8,7 +8,7 @@ Run from the root of the repository:
 Two problems are trained, a convolutional classifier and a deep autoencoder. SGD and Adam have the
 best of a grid of learning rates, KFAC its defaults. All start from the same weights and see the
 same batches in the same order. The runs take turns in slices of half a second and each has a clock
-that counts its training steps only, so that a busy or throttling machine is equally bad to all.
+that counts its training steps only: a busy spell of the machine hits all about equally.
 
 Written to the output folder: `results.md`, `results.json` (with all curves) and `curves.png`.
 """
@@ -350,7 +350,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     add("--seconds", type=float, help="training time of each run (default: 12; quick: 1)")
     add("--batch-size", type=int, default=128)
-    add("--threads", type=int, help="default: torch's")
+    add("--threads", type=int, help="default: torch's; 1 is steadier on a shared machine")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="a second for each run, one learning rate each")
     add("--output", type=Path, default=Path("outputs/compare_optimizers"))

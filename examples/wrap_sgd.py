@@ -58,12 +58,8 @@ def main() -> None:
     """Train both and print them side by side."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="3 epochs instead of 15")
-    parser.add_argument(
-        "--lr",
-        type=float,
-        default=0.1,
-        help="of SGD, in both runs; plain SGD does best with the default",
-    )
+    # Chosen for the plain run: the best of 0.05, 0.1 and 0.2 there.
+    parser.add_argument("--lr", type=float, default=0.1, help="of SGD, in both runs")
     options = parser.parse_args()
     images, epochs = load_images("digits"), 3 if options.quick else 15
 
