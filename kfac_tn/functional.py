@@ -448,8 +448,6 @@ def _cast(tensor: Tensor) -> Tensor:
 def _full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Keep autocast from lowering the precision of products."""
     device = tensor.device.type
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else nullcontext()
-    )
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

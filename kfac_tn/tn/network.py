@@ -368,7 +368,7 @@ class Network:
         """Compute the result, as written: call `simplify` first for speed.
 
         The contraction is planned once per network, dtype and device. Differentiable, also by
-        `torch.func`.
+        `torch.func`. The result may be a view of an operand.
 
         Args:
             operands: The tensors, by name, all of one dtype and device.

@@ -97,16 +97,25 @@ class Apply(Step):
         tensor, matrix = inputs
         if self.transpose:
             matrix = matrix.mT
-        before, after = tensor.shape[: self.axis], tensor.shape[self.axis + 1 :]
-        if not after:
-            return tensor @ matrix.mT
-        slices = tensor.reshape(before.numel(), tensor.shape[self.axis], after.numel())
-        return (matrix @ slices).reshape(*before, len(matrix), *after)
+        if tensor.is_contiguous():
+            return _apply(matrix, tensor, self.axis)
+        # In the order in which they lie in memory (channels last, say), axes merge without a copy.
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        result = _apply(matrix, tensor.permute(order), order.index(self.axis))
+        return result.permute([order.index(axis) for axis in range(tensor.ndim)])
 
     def flops(self, *inputs: Tensor) -> int:
         """Multiplications and additions."""
         tensor, matrix = inputs
         return 2 * tensor.numel() * matrix.numel() // tensor.shape[self.axis]
+
+
+def _apply(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
+    if not after:
+        return tensor @ matrix.mT
+    slices = tensor.reshape(before.numel(), tensor.shape[axis], after.numel())
+    return (matrix @ slices).reshape(*before, len(matrix), *after)
 
 
 @dataclass(frozen=True)
