@@ -19,7 +19,8 @@ from kfac_tn.tn.conv import (
     kfac_reduce_input_factor,
     unfold_input,
 )
-from kfac_tn.tn.network import Delta, Network, Node, Operand, Scalar
+from kfac_tn.tn.network import Network
+from kfac_tn.tn.node import Delta, Node, Operand, Scalar
 from kfac_tn.tn.pattern import IndexPattern
 
 __all__ = [

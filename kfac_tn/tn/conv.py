@@ -13,7 +13,8 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from math import prod
 
-from kfac_tn.tn.network import Network, Node, Operand
+from kfac_tn.tn.network import Network
+from kfac_tn.tn.node import Node, Operand
 from kfac_tn.tn.pattern import PADDING_MODES, IndexPattern
 
 Ints = int | tuple[int, ...]
@@ -80,7 +81,7 @@ class ConvSpec:
             shape = getattr(self, name)
             if len(shape) < 2 or min(shape) < 1:
                 raise ValueError(
-                    f"{name}={shape} must be two channel axes, or batch and channels, followed by "
+                    f"{name}={shape} must be two sizes (batch and channels, or channels), then "
                     "spatial sizes, all at least 1"
                 )
         if len(self.input_shape) != len(self.weight_shape):
@@ -94,16 +95,13 @@ class ConvSpec:
                 f"groups={self.groups} must divide {channels} input channels and the {out} "
                 "channels of weight_shape[0]"
             )
-        expected = (channels, None) if self.transposed else (None, channels // self.groups)
-        if expected[0] not in (None, out) or expected[1] not in (None, self.weight_shape[1]):
+        axis, expected, shown = 1, channels // self.groups, f"{channels} / {self.groups} = "
+        if self.transposed:
+            axis, expected, shown = 0, channels, ""
+        if self.weight_shape[axis] != expected:
             raise ValueError(
                 f"weight_shape={self.weight_shape} does not take {channels} input channels in "
-                f"groups={self.groups}: "
-                + (
-                    f"weight_shape[0] must be {channels}"
-                    if self.transposed
-                    else f"weight_shape[1] must be {channels} / {self.groups} = {expected[1]}"
-                )
+                f"groups={self.groups}: weight_shape[{axis}] must be {shown}{expected}"
             )
 
     def _per_dimension(self, name: str, least: int) -> tuple[int, ...]:

@@ -14,106 +14,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from math import prod
-from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-Axes: TypeAlias = tuple[tuple[str, ...], ...]
-"""The axes of a tensor. Each is a tuple of named indices, slowest first, as `(g c)` in einops."""
-
-
-@runtime_checkable
-class Constant(Protocol):
-    """What a node may hold besides an operand: a symbol that can make its own tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-
-    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Make the tensor."""
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor supplied at evaluation. Nodes with equal names hold the same tensor.
-
-    Attributes:
-        name: Keyword under which `Network.evaluate` takes the tensor.
-    """
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """A rational factor, kept exact until it meets a dtype.
-
-    Attributes:
-        value: The factor.
-    """
-
-    value: Fraction
-    shape: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Make the 0-dimensional tensor."""
-        return torch.tensor(float(self.value), dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """The identity matrix: its two indices are equal.
-
-    Attributes:
-        size: Number of rows.
-    """
-
-    size: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the tensor."""
-        return (self.size, self.size)
-
-    def __str__(self) -> str:
-        return "delta"
-
-    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Make the `[size, size]` identity."""
-        return torch.eye(self.size, dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class Node:
-    """A tensor of the network: what it holds, and the indices along its axes.
-
-    Attributes:
-        symbol: An `Operand`, or a constant such as an `IndexPattern`, a `Delta` or a `Scalar`.
-        axes: One tuple of index names per axis of the tensor.
-    """
-
-    symbol: Operand | Constant
-    axes: Axes
-
-    @cached_property
-    def indices(self) -> tuple[str, ...]:
-        """All indices of the node, slowest first."""
-        return tuple(index for axis in self.axes for index in axis)
-
-    def __str__(self) -> str:
-        return f"{self.symbol}[{_format_axes(self.axes)}]"
-
-    def rename(self, names: Mapping[str, str]) -> Node:
-        """Return the node with indices renamed."""
-        return Node(self.symbol, _rename_axes(self.axes, names))
+from kfac_tn.tn.node import Axes, Delta, Node, Operand, Scalar, format_axes, rename_axes
 
 
 @dataclass(frozen=True)
@@ -242,7 +147,7 @@ class Network:
     def __str__(self) -> str:
         nodes = " ".join(map(str, self.nodes))
         sizes = " ".join(f"{index}={size}" for index, size in self.sizes)
-        return f"{nodes} -> [{_format_axes(self.output)}]\n{sizes}"
+        return f"{nodes} -> [{format_axes(self.output)}]\n{sizes}"
 
     # ---- manipulations --------------------------------------------------------------------------
 
@@ -250,7 +155,7 @@ class Network:
         """Return the network with indices renamed; two indices given one name become one."""
         return Network.build(
             (node.rename(names) for node in self.nodes),
-            _rename_axes(self.output, names),
+            rename_axes(self.output, names),
             {names.get(index, index): size for index, size in self.sizes},
         )
 
@@ -299,7 +204,7 @@ class Network:
         deltas = [Node(Delta(self.size[i]), ((i,), (split[i],))) for i in shared]
         return Network.build(
             (*self.nodes[:at], *self.nodes[at + 1 :], *deltas),
-            (*self.output, *_rename_axes(removed.axes, split)),
+            (*self.output, *rename_axes(removed.axes, split)),
             {**self.size, **{split[i]: self.size[i] for i in shared}},
         )
 
@@ -455,11 +360,3 @@ class Network:
                     f"{tensor.device}, {first!r} is {reference.dtype} on {reference.device}"
                 )
         return reference.dtype, reference.device
-
-
-def _rename_axes(axes: Axes, names: Mapping[str, str]) -> Axes:
-    return tuple(tuple(names.get(index, index) for index in axis) for axis in axes)
-
-
-def _format_axes(axes: Axes) -> str:
-    return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in axes)

@@ -23,7 +23,8 @@ import torch
 from opt_einsum import paths
 from torch import Tensor
 
-from kfac_tn.tn.network import Network, Operand, Scalar
+from kfac_tn.tn.network import Network
+from kfac_tn.tn.node import Operand, Scalar
 from kfac_tn.tn.pattern import IndexPattern
 from kfac_tn.tn.steps import Apply, Arrange, Gather, Pad, Product, Scale, Step, Sum, Window
 

@@ -7,7 +7,8 @@ from fractions import Fraction
 from functools import lru_cache
 from math import prod
 
-from kfac_tn.tn.network import Delta, Network, Node, Scalar
+from kfac_tn.tn.network import Network
+from kfac_tn.tn.node import Delta, Node, Scalar
 from kfac_tn.tn.pattern import IndexPattern
 
 

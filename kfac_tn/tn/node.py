@@ -1,0 +1,117 @@
+"""The nodes of a tensor network: what they hold, and the indices along their axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Axes: TypeAlias = tuple[tuple[str, ...], ...]
+"""The axes of a tensor. Each is a tuple of named indices, slowest first, as `(g c)` in einops."""
+
+
+class Constant(Protocol):
+    """What a node may hold besides an operand: a symbol that can make its own tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+
+    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make the tensor."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor supplied at evaluation. Nodes with equal names hold the same tensor.
+
+    Attributes:
+        name: Keyword under which `Network.evaluate` takes the tensor.
+    """
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A rational factor, kept exact until it meets a dtype.
+
+    Attributes:
+        value: The factor.
+    """
+
+    value: Fraction
+    shape: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make the 0-dimensional tensor."""
+        return torch.tensor(float(self.value), dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The identity matrix: its two indices are equal.
+
+    Attributes:
+        size: Number of rows.
+    """
+
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the tensor."""
+        return (self.size, self.size)
+
+    def __str__(self) -> str:
+        return "delta"
+
+    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make the `[size, size]` identity."""
+        return torch.eye(self.size, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A tensor of the network: what it holds, and the indices along its axes.
+
+    Attributes:
+        symbol: An `Operand`, or a constant such as an `IndexPattern`, a `Delta` or a `Scalar`.
+        axes: One tuple of index names per axis of the tensor.
+    """
+
+    symbol: Operand | Constant
+    axes: Axes
+
+    @cached_property
+    def indices(self) -> tuple[str, ...]:
+        """All indices of the node, slowest first."""
+        return tuple(index for axis in self.axes for index in axis)
+
+    def __str__(self) -> str:
+        return f"{self.symbol}[{format_axes(self.axes)}]"
+
+    def rename(self, names: Mapping[str, str]) -> Node:
+        """Return the node with indices renamed."""
+        return Node(self.symbol, rename_axes(self.axes, names))
+
+
+def rename_axes(axes: Axes, names: Mapping[str, str]) -> Axes:
+    """Axes with those of their indices renamed that have a new name."""
+    return tuple(tuple(names.get(index, index) for index in axis) for axis in axes)
+
+
+def format_axes(axes: Axes) -> str:
+    """Axes as in einops: indices, composite axes in parentheses."""
+    return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in axes)
