@@ -149,6 +149,19 @@ def test_table(compare):
     ]
 
 
+def test_busy_machine_is_reported(compare, tmp_path):
+    runs = [make_run(compare, "SGD", lr, [4.0, 2.0, 1.0]) for lr in (0.1, 1.0)]
+    runs.append(make_run(compare, "KFAC-expand", None, [4.0, 2.0]))
+    runs[-1].steps = 2  # slow, but that's its own affair
+    assert not compare.uneven_clock(runs)
+    assert "busy" not in compare.report([(runs[0].problem, runs)], "setting", tmp_path)
+    runs[0].steps //= 2
+    assert compare.uneven_clock(runs)
+    assert "busy" in compare.report([(runs[0].problem, runs)], "setting", tmp_path)
+    runs[0].diverged = True
+    assert not compare.uneven_clock(runs)
+
+
 def test_learning_rates(compare):
     problem = make_problem(compare)
     assert compare.learning_rates(problem, "SGD", quick=False) == (0.01, 0.1, 1.0)
