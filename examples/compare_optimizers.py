@@ -2,7 +2,7 @@
 
 Run from the root of the repository:
 
-    python examples/compare_optimizers.py            # scikit-learn's digits, about 4 minutes
+    python examples/compare_optimizers.py            # scikit-learn's digits, 3 to 4 minutes
     python examples/compare_optimizers.py --quick    # the same in little, well under a minute
 
 Two problems are trained, a convolutional classifier and a deep autoencoder. SGD and Adam have the
@@ -281,8 +281,8 @@ def report(results: Results, setting: str, output: Path) -> str:
         uneven = uneven_clock(runs)
         if uneven:
             sections.append(
-                "**The machine was busy**: the same steps took different times. Don't compare these "
-                "seconds; repeat on a quiet machine, or with `--threads 1`."
+                "**The machine was busy**: the same steps took different times. Don't compare "
+                "these seconds; repeat on a quiet machine, or with `--threads 1`."
             )
         record[problem.title] = {
             "metric": problem.metric,
