@@ -57,5 +57,9 @@ def _shifted(factor: Tensor, damping: Tensor) -> Tensor:
 
 def _cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     root, info = torch.linalg.cholesky_ex(matrix)
+    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    good = (info == 0) & diagonal.isfinite().all(-1)
+    # Where it failed, the diagonal may have zeros, at which cholesky_inverse raises.
+    diagonal.masked_fill_(~good.unsqueeze(-1), 1)
     inverse = torch.cholesky_inverse(root)
-    return inverse, (info == 0) & inverse.isfinite().all(-1).all(-1)
+    return inverse, good & inverse.isfinite().all(-1).all(-1)

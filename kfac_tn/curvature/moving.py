@@ -114,21 +114,32 @@ class MovingFactors:
             if self.updates[slot]
         }
 
+    def check_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse what ``load_state_dict`` can't set.
+
+        Raises:
+            ValueError: If a factor's shape isn't the layer's.
+        """
+        for block in self.blocks:
+            if block.name not in state:
+                continue
+            sizes = block.input_dim + (block.bias is not None), block.grad_output_dim
+            for name, size in zip(self._TENSORS, sizes * 2, strict=True):
+                shape, wanted = state[block.name][name].shape, (block.groups, size, size)
+                if shape != wanted:
+                    raise ValueError(
+                        f"The state has '{name}' of shape {list(shape)} for layer '{block.name}', "
+                        f"which needs {list(wanted)}: it is another model's."
+                    )
+
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Set what ``state_dict`` gave; layers that are missing there start anew.
 
         Raises:
             ValueError: If a factor's shape isn't the layer's; nothing is changed then.
         """
+        self.check_state_dict(state)
         mine = {block: state[block.name] for block in self.blocks if block.name in state}
-        for block, entry in mine.items():
-            size = block.input_dim + (block.bias is not None)
-            shape = (block.groups, size, size)
-            if entry["input"].shape != shape:
-                raise ValueError(
-                    f"The state has an input factor {list(entry['input'].shape)} for layer "
-                    f"'{block.name}', which needs {list(shape)}: it is another model's."
-                )
         self.updates = [0] * len(self.blocks)
         self.inverted = [False] * len(self.blocks)
         for block, entry in mine.items():

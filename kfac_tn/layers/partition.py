@@ -167,7 +167,10 @@ def partition(
             )
     others = [
         OtherParameter(
-            name, parameter, _reason(parameter, owners[parameter]) or "its weight has no block"
+            name,
+            parameter,
+            _reason(parameter, owners[parameter])
+            or _without_its_weight(parameter, owners[parameter]),
         )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter not in covered
@@ -215,6 +218,14 @@ def _reason(parameter: Parameter, owners: list[Owner]) -> str | None:
     if not parameter.is_floating_point():
         return f"its dtype is {parameter.dtype}"
     return None
+
+
+def _without_its_weight(bias: Parameter, owners: list[Owner]) -> str:
+    """Why a bias that could be part of a block isn't."""
+    weights = {module._parameters.get("weight") for _, module, _ in owners}
+    if len(weights) > 1:
+        return f"shared with '{owners[1][0]}', which has another weight"
+    return "its weight has no block"
 
 
 def _settings(module: Module) -> dict[str, object]:

@@ -1,0 +1,238 @@
+"""Which parameters get a Kronecker block, which don't, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from kfac_tn.layers import ConvFamily, LinearFamily, partition, register_layer
+from kfac_tn.layers import partition as partition_function
+
+
+class Layers(nn.Module):
+    """A bag of named modules."""
+
+    def __init__(self, **layers: nn.Module):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+def frozen(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        getattr(layer, name).requires_grad_(False)
+    return layer
+
+
+def tied(first: nn.Module, second: nn.Module, *attributes: str) -> Layers:
+    for attribute in attributes:
+        setattr(second, attribute, getattr(first, attribute))
+    return Layers(a=first, b=second)
+
+
+# Model, blocks as {name: parameters}, others as {parameter: a word of the reason}
+CASES = {
+    "linear and convolutions": (
+        lambda: Layers(
+            l=nn.Linear(2, 3), c1=nn.Conv1d(2, 2, 1), c2=nn.Conv2d(2, 2, 1), c3=nn.Conv3d(2, 2, 1)
+        ),
+        {name: [f"{name}.weight", f"{name}.bias"] for name in ("l", "c1", "c2", "c3")},
+        {},
+    ),
+    "the model is the layer": (lambda: nn.Linear(2, 3), {"": ["weight", "bias"]}, {}),
+    "no bias": (lambda: Layers(l=nn.Linear(2, 3, bias=False)), {"l": ["l.weight"]}, {}),
+    "frozen weight": (
+        lambda: Layers(l=frozen(nn.Linear(2, 3), "weight")),
+        {},
+        {"l.bias": "frozen"},
+    ),
+    "frozen bias": (lambda: Layers(l=frozen(nn.Linear(2, 3), "bias")), {"l": ["l.weight"]}, {}),
+    "frozen layer": (lambda: Layers(l=frozen(nn.Linear(2, 3), "weight", "bias")), {}, {}),
+    "normalization, embedding and recurrence": (
+        lambda: Layers(n=nn.LayerNorm(2), e=nn.Embedding(3, 2), g=nn.GRUCell(1, 1, bias=False)),
+        {},
+        {
+            "n.weight": "LayerNorm",
+            "n.bias": "LayerNorm",
+            "e.weight": "Embedding",
+            "g.weight_ih": "GRUCell",
+            "g.weight_hh": "GRUCell",
+        },
+    ),
+    "attention: its output layer is used functionally": (
+        lambda: Layers(m=nn.MultiheadAttention(2, 1)),
+        {},
+        {
+            "m.in_proj_weight": "MultiheadAttention",
+            "m.in_proj_bias": "MultiheadAttention",
+            "m.out_proj.weight": "NonDynamicallyQuantizableLinear",
+            "m.out_proj.bias": "NonDynamicallyQuantizableLinear",
+        },
+    ),
+    "a subclass may compute something else": (
+        lambda: Layers(l=type("Mine", (nn.Linear,), {})(2, 3)),
+        {},
+        {"l.weight": "Mine", "l.bias": "Mine"},
+    ),
+    "reparametrized weight": (
+        lambda: Layers(l=nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))),
+        {},
+        {
+            "l.bias": "ParametrizedLinear",
+            "l.parametrizations.weight.original0": "ParametrizationList",
+            "l.parametrizations.weight.original1": "ParametrizationList",
+        },
+    ),
+    "pruned weight": (
+        lambda: Layers(l=prune.identity(nn.Linear(2, 3), "weight")),
+        {},
+        {"l.bias": "weight", "l.weight_orig": "Linear"},
+    ),
+    "linear layers tied, biases too": (
+        lambda: tied(nn.Linear(2, 2), nn.Linear(2, 2), "weight", "bias"),
+        {"a": ["a.weight", "a.bias"]},
+        {},
+    ),
+    "linear layers tied, no biases": (
+        lambda: tied(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), "weight"),
+        {"a": ["a.weight"]},
+        {},
+    ),
+    "linear layers tied, biases not": (
+        lambda: tied(nn.Linear(2, 2), nn.Linear(2, 2), "weight"),
+        {},
+        {"a.weight": "another bias", "a.bias": "no block", "b.bias": "no block"},
+    ),
+    "biases tied, weights not": (
+        lambda: tied(nn.Linear(2, 3), nn.Linear(2, 3), "bias"),
+        {"a": ["a.weight"], "b": ["b.weight"]},
+        {"a.bias": "shared with 'b', which has another weight"},
+    ),
+    "embedding and linear tied": (
+        lambda: tied(nn.Embedding(5, 2), nn.Linear(2, 5), "weight"),
+        {},
+        {"a.weight": "shared with Embedding 'a'", "b.bias": "no block"},
+    ),
+    "convolutions tied with other strides": (
+        lambda: tied(nn.Conv1d(1, 1, 2), nn.Conv1d(1, 1, 2, stride=2), "weight", "bias"),
+        {},
+        {"a.weight": "hyper-parameters", "a.bias": "hyper-parameters"},
+    ),
+    "one module under two names": (
+        lambda: _registered_twice(),
+        {"a": ["a.weight", "a.bias"]},
+        {},
+    ),
+}
+
+
+def _registered_twice() -> Layers:
+    layer = nn.Linear(2, 2)
+    return Layers(a=layer, b=layer)
+
+
+@pytest.mark.parametrize(("make", "blocks", "others"), CASES.values(), ids=CASES)
+def test_every_trainable_parameter_once_and_with_a_reason(make, blocks, others):
+    model = make()
+    found, rest = partition(model)
+    assert {block.name: list(block.parameters) for block in found} == blocks
+    assert {other.name for other in rest} == set(others)
+    for other in rest:
+        assert others[other.name] in other.reason
+    covered = [p for block in found for p in block.parameters.values()]
+    covered += [other.parameter for other in rest]
+    assert len(covered) == len(set(covered))
+    assert set(covered) == {p for p in model.parameters() if p.requires_grad}
+
+
+def test_block_of_tied_modules_knows_them_all():
+    model = tied(nn.Linear(2, 2), nn.Linear(2, 2), "weight", "bias")
+    ((block,), _) = partition(model)
+    assert block.modules == (model.a, model.b)
+    ((block,), _) = partition(_registered_twice())
+    assert len(block.modules) == 1
+
+
+def test_sizes_of_a_grouped_convolution():
+    ((block,), _) = partition(nn.Conv2d(4, 6, (2, 3), groups=2))
+    assert (block.groups, block.input_dim, block.grad_output_dim) == (2, 2 * 6, 3)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "reduce",
+        {"a": "reduce", "b": "expand"},
+        lambda name, module: {"a": "reduce"}.get(name, "expand"),
+    ],
+)
+def test_approximation_for_all_by_name_or_by_function(choice):
+    blocks, _ = partition(Layers(a=nn.Linear(1, 1), b=nn.Linear(1, 1), n=nn.LayerNorm(1)), choice)
+    assert blocks[0].approximation == "reduce"
+    assert blocks[1].approximation == ("reduce" if choice == "reduce" else "expand")
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("shrink", "'shrink'"),
+        ({"a": "reduce"}, "b"),
+        ({"a": "reduce", "b": "expand", "n": "expand"}, r"\['n'\]"),
+        (lambda name, module: "shrink", "'shrink'"),
+    ],
+)
+def test_wrong_approximations_are_refused(choice, message):
+    model = Layers(a=nn.Linear(1, 1), b=nn.Linear(1, 1), n=nn.LayerNorm(1))
+    with pytest.raises(ValueError, match=message):
+        partition(model, choice)
+
+
+def test_lazy_modules_are_refused_until_they_have_a_shape():
+    model = Layers(l=nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"'l.weight' is not initialized"):
+        partition(model)
+    model.l(torch.zeros(1, 2))
+    assert partition(model)[0][0].input_dim == 2
+
+
+def test_registered_layers_get_a_block(monkeypatch):
+    class Loud(nn.Linear):
+        pass
+
+    module = __import__("sys").modules[partition_function.__module__]
+    monkeypatch.setattr(module, "_FAMILIES", dict(module._FAMILIES))
+    assert partition(Loud(2, 3))[0] == []
+    register_layer(Loud, LinearFamily())
+    ((block,), others) = partition(Loud(2, 3))
+    assert block.input_dim == 2
+    assert others == []
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "shape"),
+    [
+        (LinearFamily(), nn.Linear(3, 2), (3,)),
+        (ConvFamily(), nn.Conv1d(3, 2, 2), (3, 5)),
+        (ConvFamily(), nn.Conv2d(4, 2, 2, groups=2), (4, 5, 4)),
+        (ConvFamily(), nn.Conv3d(2, 2, 2), (2, 3, 4, 3)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_single_example_may_lack_its_batch_axis(family, module, shape, bias):
+    x = torch.rand(shape)
+    output = module(x)
+    assert family.batch_and_positions(module, output) == family.batch_and_positions(
+        module, module(x[None])
+    )
+    for method, argument in (
+        ("input_factor", (x, bias)),
+        ("average_input", (x, bias)),
+        ("grad_output_factor", (output,)),
+        ("sum_grad_output", (output,)),
+    ):
+        batched = (argument[0][None], *argument[1:])
+        actual = getattr(family, method)(module, *argument)
+        torch.testing.assert_close(actual, getattr(family, method)(module, *batched))
