@@ -43,6 +43,7 @@ class _Pass:
     """The losses of one call of ``backward()``: micro-batches are passes, terms share one."""
 
     scale: Tensor
+    calls: dict[Call, None] = field(default_factory=dict)  # that it reached
     grad_outputs: list[tuple[Call, Tensor]] = field(default_factory=list)  # empirical Fisher
     terms: Tensor | int = 1
 
@@ -159,24 +160,20 @@ class Capture:
             return
         fisher = self.fisher
         task = -1 - len(self._passes)  # each call stands for a backward pass of its own
-        scale = _accurate(torch.as_tensor(weight, dtype=outputs.dtype, device=outputs.device))
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        scale = torch.as_tensor(weight, dtype=dtype, device=outputs.device)
         with _plain(outputs.device):
             if fisher == "empirical":
                 self._differentiate(outputs, self._empirical(outputs, targets), scale, task)
             elif fisher == "forward-only":
-                self._count_inputs(call for _, call in self._calls(outputs))
-                self._begin(task, scale)
+                self._begin(task, scale, self._calls(outputs))
             else:
                 columns = self._columns(outputs, targets, None)
                 self._differentiate(outputs, columns, scale, task)
 
     def take(self) -> Statistics:
         """Return the factors of all passes since the last call, and forget them."""
-        for one_pass in self._passes.values():
-            if one_pass.grad_outputs:  # M sum_n g g^T, g without the scale it went through
-                factor = one_pass.terms / one_pass.scale
-                for block, total in combine_grad_outputs(one_pass.grad_outputs).items():
-                    add_to(self._grad_output_sums, block, total * factor)
+        self._finish()
         scales = torch.stack([one_pass.scale for one_pass in self._passes.values()] or [_ONE])
         total_scale = scales.max() if self.likelihood.reduction == "sum" else scales.sum()
         factors = {}
@@ -223,7 +220,7 @@ class Capture:
         _metadata(edge.node).setdefault(self._key, []).append(call)
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not isinstance(loss, Tensor):
             return
         self.seen_loss = True
         if not self._active() or not loss.requires_grad:
@@ -244,8 +241,7 @@ class Capture:
                 weight = gradient / scale  # positive also for an objective that is maximized
             scale = scale.abs()
             if self.fisher == "forward-only":
-                self._count_inputs(call for _, call in self._calls(outputs))
-                self._begin(task, scale)
+                self._begin(task, scale, self._calls(outputs))
             elif self.fisher == "empirical":
                 self._listen(outputs, targets, scale, task)
             else:
@@ -287,11 +283,13 @@ class Capture:
 
     def _empirical(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
-        self.armed = False  # the next line isn't the user's call
-        with torch.enable_grad():
-            predictions = outputs.detach().requires_grad_()
-            loss = self._loss_fn(predictions, targets)
-        self.armed = True
+        self.armed = False  # this call isn't the user's
+        try:
+            with torch.enable_grad():
+                predictions = outputs.detach().requires_grad_()
+                loss = self._loss_fn(predictions, targets)
+        finally:
+            self.armed = True
         (gradient,) = torch.autograd.grad(loss, predictions)
         terms = self.likelihood.num_terms(predictions.detach(), targets)
         root = torch.as_tensor(terms, dtype=gradient.dtype, device=gradient.device).sqrt()
@@ -315,10 +313,11 @@ class Capture:
         calls = self._calls(outputs)
         if not calls and not self.diagonals:
             return
-        self._begin(task, scale)
+        one_pass = self._begin(task, scale)
         edges = [GradientEdge(node, call.output_nr) for node, call in calls]
-        reached: dict[Call, None] = {}
         for column in columns:
+            # A mean over no terms (all targets ignored) is NaN: its weight is zero.
+            column = torch.where(scale > 0, column, 0)
             gradients = torch.autograd.grad(
                 [outputs],
                 cast(Any, [*edges, *self.diagonals]),
@@ -331,13 +330,12 @@ class Capture:
                 for (_, call), gradient in zip(calls, gradients, strict=False)
                 if gradient is not None
             ]
-            reached.update((call, None) for call, _ in statistics)
+            one_pass.calls.update((call, None) for call, _ in statistics)
             for block, factor in combine_grad_outputs(statistics).items():
                 add_to(self._grad_output_sums, block, factor * scale)
             for parameter, gradient in zip(self.diagonals, gradients[len(calls) :], strict=True):
                 if gradient is not None:
                     add_to(self._diagonal_sums, parameter, gradient.square() * scale)
-        self._count_inputs(reached)
 
     def _listen(self, outputs: Tensor, targets: Tensor, scale: Tensor, task: int) -> None:
         """Take the gradients of the user's own pass, as it arrives at each layer's output."""
@@ -362,22 +360,29 @@ class Capture:
         with _plain(gradient.device):
             statistic = call.grad_output_statistic(gradient.detach())
             self._passes[task].grad_outputs.append((call, statistic))
-            self._count_inputs([call])
+            self._passes[task].calls[call] = None
 
-    def _begin(self, task: int, scale: Tensor) -> _Pass:
+    def _begin(self, task: int, scale: Tensor, reached: Iterable[tuple[Node, Call]] = ()) -> _Pass:
         """Note a loss and its factor in the objective of the pass that it belongs to."""
-        one_pass = self._passes.setdefault(task, _Pass(scale))
+        if task not in self._passes:
+            self._finish()
+            self._passes[task] = _Pass(scale)
+        one_pass = self._passes[task]
         one_pass.scale = torch.maximum(one_pass.scale, scale)
+        one_pass.calls.update((call, None) for _, call in reached)
         return one_pass
 
-    def _count_inputs(self, calls: Iterable[Call]) -> None:
-        """Add the input statistics of calls that weren't counted before."""
-        new = [call for call in calls if not call.counted]
-        for call in new:
-            call.counted = True
-        for block, (total, count) in combine_inputs(new).items():
-            previous, previous_count = self._input_sums.get(block, (0.0, 0))
-            self._input_sums[block] = (previous + total, previous_count + count)
+    def _finish(self) -> None:
+        """Reduce the passes to sums: only now are all calls known that belong together."""
+        for one_pass in self._passes.values():
+            for block, (total, count) in combine_inputs(one_pass.calls).items():
+                previous, previous_count = self._input_sums.get(block, (0.0, 0))
+                self._input_sums[block] = (previous + total, previous_count + count)
+            # M sum_n g g^T, g without the scale it went through
+            factor = one_pass.terms / one_pass.scale
+            for block, gram in combine_grad_outputs(one_pass.grad_outputs).items():
+                add_to(self._grad_output_sums, block, gram * factor)
+            one_pass.calls, one_pass.grad_outputs = {}, []
 
 
 # Tools -----------------------------------------------------------------------------------------

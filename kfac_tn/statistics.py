@@ -44,17 +44,17 @@ class Statistics:
 class Call:
     """One call of one module, kept by the autograd node that made its output.
 
-    ``input`` is the mean of a a^T (expand) or one average row per example (reduce).
+    ``input`` is the mean of a a^T (expand) or one average row per example (reduce); None once it
+    is counted, since a loss that the user keeps for its value keeps this too.
     """
 
     block: LayerBlock
     module: Module
     output_nr: int
     output_shape: torch.Size
-    input: Tensor
+    input: Tensor | None
     examples: int
     positions: int
-    counted: bool = False
 
     def grad_output_statistic(self, gradient: Tensor) -> Tensor:
         """The sum of g g^T (expand) or one summed row per example (reduce)."""
@@ -69,7 +69,7 @@ class Call:
 
 
 def combine_inputs(calls: Iterable[Call]) -> dict[LayerBlock, tuple[Tensor, int]]:
-    """Sums over calls of a a^T and the number of terms, for each block."""
+    """Sums over calls of a a^T and the number of terms, for each block; each call counts once."""
     sums: dict[LayerBlock, tuple[Tensor, int]] = {}
 
     def add(block: LayerBlock, total: Tensor, count: int) -> None:
@@ -78,13 +78,16 @@ def combine_inputs(calls: Iterable[Call]) -> dict[LayerBlock, tuple[Tensor, int]
 
     rows: dict[tuple[LayerBlock, int], tuple[Tensor, int]] = {}
     for call in calls:
+        statistic, call.input = call.input, None
+        if statistic is None:
+            continue
         if call.block.approximation == "expand":
             count = call.examples * call.positions
-            add(call.block, call.input * count, count)
+            add(call.block, statistic * count, count)
         else:  # reduce: average over the positions of all calls before the outer product
             key = (call.block, call.examples)
             previous, positions = rows.get(key, (0.0, 0))
-            rows[key] = (previous + call.input * call.positions, positions + call.positions)
+            rows[key] = (previous + statistic * call.positions, positions + call.positions)
     for (block, examples), (total, positions) in rows.items():
         add(block, functional.gram(total / positions), examples)
     return sums

@@ -52,9 +52,9 @@ def compute_kfac(
         zero blocks.
 
     Raises:
-        ValueError: For unknown options, an empty loader, results that aren't finite, a loss with
-            ``reduction="none"``, or ``"forward-only"`` with parameters that have no Kronecker
-            structure (freeze them, or choose another Fisher).
+        ValueError: For unknown options, a model without trainable parameters, an empty loader,
+            results that aren't finite, a loss with ``reduction="none"``, or ``"forward-only"`` with
+            parameters that have no Kronecker structure (freeze them, or choose another Fisher).
         TypeError: For a loss whose likelihood isn't known.
 
     Example:
@@ -69,6 +69,8 @@ def compute_kfac(
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias is {bias!r}: choose 'joint' or 'separate'.")
     blocks, others = partition(model, approximation)
+    if not blocks and not others:
+        raise ValueError("The model has no trainable parameter.")
     if fisher == "forward-only" and others:
         raise ValueError(
             "fisher='forward-only' knows nothing of parameters without Kronecker structure: freeze "
@@ -79,12 +81,12 @@ def compute_kfac(
         batches = 0
         for inputs, targets in loader:
             batches += 1
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 outputs = model(inputs)
-            weight: Tensor | float = 1.0
-            if capture.likelihood.reduction == "mean":
-                weight = capture.likelihood.num_terms(outputs.detach(), targets)
-            capture.observe(outputs, targets, weight)
+                weight: Tensor | float = 1.0
+                if capture.likelihood.reduction == "mean":
+                    weight = capture.likelihood.num_terms(outputs.detach(), targets)
+                capture.observe(outputs, targets, weight)
         statistics = capture.take()
     finally:
         capture.close()
@@ -102,7 +104,8 @@ def compute_kfac(
         )
     for other in others:
         values = statistics.diagonals.get(other.parameter)
-        values = torch.zeros_like(other.parameter) if values is None else values
+        if values is None:
+            values = torch.zeros_like(other.parameter, dtype=_accurate(other.parameter))
         _check_finite(other.name, values)
         computed[other.name] = DiagonalBlock(other.name, values.detach())
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
@@ -117,9 +120,14 @@ def layout_of(block: LayerBlock) -> Layout:
 def _zero(block: LayerBlock) -> Factors:
     """Factors of a layer that the loss doesn't depend on."""
     size = block.input_dim + (block.bias is not None)
-    zeros = block.weight.detach().new_zeros
     outputs = block.grad_output_dim
+    zeros = torch.zeros_like(block.weight, dtype=_accurate(block.weight)).new_zeros
     return Factors(zeros(block.groups, size, size), zeros(block.groups, outputs, outputs))
+
+
+def _accurate(parameter: Tensor) -> torch.dtype:
+    """The dtype of its curvature."""
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _check_finite(name: str, *tensors: Tensor) -> None:

@@ -119,7 +119,7 @@ def partition(
 
     Raises:
         ValueError: For an unknown approximation, a name that the dict lacks or that is no layer,
-            and for parameters of lazy modules that have no shape yet.
+            for parameters of lazy modules that have no shape yet, and for complex ones.
 
     Example:
         >>> import torch
@@ -133,6 +133,11 @@ def partition(
         if is_lazy(parameter):
             raise ValueError(
                 f"Parameter '{name}' is not initialized yet: run the lazy model once before."
+            )
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise ValueError(
+                f"Parameter '{name}' has dtype {parameter.dtype}: only real floating-point "
+                "parameters can be trained here."
             )
     owners = _owners(model)
     blocks: list[LayerBlock] = []
@@ -215,8 +220,6 @@ def _reason(parameter: Parameter, owners: list[Owner]) -> str | None:
             return f"shared with '{name}', which is another kind of layer or has another bias"
         if _settings(module) != _settings(first):
             return f"shared with '{name}', which has other hyper-parameters"
-    if not parameter.is_floating_point():
-        return f"its dtype is {parameter.dtype}"
     return None
 
 
