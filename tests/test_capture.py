@@ -438,7 +438,7 @@ class Deep(nn.Module):
 @pytest.mark.parametrize("overall", [1.0, 0.1])
 @pytest.mark.parametrize("order", [1, -1])
 def test_several_losses_in_one_objective_add_up_with_their_weights(overall, order):
-    """total = main + 0.3 aux; against a GGN by hand, sum_n J_n^T H_n J_n at the trunk's output."""
+    """A total of main + 0.3 aux; by hand: sum_n J_n^T H_n J_n at the output of the trunk."""
     torch.manual_seed(0)
     model, loss_fn = Deep().double(), nn.CrossEntropyLoss()
     x, y, z = torch.rand(6, 4).double(), torch.randint(3, (6,)), torch.randint(2, (6,))

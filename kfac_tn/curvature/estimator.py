@@ -66,12 +66,6 @@ class CurvatureEstimator:
         self.blocks, self.others = partition(model, approximation)
         if not self.blocks and not self.others:
             raise ValueError("The model has no trainable parameter.")
-        for parameter in model.parameters():
-            if parameter.requires_grad and not parameter.is_floating_point():
-                raise ValueError(
-                    f"A trainable parameter has dtype {parameter.dtype}: only real floating-point "
-                    "parameters can be trained here."
-                )
         self.damping, self.relative_damping = damping, relative_damping
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.steps = 0
@@ -172,8 +166,8 @@ class CurvatureEstimator:
         generators = {device: g.get_state() for device, g in self._generators.items()}
         return {"steps": self.steps, "factors": factors, "generators": generators}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken.
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that isn't of this model.
 
         Raises:
             ValueError: If the state is of a model with other layers.
@@ -181,6 +175,16 @@ class CurvatureEstimator:
         unknown = state["factors"].keys() - {block.name for block in self.blocks}
         if unknown:
             raise ValueError(f"The state has factors of layers {sorted(unknown)}, unknown here.")
+        for moving in self._moving:
+            moving.check_state_dict(state["factors"])
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: If the state is of a model with other layers; nothing is changed then.
+        """
+        self.check_state_dict(state)
         for moving in self._moving:
             moving.load_state_dict(state["factors"])
         self.steps = state["steps"]
@@ -205,6 +209,8 @@ class CurvatureEstimator:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no element is NaN or inf: one number crosses to the host."""
-    norms = torch._foreach_norm(tensors, float("inf"))
-    return bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all())
+    """Whether no element is NaN or inf: as a rule, one number crosses to the host."""
+    norms = torch._foreach_norm(tensors)
+    if bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all()):
+        return True
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)  # a square may overflow

@@ -136,7 +136,7 @@ class MovingFactors:
         """Set what ``state_dict`` gave; layers that are missing there start anew.
 
         Raises:
-            ValueError: If a factor's shape isn't the layer's; nothing is changed then.
+            ValueError: As ``check_state_dict``; nothing is changed then.
         """
         self.check_state_dict(state)
         mine = {block: state[block.name] for block in self.blocks if block.name in state}

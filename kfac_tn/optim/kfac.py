@@ -185,6 +185,12 @@ class KFAC(Optimizer):
                     f"The gradient of '{self._names[parameter]}' is sparse, which KFAC can't use: "
                     "build its module with sparse=False."
                 )
+        for parameter, name in self._names.items():
+            if parameter.grad is not None and parameter not in self._trained:
+                self._estimator.warn(
+                    f"Parameter '{name}' was frozen when KFAC was made and isn't trained now: make "
+                    "a new optimizer."
+                )
         if not gradients:
             self._estimator.capture.discard()
             return loss
@@ -258,11 +264,25 @@ class KFAC(Optimizer):
         """Continue where ``state_dict`` was taken; hyper-parameters of the groups included.
 
         Raises:
-            ValueError: If the state is another optimizer's or another model's.
+            ValueError: If the state is another optimizer's or another model's; nothing is changed
+                then.
         """
         if "curvature" not in state_dict:
             raise ValueError("The state has no 'curvature': it isn't one of KFAC.")
         curvature = state_dict["curvature"]
+        self._estimator.check_state_dict(curvature)
+        mine, saved = (
+            [p for group in groups for p in group["params"]]
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        for parameter, index in zip(mine, saved, strict=False):  # torch compares the lengths
+            moment = state_dict["state"].get(index, {}).get("exp_avg", parameter)
+            if moment.shape != parameter.shape:
+                raise ValueError(
+                    f"The state has moments of shape {list(moment.shape)} for parameter "
+                    f"'{self._names[parameter]}' of shape {list(parameter.shape)}: it is another "
+                    "model's."
+                )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
         self._estimator.load_state_dict(curvature)
 
@@ -302,15 +322,15 @@ class KFAC(Optimizer):
         ):
             if not low <= group[name] < high:
                 raise ValueError(f"{name} is {group[name]}: it must be in [{low}, {high}).")
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas are {group['betas']}: both must be in [0, 1).")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas are {group['betas']}: two are needed, both in [0, 1).")
         for parameter in group["params"]:
             if parameter not in self._names:
                 raise ValueError("A parameter group has a parameter that isn't the model's.")
 
     def _check_complete(self) -> None:
-        given = {p for group in self.param_groups for p in group["params"]}
-        missing = [n for p, n in self._names.items() if p.requires_grad and p not in given]
+        self._trained = {p for group in self.param_groups for p in group["params"]}
+        missing = [n for p, n in self._names.items() if p.requires_grad and p not in self._trained]
         if missing:
             raise ValueError(
                 f"The parameter groups miss trainable parameters {missing}: add them, or freeze "

@@ -112,7 +112,12 @@ class KFACPreconditioner:
         Raises:
             RuntimeError: If the loss module was never called.
         """
-        gradients = {p: p.grad for p in self._model.parameters() if p.grad is not None}
+        # Sparse gradients, of embeddings, are the optimizer's business.
+        gradients = {
+            p: p.grad
+            for p in self._model.parameters()
+            if p.grad is not None and not p.grad.is_sparse
+        }
         if not gradients or not all_finite(list(gradients.values())):
             self._estimator.capture.discard()
             if gradients:

@@ -61,9 +61,10 @@ def test_batched_layers_equal_single_ones_and_the_dense_inverse(relative):
             mean_a, mean_b = a.trace() / 5, b.trace() / 3
             pi = (mean_a / mean_b).sqrt()
             shift_a, shift_b = (0.1 * mean_a, 0.1 * mean_b) if relative else (0.1 * pi, 0.1 / pi)
-            damped_a, damped_b = a + shift_a * torch.eye(5), b + shift_b * torch.eye(3)
+            damped_a = a + shift_a * torch.eye(5).double()
+            damped_b = b + shift_b * torch.eye(3).double()
             dense = damped_b.inverse() @ matrices[block][g] @ damped_a.inverse()
-            torch.testing.assert_close(expected[g], dense)
+            torch.testing.assert_close(expected[g], dense, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("relative", [True, False])
