@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -163,6 +163,12 @@ class KFACPreconditioner:
             ValueError: If the state is of a model with other layers.
         """
         self._estimator.load_state_dict(state_dict)
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "KFACPreconditioner is tied to its model by hooks and can't be copied or pickled: make "
+            "a new one for the copied model and load state_dict() into it."
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n{self.coverage()!r}\n)"
