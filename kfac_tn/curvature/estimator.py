@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -194,18 +195,33 @@ class CurvatureEstimator:
         self.capture.armed = self._due(self.factor_interval)
 
     def _due(self, interval: int) -> bool:
-        """At multiples of the interval, and before the first one at powers of two.
-
-        Early curvature changes fast and there is nothing yet to average.
-        """
-        step = self.steps
-        return step % interval == 0 or (step < interval and step & (step - 1) == 0)
+        early, end = early_steps(interval)
+        return self.steps in early or (self.steps >= end and self.steps % interval == 0)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         key = str(device)
         if key not in self._generators:
             self._generators[key] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[key]
+
+
+@lru_cache
+def early_steps(interval: int) -> tuple[frozenset[int], int]:
+    """Steps at which something is due before its interval is reached, and where that phase ends.
+
+    Early curvature changes fast and there is nothing to average yet; so the gap is a quarter of the
+    steps taken until then, one at first.
+
+    Example:
+        >>> early, end = early_steps(3)
+        >>> sorted(early), end
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 10], 12)
+    """
+    steps, step = set(), 0
+    while (gap := max(1, step // 4)) < interval:
+        steps.add(step)
+        step += gap
+    return frozenset(steps), step
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

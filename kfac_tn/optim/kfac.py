@@ -35,9 +35,9 @@ class KFAC(Optimizer):
     with A and B the moving averages of the layer's Kronecker factors and hats for damping
     (``step_rule="graft"``: the direction of KFAC with the step size of Adam, whose learning rates
     transfer). Parameters without Kronecker structure take Adam's step u. Statistics are renewed
-    every ``factor_interval`` steps and inverses every ``inverse_interval`` (before the first
-    interval is over, at steps 0, 1, 2, 4, 8, ...), by extra backward passes that start when
-    ``backward()`` reaches the loss; other steps cost two small matrix products per layer more than
+    every ``factor_interval`` steps and inverses every ``inverse_interval`` (more often at the
+    beginning: whenever a quarter more steps have been taken), by extra backward passes that start
+    when ``backward()`` reaches the loss; other steps cost two matrix products per layer more than
     Adam's.
 
     A step whose gradient isn't finite changes nothing but the counter of warnings. Checkpoints
@@ -96,8 +96,8 @@ class KFAC(Optimizer):
         self,
         model: Module,
         loss_fn: Module | Likelihood,
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
@@ -106,9 +106,9 @@ class KFAC(Optimizer):
         mc_samples: int = 1,
         damping: float = 1e-3,
         relative_damping: bool = True,
-        factor_decay: float = 0.95,
-        factor_interval: int = 10,
-        inverse_interval: int = 50,
+        factor_decay: float = 0.9,
+        factor_interval: int = 20,
+        inverse_interval: int = 100,
         step_rule: StepRule = "graft",
         kl_clip: float = 1e-3,
         other_lr: float | None = None,

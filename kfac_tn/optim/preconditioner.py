@@ -71,9 +71,9 @@ class KFACPreconditioner:
         mc_samples: int = 1,
         damping: float = 1e-3,
         relative_damping: bool = True,
-        factor_decay: float = 0.95,
-        factor_interval: int = 10,
-        inverse_interval: int = 50,
+        factor_decay: float = 0.9,
+        factor_interval: int = 20,
+        inverse_interval: int = 100,
         seed: int = 0,
     ) -> None:
         if step_rule not in get_args(StepRule):
