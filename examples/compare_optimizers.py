@@ -370,7 +370,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     add("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     add("--seconds", type=float, help="training time of each run (default: 10; quick: 1)")
-    add("--batch-size", type=int, default=128)
+    add("--batch-size", type=int, default=256)
     add("--threads", type=int, help="default: torch's; 1 is steadier on a shared machine")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="a second for each run, one learning rate each")
