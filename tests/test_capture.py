@@ -215,6 +215,20 @@ def test_a_loss_kept_for_its_value_keeps_no_statistics():
 
 @pytest.mark.parametrize("fisher", FISHERS)
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_micro_batches_do_not_pile_up(fisher, approximation):
+    """Their statistics are summed as they come: memory doesn't grow with their number."""
+    model, loss_fn, (x, y) = make_model(), nn.CrossEntropyLoss(), make_data()
+    capture = watch(model, loss_fn, fisher, approximation)
+    output = model(x)
+    statistic = weakref.ref(capture._calls(output)[0][1].input)
+    loss_fn(output, y).backward()
+    del output
+    loss_fn(model(x), y).backward()
+    assert statistic() is None
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
 def test_the_users_gradients_are_bit_identical(fisher, approximation):
     model, loss_fn, (x, y) = make_model().float(), nn.CrossEntropyLoss(), make_data()
     x = x.float().requires_grad_()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kfac_tn
 from kfac_tn.capture import Capture
-from kfac_tn.layers import partition
+from kfac_tn.layers import LinearFamily, partition
 
 pytestmark = [
     pytest.mark.filterwarnings("error::RuntimeWarning"),
@@ -204,6 +204,26 @@ def test_two_forward_passes_into_one_loss(fisher, approximation):
     capture = watch(trunk, loss_fn, fisher, approximation)
     loss_fn(trunk(x).sum(1), y).backward()
     assert_same(actual, taken(capture))
+
+
+@pytest.mark.parametrize("fisher", EXACT)
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_calls_with_different_numbers_of_positions(fisher, approximation):
+    """As above: one call at two positions and one at three are five positions."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y, loss_fn = torch.rand(6, 5, 4).double(), torch.randint(3, (6,)), nn.CrossEntropyLoss()
+    expected = factors(nn.Sequential(trunk, Sum()), loss_fn, x, y, fisher, approximation)
+    capture = watch(trunk, loss_fn, fisher, approximation)
+    loss_fn(trunk(x[:, :2]).sum(1) + trunk(x[:, 2:]).sum(1), y).backward()
+    assert_same(taken(capture), {name[2:]: each for name, each in expected.items()})
+
+
+class Sum(nn.Module):
+    """Over positions."""
+
+    def forward(self, x):
+        return x.sum(1)
 
 
 @pytest.mark.parametrize("fisher", EXACT)
@@ -541,6 +561,19 @@ def test_activation_checkpointing(fisher, approximation):
     assert len(results[0]) == 4
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def test_layers_that_run_again_for_checkpointing_are_not_watched_again(monkeypatch):
+    """Nor is the time spent for nothing."""
+    model, loss_fn = Checkpointed(reentrant=False), nn.CrossEntropyLoss()
+    capture = watch(model, loss_fn)
+    calls = []
+    plain = LinearFamily.input_factor
+    monkeypatch.setattr(
+        LinearFamily, "input_factor", lambda *args: calls.append(args[1]) or plain(*args)
+    )
+    loss_fn(model(torch.rand(6, 4).double()), torch.randint(3, (6,))).backward()
+    assert len(calls) == len(taken(capture)) == 4
 
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)

@@ -215,12 +215,12 @@ def early_steps(interval: int) -> tuple[frozenset[int], int]:
     Example:
         >>> early, end = early_steps(3)
         >>> sorted(early), end
-        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 10], 12)
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12], 12)
     """
-    steps, step = set(), 0
+    steps, step = {0}, 0
     while (gap := max(1, step // 4)) < interval:
-        steps.add(step)
         step += gap
+        steps.add(step)
     return frozenset(steps), step
 
 

@@ -240,12 +240,13 @@ def test_hooks_are_removed_after_an_error_in_the_loader():
     assert not any(module._forward_hooks for module in [loss_fn, *model.modules()])
 
 
-def test_works_under_no_grad_and_keeps_the_mode():
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_works_under_no_grad_and_keeps_the_mode(context):
     model, loss_fn, data = problem()
     model.eval()
     options = {"fisher": "empirical", "generator": torch.Generator().manual_seed(0)}
     expected = kfac_tn.compute_kfac(model, loss_fn, data, **options)
-    with torch.no_grad():
+    with context():
         options["generator"].manual_seed(0)
         actual = kfac_tn.compute_kfac(model, loss_fn, data, **options)
     assert torch.equal(actual.to_dense(), expected.to_dense())

@@ -131,6 +131,16 @@ def test_a_zero_block_has_the_inverse_of_its_damping():
             assert inverse.isfinite().all()
 
 
+def test_rounding_makes_no_negative_eigenvalue():
+    """The smallest eigenvalues of a large singular factor, in float32, are about -1."""
+    torch.manual_seed(0)
+    root = 1e3 * torch.rand(1, 20, 2)
+    factor = root @ root.mT
+    assert torch.linalg.eigvalsh(factor).min() < -1e-3
+    block = KroneckerBlock(Layout("w", Size([20, 20])), factor, factor)
+    assert (block.inverse(1e-3).values > 0).all()
+
+
 def test_layout_is_a_bijection_also_for_kernels():
     layout = Layout("w", Size([4, 3, 2, 2]), "b", groups=2)
     tensors = {"w": torch.rand(4, 3, 2, 2), "b": torch.rand(4)}
