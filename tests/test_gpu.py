@@ -73,7 +73,7 @@ def test_monte_carlo_training_continues_bit_for_bit():
     model, loss_fn, optimizer = train("cuda", 5)
     other, other_loss_fn = copy.deepcopy(model), nn.CrossEntropyLoss()
     resumed = kfac_tn.KFAC(other, other_loss_fn, factor_interval=2, inverse_interval=3)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     x, y = make_data("cuda")
     for net, loss, chosen in ((model, loss_fn, optimizer), (other, other_loss_fn, resumed)):
         for _ in range(3):
