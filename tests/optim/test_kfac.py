@@ -508,7 +508,7 @@ def test_observe_in_training_equals_the_loss_module():
     assert same(values(model), values(twin))
 
 
-@pytest.mark.parametrize("loss_fn", [nn.L1Loss(), F.cross_entropy, nn.MSELoss], ids=str)
+@pytest.mark.parametrize("loss_fn", [nn.L1Loss(), F.cross_entropy, nn.MSELoss], ids=["module", "function", "class"])
 def test_unknown_losses_are_refused(loss_fn):
     model = make_model()
     with pytest.raises(TypeError, match="no likelihood is known"):
