@@ -575,6 +575,17 @@ def test_half_precision_models_have_float32_factors(dtype, approximation):
             assert (one - other).norm() < 0.05 * other.norm()
 
 
+def test_weights_of_half_precision_losses_are_summed_in_float32():
+    """100 elements with factor 1,000: more than float16 can hold."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(2, 3).half(), nn.CrossEntropyLoss(reduction="none")
+    x, y = torch.rand(100, 2).half(), torch.randint(3, (100,))
+    expected = plain_factors(model, nn.CrossEntropyLoss(), x, y)
+    capture = watch(model, loss_fn)
+    (1000 * loss_fn(model(x), y)).sum().backward()
+    assert_same(factors(capture), expected, rtol=1e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 @pytest.mark.parametrize("fisher", DETERMINISTIC)
 def test_autocast(fisher, approximation):

@@ -269,6 +269,19 @@ def test_batches_of_different_size_count_by_their_terms(fisher, reduction):
     assert testing.relative_error(split, joined) < 1e-10
 
 
+def test_diagonals_of_batches_of_different_weight():
+    """One example in each batch: the squared gradients of type-2 columns are exact then."""
+    model, _, data = problem(1, 1, 1, 1)
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2]).double())
+    data = [(x, torch.tensor([label])) for (x, _), label in zip(data, (0, 1, 2, 1), strict=True)]
+    diagonal = kfac_tn.compute_kfac(model, loss_fn, data, fisher="type-2").diagonal()
+    whole = [torch.cat(part) for part in zip(*data, strict=True)]
+    ggn = testing.dense_ggn(model, loss_fn, *whole)
+    for name in ("norm.weight", "norm.bias"):
+        expected = testing.diagonal_block(ggn, model, (name,)).diagonal()
+        torch.testing.assert_close(diagonal[name], expected, rtol=1e-9, atol=1e-12)
+
+
 def test_many_terms_in_half_precision_do_not_overflow():
     """The number of terms is a weight: 65,536 is infinite in float16."""
     model, loss_fn = nn.Linear(2, 1).half(), nn.MSELoss()
