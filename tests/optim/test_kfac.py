@@ -508,7 +508,9 @@ def test_observe_in_training_equals_the_loss_module():
     assert same(values(model), values(twin))
 
 
-@pytest.mark.parametrize("loss_fn", [nn.L1Loss(), F.cross_entropy, nn.MSELoss], ids=["module", "function", "class"])
+@pytest.mark.parametrize(
+    "loss_fn", [nn.L1Loss(), F.cross_entropy, nn.MSELoss], ids=["module", "function", "class"]
+)
 def test_unknown_losses_are_refused(loss_fn):
     model = make_model()
     with pytest.raises(TypeError, match="no likelihood is known"):
@@ -852,10 +854,9 @@ def other_states():
     yield "more groups", of(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), 4, 3, 3), ValueError
 
 
-@pytest.mark.parametrize(
-    ("name", "state", "error"), list(other_states()), ids=lambda v: str(v)[:20]
-)
-def test_another_models_state_is_refused_and_nothing_changed(name, state, error):
+@pytest.mark.parametrize("case", other_states(), ids=lambda case: case[0])
+def test_another_models_state_is_refused_and_nothing_changed(case):
+    _, state, error = case
     model, loss_fn, optimizer = make()
     train(optimizer, model, loss_fn, 2)
     before, steps = snapshot(model, optimizer), optimizer._estimator.steps
