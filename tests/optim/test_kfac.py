@@ -854,7 +854,7 @@ def other_states():
     yield "more groups", of(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), 4, 3, 3), ValueError
 
 
-@pytest.mark.parametrize("case", other_states(), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", list(other_states()), ids=lambda case: case[0])
 def test_another_models_state_is_refused_and_nothing_changed(case):
     _, state, error = case
     model, loss_fn, optimizer = make()
