@@ -11,16 +11,36 @@ Example:
     True
 """
 
-from kfac_tn.tn.conv import (
-    ConvSpec,
+from kfac_tn.tn.conv import ConvSpec
+from kfac_tn.tn.curvature import (
     average_unfolded_input,
-    forward,
+    ggn_block,
+    ggn_diagonal,
+    ggn_gram,
+    hbp_backward,
+    hessian_diagonal_backward,
+    hessian_diagonal_weight,
+    kfac_expand_grad_output_factor,
     kfac_expand_input_factor,
+    kfac_reduce_grad_output_factor,
     kfac_reduce_input_factor,
-    unfold_input,
+    kfra_backward,
 )
 from kfac_tn.tn.network import Network
-from kfac_tn.tn.node import Delta, Node, Operand, Scalar
+from kfac_tn.tn.node import Delta, Node, Ones, Operand, Scalar
+from kfac_tn.tn.operations import (
+    fold_output,
+    forward,
+    input_jvp,
+    input_vjp,
+    per_example_weight_vjp,
+    randomized_input_vjp,
+    randomized_weight_vjp,
+    unfold_input,
+    unfold_kernel,
+    weight_jvp,
+    weight_vjp,
+)
 from kfac_tn.tn.pattern import IndexPattern
 
 __all__ = [
@@ -29,11 +49,30 @@ __all__ = [
     "IndexPattern",
     "Network",
     "Node",
+    "Ones",
     "Operand",
     "Scalar",
     "average_unfolded_input",
+    "fold_output",
     "forward",
+    "ggn_block",
+    "ggn_diagonal",
+    "ggn_gram",
+    "hbp_backward",
+    "hessian_diagonal_backward",
+    "hessian_diagonal_weight",
+    "input_jvp",
+    "input_vjp",
+    "kfac_expand_grad_output_factor",
     "kfac_expand_input_factor",
+    "kfac_reduce_grad_output_factor",
     "kfac_reduce_input_factor",
+    "kfra_backward",
+    "per_example_weight_vjp",
+    "randomized_input_vjp",
+    "randomized_weight_vjp",
     "unfold_input",
+    "unfold_kernel",
+    "weight_jvp",
+    "weight_vjp",
 ]

@@ -1,20 +1,11 @@
-"""Convolutions: their hyper-parameters, and the networks of their operations.
-
-Indices: `n` batch, `g` group, `c` input and `d` output channel within the group, and per spatial
-dimension `i1, i2, ...` input, `o1, o2, ...` output, `k1, k2, ...` kernel position. All networks are
-manipulations of `forward` (Dangel 2024, arXiv 2307.02275).
-"""
+"""Convolutions: their shapes and hyper-parameters, checked and normalised."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property, lru_cache
-from math import prod
+from functools import cached_property
 
-from kfac_tn.tn.network import Network
-from kfac_tn.tn.node import Node, Operand
 from kfac_tn.tn.pattern import PADDING_MODES, IndexPattern
 
 Ints = int | tuple[int, ...]
@@ -247,119 +238,3 @@ class ConvSpec:
                 self.paddings[dimension][0],
                 self.padding_mode,
             )
-
-
-# A few hundred shapes are more than a model has; older ones are forgotten.
-_builder = lru_cache(maxsize=512)
-
-
-def _indices(letter: str, spec: ConvSpec) -> tuple[str, ...]:
-    return tuple(f"{letter}{dimension + 1}" for dimension in range(spec.dimensions))
-
-
-def _axes(indices: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    return tuple((index,) for index in indices)
-
-
-@_builder
-def forward(spec: ConvSpec) -> Network:
-    """Network of the convolution itself.
-
-    Args:
-        spec: The convolution.
-
-    Returns:
-        Network from `input` and `weight` to the output `[N, C_out, *O]`, without bias.
-
-    Example:
-        >>> print(forward(ConvSpec((1, 2, 5), (4, 2, 3))))
-        input[n (g c) i1] Pi[k1 o1 i1] weight[(g d) c k1] -> [n (g d) o1]
-        c=2 d=4 g=1 i1=5 k1=3 n=1 o1=3
-    """
-    inputs, outputs, kernel = (_indices(letter, spec) for letter in "iok")
-    short, long = (inputs, outputs) if spec.transposed else (outputs, inputs)
-    weight = (("g", "c"), ("d",)) if spec.transposed else (("g", "d"), ("c",))
-    nodes = [Node(Operand("input"), (("n",), ("g", "c"), *_axes(inputs)))]
-    sizes = {
-        "n": spec.input_shape[0],
-        "g": spec.groups,
-        "c": spec.input_shape[1] // spec.groups,
-        "d": spec.output_shape[1] // spec.groups,
-        **dict(zip(inputs, spec.input_size, strict=True)),
-        **dict(zip(outputs, spec.output_size, strict=True)),
-        **dict(zip(kernel, spec.kernel_size, strict=True)),
-    }
-    for pattern, k, o, i in zip(spec.patterns(), kernel, short, long, strict=True):
-        nodes.append(Node(pattern, ((k,), (o,), (i,))))
-    nodes.append(Node(Operand("weight"), (*weight, *_axes(kernel))))
-    return Network.build(nodes, [("n",), ("g", "d"), *_axes(outputs)], sizes)
-
-
-@_builder
-def unfold_input(spec: ConvSpec) -> Network:
-    """Network of the unfolded input (im2col): for each output, what each weight is multiplied by.
-
-    Args:
-        spec: The convolution.
-
-    Returns:
-        Network from `input` to `[N, C_in * prod(K), prod(O)]`, as `torch.nn.functional.unfold`.
-    """
-    kernel, outputs = _indices("k", spec), _indices("o", spec)
-    return forward(spec).without("weight", ("n",), ("g", "c", *kernel), outputs)
-
-
-@_builder
-def average_unfolded_input(spec: ConvSpec) -> Network:
-    """Network of the unfolded input's mean over output positions.
-
-    Args:
-        spec: The convolution.
-
-    Returns:
-        Network from `input` to `[N, groups, C_in / groups * prod(K)]`.
-    """
-    columns = ("c", *_indices("k", spec))
-    summed = unfold_input(spec).with_output(("n",), ("g",), columns)
-    return summed.scale(Fraction(1, prod(spec.output_size)))
-
-
-@_builder
-def kfac_expand_input_factor(spec: ConvSpec) -> Network:
-    """Network of the input's Kronecker factor in KFC / KFAC-expand.
-
-    The mean over examples and output positions of the outer product of the unfolded input with
-    itself (Grosse & Martens 2016, arXiv 1602.01407; up to scale).
-
-    Args:
-        spec: The convolution.
-
-    Returns:
-        Network from `input` to `[groups, d, d]`, `d = C_in / groups * prod(K)`: input channel, then
-        kernel position, as in `weight.flatten(1)` (of a convolution that is not transposed).
-    """
-    positions = prod(spec.output_size) * spec.input_shape[0]
-    return _gram(unfold_input(spec), spec, ("n", "g", *_indices("o", spec)), positions)
-
-
-@_builder
-def kfac_reduce_input_factor(spec: ConvSpec) -> Network:
-    """Network of the input's Kronecker factor in KFAC-reduce.
-
-    The mean over examples of the outer product with itself of the unfolded input's mean over output
-    positions (Eschenhagen et al. 2023, arXiv 2311.00636, equation 22).
-
-    Args:
-        spec: The convolution.
-
-    Returns:
-        Network from `input` to `[groups, d, d]`, as `kfac_expand_input_factor`.
-    """
-    return _gram(average_unfolded_input(spec), spec, ("n", "g"), spec.input_shape[0])
-
-
-def _gram(rows: Network, spec: ConvSpec, share: tuple[str, ...], count: int) -> Network:
-    """Join rows with themselves, and average over what the copies share, but for the group."""
-    columns = ("c", *_indices("k", spec))
-    primed = tuple(f"{index}'" for index in columns)
-    return rows.join(rows, share, [("g",), columns, primed]).scale(Fraction(1, count))

@@ -13,12 +13,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import zip_longest
 from math import prod
 
 import torch
 from torch import Tensor
 
-from kfac_tn.tn.node import Axes, Delta, Node, Operand, Scalar, format_axes, rename_axes
+from kfac_tn.tn.node import Axes, Delta, Node, Ones, Operand, Scalar, format_axes, rename_axes
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,14 @@ class Network:
             )
         return found[0]
 
+    def axes_of(self, name: str) -> Axes:
+        """Axes of the node that holds an operand.
+
+        Raises:
+            ValueError: If no node or several hold it.
+        """
+        return self.nodes[self.find(name)].axes
+
     @cached_property
     def _hash(self) -> int:
         return hash((self.nodes, self.output, self.sizes))
@@ -152,12 +161,18 @@ class Network:
     # ---- manipulations --------------------------------------------------------------------------
 
     def rename(self, names: Mapping[str, str]) -> Network:
-        """Return the network with indices renamed; two indices given one name become one."""
-        return Network.build(
-            (node.rename(names) for node in self.nodes),
-            rename_axes(self.output, names),
-            {names.get(index, index): size for index, size in self.sizes},
-        )
+        """Return the network with indices renamed; two indices given one name become one.
+
+        Raises:
+            ValueError: If there is no index of such a name, two indices made one differ in size,
+                or one tensor holds both.
+        """
+        self._check_known(names)
+        sizes: dict[str, int] = {}
+        for index, size in self.sizes:
+            _add_sizes(sizes, {names.get(index, index): size})
+        nodes = (node.rename(names) for node in self.nodes)
+        return Network.build(nodes, rename_axes(self.output, names), sizes)
 
     def with_output(self, *output: tuple[str, ...]) -> Network:
         """Return the network with other axes of the result; indices left out are summed over."""
@@ -168,7 +183,13 @@ class Network:
         return Network.build(nodes, self.output, self.size)
 
     def sum_over(self, *indices: str) -> Network:
-        """Return the network whose result is summed over some of its indices."""
+        """Return the network whose result is summed over some of its indices.
+
+        Raises:
+            ValueError: If they are no indices of the result.
+        """
+        if unknown := set(indices) - set(self.output_indices):
+            raise ValueError(f"the result [{format_axes(self.output)}] has no indices {unknown}")
         axes = (tuple(i for i in axis if i not in indices) for axis in self.output)
         return self.with_output(*axes)
 
@@ -176,47 +197,128 @@ class Network:
         """Return the network multiplied by a number."""
         return self.with_nodes((*self.nodes, Node(Scalar(Fraction(factor)), ())))
 
-    def replace(self, name: str, other: str) -> Network:
-        """Return the network with another operand in the place of one; a JVP does this."""
-        at = self.find(name)
-        node = Node(Operand(other), self.nodes[at].axes)
-        return self.with_nodes((*self.nodes[:at], node, *self.nodes[at + 1 :]))
+    def multiply(
+        self, name: str, *axes: tuple[str, ...], sizes: Mapping[str, int] | None = None
+    ) -> Network:
+        """Return the network multiplied by one more operand.
 
-    def without(self, name: str, *output: tuple[str, ...]) -> Network:
+        Args:
+            name: Name of the operand.
+            axes: Its axes, over indices of the network or new ones.
+            sizes: Sizes of the new indices; others may be among them.
+
+        Raises:
+            ValueError: If an index has no size, or another one than in the network.
+        """
+        nodes = (*self.nodes, Node(Operand(name), axes))
+        return Network.build(nodes, self.output, _add_sizes(dict(self.size), sizes or {}))
+
+    def contract_with(
+        self, name: str, *output: tuple[str, ...], leading: Mapping[str, int] | None = None
+    ) -> Network:
+        """Return the network multiplied by an operand shaped like its result.
+
+        Followed by `differentiate`, this is a vector-Jacobian product.
+
+        Args:
+            name: Name of the operand.
+            output: Axes of the new result. None: the scalar product.
+            leading: Further axes of the operand, in front of the others, by name of their index
+                and size: several cotangents at once.
+
+        Raises:
+            ValueError: If `leading` contradicts the sizes of the network.
+
+        Example:
+            >>> nodes = [Node(Operand("A"), (("i",), ("j",))), Node(Operand("x"), (("j",),))]
+            >>> network = Network.build(nodes, [("i",)], {"i": 2, "j": 3})
+            >>> print(network.contract_with("y").differentiate("x"))
+            A[i j] y[i] -> [j]
+            i=2 j=3
+        """
+        axes = (*((index,) for index in leading or ()), *self.output)
+        return self.multiply(name, *axes, sizes=leading).with_output(*output)
+
+    def replace(self, name: str, other: str | Network) -> Network:
+        """Return the network with something else in the place of an operand that occurs once.
+
+        Args:
+            name: The operand.
+            other: Name of another operand of this shape, as in a Jacobian-vector product; or a
+                network whose result has this shape, as a factorised kernel. The axes of its result
+                have the indices of the operand's, in number and size, or just one, which is then
+                split into these. Its other indices are primed if they would clash.
+
+        Raises:
+            ValueError: If the operand doesn't occur once, or the shapes do not fit.
+
+        Example:
+            >>> vectors = [Node(Operand("a"), (("i",),)), Node(Operand("b"), (("j",),))]
+            >>> outer = Network.build(vectors, [("i",), ("j",)], {"i": 2, "j": 3})
+            >>> total = Network.build([Node(Operand("A"), (("k",), ("l",)))], [], {"k": 2, "l": 3})
+            >>> print(total.replace("A", outer))
+            a[k] b[l] -> []
+            k=2 l=3
+        """
+        at = self.find(name)
+        sizes, nodes = dict(self.size), [Node(Operand(str(other)), self.nodes[at].axes)]
+        if isinstance(other, Network):
+            names = other._fit(self.nodes[at].axes, self)
+            inner = [index for index in other.size if index not in names]
+            clashing = [index for index in inner if index in sizes]
+            names |= {index: (index,) for index in inner}
+            fresh = _fresh(clashing, {*sizes, *inner})
+            names |= {index: (name,) for index, name in zip(clashing, fresh, strict=True)}
+            sizes |= {names[index][0]: other.size[index] for index in inner}
+            nodes = [node.expand(names) for node in other.nodes]
+        return Network.build((*self.nodes[:at], *nodes, *self.nodes[at + 1 :]), self.output, sizes)
+
+    def without(self, name: str, *output: tuple[str, ...], split: Collection[str] = ()) -> Network:
         """Return the network without an operand, and with the given axes of the result.
 
         This is the coefficient of the operand: the derivative but for its trivial parts, the
         indices that the operand shares with the result, in which the derivative is an identity.
+
+        Args:
+            name: The operand, which occurs once.
+            output: Axes of the new result. None: it is summed over everything.
+            split: Indices in which the identity is wanted: a `Delta` holds each of them equal to
+                its primed copy.
+
+        Raises:
+            ValueError: If the operand doesn't occur once, or the output has other indices than
+                those of the nodes that are left.
         """
         at = self.find(name)
-        return Network.build((*self.nodes[:at], *self.nodes[at + 1 :]), output, self.size)
+        copies = dict(zip(split, _fresh(split, self.size), strict=True))
+        deltas = [Node(Delta(self.size[i]), ((i,), (copies[i],))) for i in split]
+        sizes = {**self.size, **{copies[i]: self.size[i] for i in split}}
+        return Network.build((*self.nodes[:at], *self.nodes[at + 1 :], *deltas), output, sizes)
 
     def differentiate(self, name: str) -> Network:
         """Return the derivative with respect to an operand that occurs once.
 
         The operand's axes follow those of the result. An index that operand and result share
-        is split in two, held equal by a `Delta`.
+        is split in two, held equal by a `Delta`. Along an index that nothing else holds, the
+        derivative is constant: `Ones`.
+
+        Raises:
+            ValueError: If the operand doesn't occur once.
+
+        Example:
+            >>> matrix = Node(Operand("x"), (("n",), ("i",)))
+            >>> row_sums = Network.build([matrix], [("n",)], {"n": 2, "i": 3})
+            >>> print(row_sums.differentiate("x"))
+            ones[i] delta[n n'] -> [n n' i]
+            i=3 n=2 n'=2
         """
-        at = self.find(name)
-        removed = self.nodes[at]
+        removed = self.nodes[self.find(name)]
         shared = [index for index in removed.indices if index in self.output_indices]
-        split = dict(zip(shared, self._fresh(shared), strict=True))
-        deltas = [Node(Delta(self.size[i]), ((i,), (split[i],))) for i in shared]
-        return Network.build(
-            (*self.nodes[:at], *self.nodes[at + 1 :], *deltas),
-            (*self.output, *rename_axes(removed.axes, split)),
-            {**self.size, **{split[i]: self.size[i] for i in shared}},
-        )
-
-    def contract_with(self, name: str, *output: tuple[str, ...]) -> Network:
-        """Return the network multiplied by an operand shaped like its result.
-
-        Args:
-            name: Name of the operand.
-            output: Axes of the new result. None: the scalar product.
-        """
-        nodes = (*self.nodes, Node(Operand(name), self.output))
-        return Network.build(nodes, output, self.size)
+        lost = [i for i in removed.indices if i not in shared and len(self.holders(i)) == 1]
+        ones = [Node(Ones(self.size[index]), ((index,),)) for index in lost]
+        copies = dict(zip(shared, _fresh(shared, self.size), strict=True))
+        output = (*self.output, *rename_axes(removed.axes, copies))
+        return self.with_nodes((*self.nodes, *ones)).without(name, *output, split=shared)
 
     def join(
         self, other: Network, share: Collection[str], output: Iterable[tuple[str, ...]]
@@ -224,25 +326,40 @@ class Network:
         """Return the product of two networks.
 
         Args:
-            other: The second network.
+            other: The second network. Its operands are the same tensors as those of the first, if
+                they have the same names.
             share: Indices that are the same in both. All other indices of the second are primed:
-                its `c` is called `c'` in the result.
+                its `c` is called `c'` in the result, or `c''` if there is a `c'` already.
             output: Axes of the new result.
-        """
-        renamed = [index for index in other.size if index not in share]
-        second = other.rename(dict(zip(renamed, self._fresh(renamed), strict=True)))
-        nodes = (*self.nodes, *second.nodes)
-        return Network.build(nodes, output, {**self.size, **second.size})
 
-    def _fresh(self, indices: Iterable[str]) -> list[str]:
-        """Prime index names until they are none of this network's."""
-        fresh = []
-        for index in indices:
-            name = index + "'"
-            while name in self.size:
-                name += "'"
-            fresh.append(name)
-        return fresh
+        Raises:
+            ValueError: If they don't both have the indices to share, in the same sizes.
+        """
+        self._check_known(share)
+        other._check_known(share)
+        own = [index for index in other.size if index not in share]
+        second = other.rename(dict(zip(own, _fresh(own, self.size), strict=True)))
+        sizes = _add_sizes(dict(self.size), second.size)
+        return Network.build((*self.nodes, *second.nodes), output, sizes)
+
+    def _check_known(self, indices: Iterable[str]) -> None:
+        if unknown := set(indices) - set(self.size):
+            raise ValueError(f"there are no indices {unknown} among {sorted(self.size)}")
+
+    def _fit(self, axes: Axes, outer: Network) -> dict[str, tuple[str, ...]]:
+        """What the indices of the result are in the place of another network's axes."""
+        names: dict[str, tuple[str, ...]] = {}
+        for own, axis in zip_longest(self.output, axes, fillvalue=()):
+            if len(own) == 1 and self.size[own[0]] == prod(outer.size[i] for i in axis):
+                names[own[0]] = axis
+            elif [self.size[i] for i in own] == [outer.size[i] for i in axis]:
+                names |= {index: (name,) for index, name in zip(own, axis, strict=True)}
+            else:
+                raise ValueError(
+                    f"axes [{format_axes(self.output)}] of shape {self.shape} don't fit in the "
+                    f"place of [{format_axes(axes)}] of shape {outer.shape_of(axes)}"
+                )
+        return names
 
     # ---- evaluation: the work is done further down the house, in `rewrite` and `plan` -----------
 
@@ -360,3 +477,22 @@ class Network:
                     f"{tensor.device}, {first!r} is {reference.dtype} on {reference.device}"
                 )
         return reference.dtype, reference.device
+
+
+def _fresh(indices: Iterable[str], taken: Iterable[str]) -> list[str]:
+    """Prime index names until they differ from those taken, and from one another."""
+    fresh: list[str] = []
+    for index in indices:
+        name = index + "'"
+        while name in taken or name in fresh:
+            name += "'"
+        fresh.append(name)
+    return fresh
+
+
+def _add_sizes(sizes: dict[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """Add sizes of indices, which must not contradict those that are there."""
+    for index, size in more.items():
+        if sizes.setdefault(index, size) != size:
+            raise ValueError(f"index {index!r} has sizes {sizes[index]} and {size}")
+    return sizes

@@ -83,11 +83,34 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Ones:
+    """A vector of ones: nothing depends on its index.
+
+    Attributes:
+        size: Number of entries.
+    """
+
+    size: int
+
+    @property
+    def shape(self) -> tuple[int]:
+        """Shape of the tensor."""
+        return (self.size,)
+
+    def __str__(self) -> str:
+        return "ones"
+
+    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make the `[size]` vector."""
+        return torch.ones(self.size, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
 class Node:
     """A tensor of the network: what it holds, and the indices along its axes.
 
     Attributes:
-        symbol: An `Operand`, or a constant such as an `IndexPattern`, a `Delta` or a `Scalar`.
+        symbol: An `Operand`, or a constant: `IndexPattern`, `Delta`, `Ones`, `Scalar`, or your own.
         axes: One tuple of index names per axis of the tensor.
     """
 
@@ -105,6 +128,17 @@ class Node:
     def rename(self, names: Mapping[str, str]) -> Node:
         """Return the node with indices renamed."""
         return Node(self.symbol, rename_axes(self.axes, names))
+
+    def expand(self, names: Mapping[str, tuple[str, ...]]) -> Node:
+        """Return the node with one or several indices in the place of each.
+
+        Raises:
+            ValueError: If one index of a constant, whose axes have one each, is to become several.
+        """
+        axes = tuple(tuple(name for index in axis for name in names[index]) for axis in self.axes)
+        if not isinstance(self.symbol, Operand) and any(len(axis) > 1 for axis in axes):
+            raise ValueError(f"the axes of {self} cannot be split into [{format_axes(axes)}]")
+        return Node(self.symbol, axes)
 
 
 def rename_axes(axes: Axes, names: Mapping[str, str]) -> Axes:
