@@ -136,7 +136,7 @@ SMALL_CASES = [
     pytest.param(
         nn.CrossEntropyLoss(reduction="sum"), (3,), torch.tensor(1), id="cross-entropy-unbatched"
     ),
-    pytest.param(nn.MSELoss(), (2, 2), torch.zeros(2, 2), id="mse"),
+    pytest.param(nn.MSELoss(), (2, 2), torch.zeros(2, 2).double(), id="mse"),
     pytest.param(
         nn.BCEWithLogitsLoss(pos_weight=torch.tensor([3.0, 0.5]).double()),
         (2, 2),

@@ -40,6 +40,9 @@ class KFAC(Optimizer):
     when ``backward()`` reaches the loss; other steps cost two matrix products per layer more than
     Adam's.
 
+    Hooks of your own on activations (``register_hook``, ``retain_grad``, full backward hooks) see
+    the extra passes too: autograd has no way to leave them out. Parameters' gradients don't.
+
     A step whose gradient isn't finite changes nothing but the counter of warnings. Checkpoints
     (``state_dict``) hold tensors and plain numbers only; a run continues from one bit for bit.
 
@@ -54,7 +57,8 @@ class KFAC(Optimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled (Loshchilov & Hutter 2019); per step ``lr * weight_decay``.
         approximation: ``"expand"`` or ``"reduce"``, a dict by layer name, or a function of
-            (name, module).
+            (name, module). Reduce takes the first axis for the examples, and two calls of a module
+            with equally many examples in one loss for calls on the same examples.
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"``.
         mc_samples: Samples of the targets for ``"mc"``.
         damping: Added to each block B (x) A, divided between its factors (Martens & Grosse 2015,
