@@ -2,7 +2,7 @@
 
 The indices are those of `kfac_tn.tn.operations`, primed in the second copy unless the copies share
 them: which indices they share is all that tells one curvature from another (Dangel 2024,
-arXiv 2307.02275, section 3 and appendix). `v` counts the back-propagated columns of a root of the
+arXiv 2307.02275). `v` counts the back-propagated columns of a root of the
 loss Hessian, if there are several.
 """
 
@@ -59,7 +59,7 @@ def kfac_reduce_input_factor(spec: ConvSpec) -> Network:
     """Network of the input's Kronecker factor in KFAC-reduce.
 
     The mean over examples of the outer product with itself of the unfolded input's mean over output
-    positions (Eschenhagen et al. 2023, arXiv 2311.00636, equation 22).
+    positions (Eschenhagen et al. 2023, arXiv 2311.00636).
 
     Args:
         spec: The convolution.
@@ -99,7 +99,7 @@ def kfac_reduce_grad_output_factor(spec: ConvSpec) -> Network:
     """Network of the output gradient's Kronecker factor in KFAC-reduce.
 
     The sum over examples of the outer product with itself of the output gradient's sum over output
-    positions (Eschenhagen et al. 2023, arXiv 2311.00636, equation 22).
+    positions (Eschenhagen et al. 2023, arXiv 2311.00636).
 
     Args:
         spec: The convolution.
@@ -145,9 +145,8 @@ def _weight_gradients(spec: ConvSpec, columns: int) -> Network:
 def ggn_diagonal(spec: ConvSpec, columns: int = 1) -> Network:
     """Network of the diagonal of the weight's generalised Gauss-Newton matrix.
 
-    The sum over columns and examples of squared gradients (Dangel et al. 2020, arXiv 1912.10985,
-    appendix; as a network: Dangel 2024, arXiv 2307.02275, appendix). With output gradients for
-    columns, the diagonal of the gradients' second moment.
+    The sum over columns and examples of squared gradients (Dangel et al. 2020, arXiv 1912.10985).
+    With output gradients for columns, the diagonal of the gradients' second moment.
 
     Args:
         spec: The convolution.
@@ -167,7 +166,7 @@ def ggn_diagonal(spec: ConvSpec, columns: int = 1) -> Network:
 
 
 @builder
-def ggn_gram(spec: ConvSpec, columns: int = 1) -> Network:
+def ggn_gram(spec: ConvSpec, columns: int = 1, second: ConvSpec | None = None) -> Network:
     """Network of the Gram matrix of the weight's gradients: all inner products between examples.
 
     It has the non-zero eigenvalues of the generalised Gauss-Newton matrix (Dangel et al. 2022,
@@ -177,17 +176,26 @@ def ggn_gram(spec: ConvSpec, columns: int = 1) -> Network:
     Args:
         spec: The convolution.
         columns: Number `V` of back-propagated columns of the loss Hessian's root. Default: 1.
+        second: The same convolution of another batch, between which and the first the inner
+            products are taken. Default: the same batch.
 
     Returns:
-        Network from `input` and `grad_output`, `[V, N, C_out, *O]`, to `[V, N, V, N]`.
+        Network from `input` and `grad_output`, `[V, N, C_out, *O]`, to `[V, N, V, N]`. With
+        `second`, the last two axes are those of the further operands `input_2` and `grad_output_2`.
+
+    Raises:
+        ValueError: If the two convolutions' weights don't have the same shape and groups.
 
     Example:
         >>> ggn_gram(ConvSpec((2, 3, 5), (4, 3, 2)), columns=10).shape
         (10, 2, 10, 2)
     """
-    rows = _weight_gradients(spec, columns)
+    rows = others = _weight_gradients(spec, columns)
+    if second is not None:
+        others = _weight_gradients(second, columns)
+        others = others.replace("input", "input_2").replace("grad_output", "grad_output_2")
     share = [index for index in rows.output_indices if index not in ("v", "n")]
-    return rows.join(rows, share, [("v",), ("n",), ("v'",), ("n'",)])
+    return rows.join(others, share, [("v",), ("n",), ("v'",), ("n'",)])
 
 
 @builder
@@ -247,7 +255,7 @@ def kfra_backward(spec: ConvSpec) -> Network:
     """Network that takes a batch-averaged Hessian from the layer's output to its input.
 
     `H_in = J^T H_out J`, `J` the unfolded kernel: the recursion of KFRA (Botev et al. 2017,
-    arXiv 1706.03662, equation 19) in a linear layer. As `J` is the same for all examples, it
+    arXiv 1706.03662) in a linear layer. As `J` is the same for all examples, it
     doesn't matter here whether the average is taken before or after.
 
     Args:

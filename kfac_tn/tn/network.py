@@ -1,4 +1,4 @@
-"""Tensor networks as plain data: nodes over named indices, and the indices of the result.
+"""Tensor networks: transform them, evaluate them.
 
 A `Network` is immutable and hashable, so everything expensive about it (simplification, contraction
 order, the tensors of its constants) can be cached under the network itself. It is multilinear in
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from itertools import zip_longest
 from math import prod
 
@@ -20,10 +18,10 @@ import torch
 from torch import Tensor
 
 from kfac_tn.tn.node import Axes, Delta, Node, Ones, Operand, Scalar, format_axes, rename_axes
+from kfac_tn.tn.structure import Structure
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(Structure):
     """A product of tensors, summed over every index that is not an output.
 
     Attributes:
@@ -47,117 +45,6 @@ class Network:
         tensor([3., 3.])
     """
 
-    nodes: tuple[Node, ...]
-    output: Axes
-    sizes: tuple[tuple[str, int], ...]
-
-    def __post_init__(self) -> None:
-        held = {index for node in self.nodes for index in node.indices}
-        if missing := held ^ set(self.size):
-            raise ValueError(f"sizes must name the indices of the nodes exactly: see {missing}")
-        for tensor in (*(node.indices for node in self.nodes), self.output_indices):
-            if len(set(tensor)) < len(tensor):
-                raise ValueError(f"an index occurs twice in one tensor: {tensor}")
-        if unheld := set(self.output_indices) - held:
-            raise ValueError(f"output indices that belong to no node: {unheld}")
-        shapes: dict[Operand, tuple[int, ...]] = {}
-        for node in self.nodes:
-            shape = self.shape_of(node.axes)
-            if isinstance(node.symbol, Operand):
-                expected = shapes.setdefault(node.symbol, shape)
-            else:
-                expected = tuple(node.symbol.shape)
-            if shape != expected:
-                raise ValueError(f"{node} has shape {shape}, expected {expected}")
-
-    @classmethod
-    def build(
-        cls, nodes: Iterable[Node], output: Iterable[tuple[str, ...]], sizes: Mapping[str, int]
-    ) -> Network:
-        """Make a network, dropping the sizes of indices that no node holds.
-
-        Args:
-            nodes: The tensors.
-            output: Axes of the result. Empty axes are dropped.
-            sizes: Size of each index, at least of those the nodes hold.
-        """
-        nodes = tuple(nodes)
-        held = {index for node in nodes for index in node.indices}
-        kept = tuple(sorted((index, size) for index, size in sizes.items() if index in held))
-        return cls(nodes, tuple(tuple(axis) for axis in output if axis), kept)
-
-    # ---- what it is -----------------------------------------------------------------------------
-
-    @cached_property
-    def size(self) -> dict[str, int]:
-        """Size of each index."""
-        return dict(self.sizes)
-
-    @cached_property
-    def output_indices(self) -> tuple[str, ...]:
-        """The indices of the result, slowest first."""
-        return tuple(index for axis in self.output for index in axis)
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the result."""
-        return self.shape_of(self.output)
-
-    @cached_property
-    def operands(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each operand, by name."""
-        return {
-            node.symbol.name: self.shape_of(node.axes)
-            for node in self.nodes
-            if isinstance(node.symbol, Operand)
-        }
-
-    def shape_of(self, axes: Axes) -> tuple[int, ...]:
-        """Shape of a tensor with the given axes."""
-        return tuple(prod(self.size[index] for index in axis) for axis in axes)
-
-    def holders(self, index: str) -> tuple[int, ...]:
-        """Positions of the nodes that hold an index."""
-        return tuple(n for n, node in enumerate(self.nodes) if index in node.indices)
-
-    def find(self, name: str) -> int:
-        """Position of the node that holds an operand.
-
-        Raises:
-            ValueError: If no node or several hold it.
-        """
-        found = [n for n, node in enumerate(self.nodes) if node.symbol == Operand(name)]
-        if len(found) != 1:
-            raise ValueError(
-                f"{len(found)} nodes hold the operand {name!r}, expected one; "
-                f"the operands are {sorted(self.operands)}"
-            )
-        return found[0]
-
-    def axes_of(self, name: str) -> Axes:
-        """Axes of the node that holds an operand.
-
-        Raises:
-            ValueError: If no node or several hold it.
-        """
-        return self.nodes[self.find(name)].axes
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.nodes, self.output, self.sizes))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Hashes of strings differ between processes: what is cached on the instance stays here.
-        return Network, (self.nodes, self.output, self.sizes)
-
-    def __str__(self) -> str:
-        nodes = " ".join(map(str, self.nodes))
-        sizes = " ".join(f"{index}={size}" for index, size in self.sizes)
-        return f"{nodes} -> [{format_axes(self.output)}]\n{sizes}"
-
     # ---- manipulations --------------------------------------------------------------------------
 
     def rename(self, names: Mapping[str, str]) -> Network:
@@ -167,7 +54,7 @@ class Network:
             ValueError: If there is no index of such a name, two indices made one differ in size,
                 or one tensor holds both.
         """
-        self._check_known(names)
+        self.check_known(names)
         sizes: dict[str, int] = {}
         for index, size in self.sizes:
             _add_sizes(sizes, {names.get(index, index): size})
@@ -335,16 +222,12 @@ class Network:
         Raises:
             ValueError: If they don't both have the indices to share, in the same sizes.
         """
-        self._check_known(share)
-        other._check_known(share)
+        self.check_known(share)
+        other.check_known(share)
         own = [index for index in other.size if index not in share]
         second = other.rename(dict(zip(own, _fresh(own, self.size), strict=True)))
         sizes = _add_sizes(dict(self.size), second.size)
         return Network.build((*self.nodes, *second.nodes), output, sizes)
-
-    def _check_known(self, indices: Iterable[str]) -> None:
-        if unknown := set(indices) - set(self.size):
-            raise ValueError(f"there are no indices {unknown} among {sorted(self.size)}")
 
     def _fit(self, axes: Axes, outer: Network) -> dict[str, tuple[str, ...]]:
         """What the indices of the result are in the place of another network's axes."""

@@ -2,8 +2,8 @@
 
 Indices: `n` batch, `g` group, `c` input and `d` output channel within the group, and per spatial
 dimension `i1, i2, ...` input, `o1, o2, ...` output, `k1, k2, ...` kernel position. Only `forward`
-is written down; everything else is a manipulation of it (Dangel 2024, arXiv 2307.02275, section 3
-and table 1), and so holds for transposed convolutions and any number of spatial dimensions.
+is written down. Everything else is a manipulation of it (Dangel 2024, arXiv 2307.02275), and so
+holds for transposed convolutions and any number of spatial dimensions.
 
 The cotangent of whatever a network computes is the operand `grad_output`; tangents are
 `input_tangent` and `weight_tangent`. Builders are cached: equal specs share their network.
@@ -240,7 +240,7 @@ def randomized_weight_vjp(spec: ConvSpec, along: str = "channels") -> Network:
     With a mask that holds `1 / p` with probability `p` and else 0, independently (Bernoulli-CRS:
     Adelman et al. 2021, arXiv 1805.08079), the result is an unbiased estimate of `weight_vjp`,
     and only that part of the input where the mask isn't 0 is needed (Dangel 2024,
-    arXiv 2307.02275, section 4.2). A mask of ones gives `weight_vjp` itself.
+    arXiv 2307.02275). A mask of ones gives `weight_vjp` itself.
 
     Args:
         spec: The convolution.

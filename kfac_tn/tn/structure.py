@@ -1,0 +1,150 @@
+"""What a tensor network is: nodes over named indices, and the indices of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TypeVar
+
+from kfac_tn.tn.node import Axes, Node, Operand, format_axes
+
+Self = TypeVar("Self", bound="Structure")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The data of a `Network`, checked, comparable, hashable and printable.
+
+    Attributes:
+        nodes: The tensors. Their order has no meaning for the result.
+        output: Axes of the result. Each index occurs once, and in some node.
+        sizes: Pairs of index and size, sorted by index, of exactly the indices of the nodes.
+
+    Raises:
+        ValueError: If sizes are missing or contradict a constant's shape, an index occurs twice in
+            one tensor, an output index belongs to no node, or the nodes of one operand differ in
+            shape.
+    """
+
+    nodes: tuple[Node, ...]
+    output: Axes
+    sizes: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        held = {index for node in self.nodes for index in node.indices}
+        if missing := held ^ set(self.size):
+            raise ValueError(f"sizes must name the indices of the nodes exactly: see {missing}")
+        for tensor in (*(node.indices for node in self.nodes), self.output_indices):
+            if len(set(tensor)) < len(tensor):
+                raise ValueError(f"an index occurs twice in one tensor: {tensor}")
+        if unheld := set(self.output_indices) - held:
+            raise ValueError(f"output indices that belong to no node: {unheld}")
+        shapes: dict[Operand, tuple[int, ...]] = {}
+        for node in self.nodes:
+            shape = self.shape_of(node.axes)
+            if isinstance(node.symbol, Operand):
+                expected = shapes.setdefault(node.symbol, shape)
+            else:
+                expected = tuple(node.symbol.shape)
+            if shape != expected:
+                raise ValueError(f"{node} has shape {shape}, expected {expected}")
+
+    @classmethod
+    def build(
+        cls: type[Self],
+        nodes: Iterable[Node],
+        output: Iterable[tuple[str, ...]],
+        sizes: Mapping[str, int],
+    ) -> Self:
+        """Make a network, dropping the sizes of indices that no node holds.
+
+        Args:
+            nodes: The tensors.
+            output: Axes of the result. Empty axes are dropped.
+            sizes: Size of each index, at least of those the nodes hold.
+        """
+        nodes = tuple(nodes)
+        held = {index for node in nodes for index in node.indices}
+        kept = tuple(sorted((index, size) for index, size in sizes.items() if index in held))
+        return cls(nodes, tuple(tuple(axis) for axis in output if axis), kept)
+
+    @cached_property
+    def size(self) -> dict[str, int]:
+        """Size of each index."""
+        return dict(self.sizes)
+
+    @cached_property
+    def output_indices(self) -> tuple[str, ...]:
+        """The indices of the result, slowest first."""
+        return tuple(index for axis in self.output for index in axis)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return self.shape_of(self.output)
+
+    @cached_property
+    def operands(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each operand, by name."""
+        return {
+            node.symbol.name: self.shape_of(node.axes)
+            for node in self.nodes
+            if isinstance(node.symbol, Operand)
+        }
+
+    def shape_of(self, axes: Axes) -> tuple[int, ...]:
+        """Shape of a tensor with the given axes."""
+        return tuple(prod(self.size[index] for index in axis) for axis in axes)
+
+    def holders(self, index: str) -> tuple[int, ...]:
+        """Positions of the nodes that hold an index."""
+        return tuple(n for n, node in enumerate(self.nodes) if index in node.indices)
+
+    def find(self, name: str) -> int:
+        """Position of the node that holds an operand.
+
+        Raises:
+            ValueError: If no node or several hold it.
+        """
+        found = [n for n, node in enumerate(self.nodes) if node.symbol == Operand(name)]
+        if len(found) != 1:
+            raise ValueError(
+                f"{len(found)} nodes hold the operand {name!r}, expected one; "
+                f"the operands are {sorted(self.operands)}"
+            )
+        return found[0]
+
+    def axes_of(self, name: str) -> Axes:
+        """Axes of the node that holds an operand.
+
+        Raises:
+            ValueError: If no node or several hold it.
+        """
+        return self.nodes[self.find(name)].axes
+
+    def check_known(self, indices: Iterable[str]) -> None:
+        """Check that there are indices of these names.
+
+        Raises:
+            ValueError: If one is unknown.
+        """
+        if unknown := set(indices) - set(self.size):
+            raise ValueError(f"there are no indices {unknown} among {sorted(self.size)}")
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.nodes, self.output, self.sizes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Hashes of strings differ between processes: what is cached on the instance stays here.
+        return type(self), (self.nodes, self.output, self.sizes)
+
+    def __str__(self) -> str:
+        nodes = " ".join(map(str, self.nodes))
+        sizes = " ".join(f"{index}={size}" for index, size in self.sizes)
+        return f"{nodes} -> [{format_axes(self.output)}]\n{sizes}"
