@@ -11,6 +11,7 @@ Example:
     True
 """
 
+from kfac_tn.tn import functional, nn
 from kfac_tn.tn.conv import ConvSpec
 from kfac_tn.tn.curvature import (
     average_unfolded_input,
@@ -55,6 +56,7 @@ __all__ = [
     "average_unfolded_input",
     "fold_output",
     "forward",
+    "functional",
     "ggn_block",
     "ggn_diagonal",
     "ggn_gram",
@@ -68,6 +70,7 @@ __all__ = [
     "kfac_reduce_grad_output_factor",
     "kfac_reduce_input_factor",
     "kfra_backward",
+    "nn",
     "per_example_weight_vjp",
     "randomized_input_vjp",
     "randomized_weight_vjp",
