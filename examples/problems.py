@@ -97,11 +97,11 @@ def classifier(images: Images, dataset: str) -> Problem:
 
     def build() -> nn.Module:
         return nn.Sequential(
-            *(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU()),
-            *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU()),
-            *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 64, 10)),
+            *(nn.Conv2d(channels, 24, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(24, 48, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(48, 48, 3, padding=1, stride=2), nn.ReLU()),
+            *(nn.Conv2d(48, 96, 3, padding=1), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 96, 10)),
         )
 
     return Problem(
@@ -112,7 +112,7 @@ def classifier(images: Images, dataset: str) -> Problem:
         test=(images.x_test, images.y_test),
         metric="test accuracy",
         measure=lambda outputs, targets: (outputs.argmax(1) == targets).float().mean(),
-        learning_rates={"SGD": (0.05, 0.1, 0.2), "Adam": (1e-2, 2e-2, 4e-2)},
+        learning_rates={"SGD": (0.05, 0.1, 0.2), "Adam": (3e-3, 1e-2, 3e-2)},
     )
 
 
@@ -137,7 +137,7 @@ def autoencoder(images: Images, dataset: str) -> Problem:
         test=(x_test, x_test),
         metric="test loss",
         measure=F.mse_loss,
-        learning_rates={"SGD": (1.0, 2.0, 4.0), "Adam": (2e-3, 4e-3, 8e-3)},
+        learning_rates={"SGD": (1.0, 2.0, 3.0), "Adam": (1e-3, 2e-3, 4e-3)},
     )
 
 
