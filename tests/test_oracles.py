@@ -32,7 +32,33 @@ def test_oracles_1_to_4_and_8_kfac_is_the_ggn(setting):
         assert relative_error(actual, expected) < TOLERANCE
 
 
-def cnn(**last) -> nn.Module:
+@pytest.mark.parametrize("pooled", [False, True])
+def test_oracles_1_and_3_in_four_dimensions(pooled):
+    torch.manual_seed(0)
+    options = {"stride": (1, 2, 1, 1), "padding": (1, 0, 1, 0), "groups": 2, "dtype": torch.float64}
+    layers = [kfac_tn.tn.nn.ConvNd(2, 2, (2, 2, 1, 2), **options)]
+    if pooled:
+        layers += [nn.Flatten(2), nn.AdaptiveAvgPool1d(1)]
+    model = nn.Sequential(*layers)
+    x = torch.rand(2, 2, 2, 3, 1, 2, dtype=torch.float64)
+    y = torch.rand_like(model(x))
+    names = ("0.weight", "0.bias")
+    approximation = "reduce" if pooled else "expand"
+    kfac = dense_kfac(model, nn.MSELoss(), [(x, y)], approximation=approximation)
+    expected = diagonal_block(dense_ggn(model, nn.MSELoss(), x, y), model, names)
+    assert relative_error(diagonal_block(kfac, model, names), expected) < TOLERANCE
+
+
+def test_randomized_convolutions_have_the_factors_of_exact_ones():
+    torch.manual_seed(0)
+    model = cnn().train()
+    data = [(torch.rand(4, 2, 6, 6, dtype=torch.float64), torch.randint(3, (4,)))]
+    expected = dense_kfac(model, nn.CrossEntropyLoss(), data)
+    kfac_tn.tn.nn.randomize(model, keep=0.5)
+    assert relative_error(dense_kfac(model, nn.CrossEntropyLoss(), data), expected) < TOLERANCE
+
+
+def cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, groups=2),
         nn.ReLU(),

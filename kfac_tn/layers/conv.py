@@ -1,4 +1,4 @@
-"""Convolutions in one, two and three dimensions."""
+"""Convolutions in any number of dimensions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kfac_tn.layers.base import LayerFamily
 
 
 class ConvFamily(LayerFamily):
-    """``torch.nn.Conv1d``, ``Conv2d``, ``Conv3d``, with every hyper-parameter these have."""
+    """``torch.nn.Conv1d`` to ``Conv3d`` and ``kfac_tn.tn.nn.ConvNd``, with all their options."""
 
     def groups(self, module: Any) -> int:  # noqa: D102
         return module.groups

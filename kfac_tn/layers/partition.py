@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from kfac_tn.layers.base import Approximation, LayerFamily
 from kfac_tn.layers.conv import ConvFamily
 from kfac_tn.layers.linear import LinearFamily
+from kfac_tn.tn.nn import ConvNd, RandomizedConvNd
 
 ApproximationChoice: TypeAlias = (
     Approximation | Mapping[str, Approximation] | Callable[[str, Module], Approximation]
@@ -23,6 +24,8 @@ _FAMILIES: dict[type[Module], LayerFamily] = {
     torch.nn.Conv1d: ConvFamily(),
     torch.nn.Conv2d: ConvFamily(),
     torch.nn.Conv3d: ConvFamily(),
+    ConvNd: ConvFamily(),
+    RandomizedConvNd: ConvFamily(),
 }
 
 
