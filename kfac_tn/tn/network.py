@@ -11,8 +11,8 @@ from __future__ import annotations
 import string
 from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
-from itertools import zip_longest
-from math import prod
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -148,17 +148,36 @@ class Network(Structure):
             k=2 l=3
         """
         at = self.find(name)
-        sizes, nodes = dict(self.size), [Node(Operand(str(other)), self.nodes[at].axes)]
-        if isinstance(other, Network):
-            names = other._fit(self.nodes[at].axes, self)
+        axes, sizes = self.nodes[at].axes, dict(self.size)
+        if isinstance(other, str):
+            nodes = [Node(Operand(other), axes)]
+        else:
+            names = other._fit(self, axes)
             inner = [index for index in other.size if index not in names]
             clashing = [index for index in inner if index in sizes]
-            names |= {index: (index,) for index in inner}
-            fresh = _fresh(clashing, {*sizes, *inner})
-            names |= {index: (name,) for index, name in zip(clashing, fresh, strict=True)}
+            fresh = dict(zip(clashing, _fresh(clashing, {*sizes, *inner}), strict=True))
+            names |= {index: (fresh.get(index, index),) for index in inner}
             sizes |= {names[index][0]: other.size[index] for index in inner}
             nodes = [node.expand(names) for node in other.nodes]
         return Network.build((*self.nodes[:at], *nodes, *self.nodes[at + 1 :]), self.output, sizes)
+
+    def _fit(self, outer: Network, axes: Axes) -> dict[str, tuple[str, ...]]:
+        """What the indices of the result become in the place of another network's axes."""
+        lengths = lambda network, axis: [network.size[index] for index in axis]  # noqa: E731
+        if self.shape != outer.shape_of(axes) or any(
+            len(own) > 1 and lengths(self, own) != lengths(outer, axis)
+            for own, axis in zip(self.output, axes, strict=True)
+        ):
+            sizes = {index: outer.size[index] for axis in axes for index in axis}
+            raise ValueError(
+                f"a result [{format_axes(self.output)}] of shape {self.shape} doesn't fit in the "
+                f"place of [{format_axes(axes)}] with sizes {sizes}"
+            )
+        names: dict[str, tuple[str, ...]] = {}
+        for own, axis in zip(self.output, axes, strict=True):
+            parts = [axis] if len(own) == 1 else [(index,) for index in axis]
+            names.update(zip(own, parts, strict=True))
+        return names
 
     def without(self, name: str, *output: tuple[str, ...], split: Collection[str] = ()) -> Network:
         """Return the network without an operand, and with the given axes of the result.
@@ -228,21 +247,6 @@ class Network(Structure):
         second = other.rename(dict(zip(own, _fresh(own, self.size), strict=True)))
         sizes = _add_sizes(dict(self.size), second.size)
         return Network.build((*self.nodes, *second.nodes), output, sizes)
-
-    def _fit(self, axes: Axes, outer: Network) -> dict[str, tuple[str, ...]]:
-        """What the indices of the result are in the place of another network's axes."""
-        names: dict[str, tuple[str, ...]] = {}
-        for own, axis in zip_longest(self.output, axes, fillvalue=()):
-            if len(own) == 1 and self.size[own[0]] == prod(outer.size[i] for i in axis):
-                names[own[0]] = axis
-            elif [self.size[i] for i in own] == [outer.size[i] for i in axis]:
-                names |= {index: (name,) for index, name in zip(own, axis, strict=True)}
-            else:
-                raise ValueError(
-                    f"axes [{format_axes(self.output)}] of shape {self.shape} don't fit in the "
-                    f"place of [{format_axes(axes)}] of shape {outer.shape_of(axes)}"
-                )
-        return names
 
     # ---- evaluation: the work is done further down the house, in `rewrite` and `plan` -----------
 
@@ -326,6 +330,40 @@ class Network(Structure):
             tensors.append(tensor)
         result = "".join(letter[index] for index in self.output_indices)
         return f"{','.join(terms)}->{result}", tensors, self.shape
+
+    def draw(self, path: str | PathLike[str], *, simplified: bool = False) -> Path:
+        """Draw the network's diagram into a file (see `kfac_tn.tn.draw`). Needs matplotlib.
+
+        Args:
+            path: The file. Its ending, `.svg` or `.png`, says which kind; it is replaced.
+            simplified: Whether to draw, side by side, the network as it is and simplified, with
+                their flops and peak memory. Default: no.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: If the file has another ending.
+            ImportError: If matplotlib isn't installed.
+        """
+        from kfac_tn.tn.draw import draw
+
+        return draw(self, path, simplified=simplified)
+
+    def to_tikz(self, *, simplified: bool = False, standalone: bool = False) -> str:
+        """Write the network's diagram as LaTeX code that needs no package but TikZ.
+
+        Args:
+            simplified: As for `draw`. Default: no.
+            standalone: Whether to return a document that compiles by itself, instead of a
+                `tikzpicture` environment to be included in one. Default: no.
+
+        Returns:
+            The code.
+        """
+        from kfac_tn.tn.draw import to_tikz
+
+        return to_tikz(self, simplified=simplified, standalone=standalone)
 
     def check(self, operands: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
         """Check operands against the network.

@@ -1,7 +1,9 @@
 """Manipulations of small random networks against einsum, autograd and substitution."""
 
+import runpy
 from fractions import Fraction
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +238,7 @@ PRODUCT = Network.build(
     [("i",), ("k",)],
     {"i": 2, "j": 3, "k": 4},
 )
+SPLIT_3_2 = Network.build([Node(Operand("c"), (("x", "y"),))], [("x", "y")], {"x": 3, "y": 2})
 
 
 @pytest.mark.parametrize(
@@ -249,8 +252,9 @@ PRODUCT = Network.build(
         (lambda n: n.multiply("c", ("i",), sizes={"i": 5}), "'i' has sizes 2 and 5"),
         (lambda n: n.contract_with("c", leading={"j": 2}), "'j' has sizes 3 and 2"),
         (lambda n: n.replace("c", "d"), "0 nodes hold the operand 'c'"),
-        (lambda n: n.replace("a", n), r"\[i k\] of shape \(2, 4\) don't fit .* \(2, 3\)"),
-        (lambda n: n.replace("a", n.sum_over("k")), r"\[i\] of shape \(2,\) don't fit"),
+        (lambda n: n.replace("a", n), r"\[i k\] of shape \(2, 4\) doesn't fit .*\[i j\]"),
+        (lambda n: n.replace("a", n.sum_over("k")), r"\[i\] of shape \(2,\) doesn't fit"),
+        (lambda n: n.multiply("w", ("i", "j")).replace("w", SPLIT_3_2), r"'i': 2, 'j': 3"),
         (lambda n: n.without("a", ("i",)), "output indices that belong to no node: {'i'}"),
         (lambda n: n.join(n, ("x",), ()), r"no indices \{'x'\}"),
         (lambda n: n.join(n.rename({"i": "x"}), ("i",), ()), r"no indices \{'i'\}"),
@@ -274,3 +278,9 @@ def test_constants_have_one_index_per_axis():
     network = Network.build([matrix], [("c",)], {"g": 2, "d": 2, "c": 4})
     with pytest.raises(ValueError, match=r"delta\[i j\] cannot be split into \[\(g d\) c\]"):
         network.replace("w", square)
+
+
+def test_example_of_factorized_kernels(capsys):
+    example = Path(__file__).parents[2] / "examples" / "factorized_kernels.py"
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.count("KFAC-expand of") == 3
