@@ -14,7 +14,6 @@ from fractions import Fraction
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from kfac_tn.tn.node import Axes, Delta, Node, Ones, Operand, Scalar, format_axes, rename_axes
@@ -35,6 +34,7 @@ class Network(Structure):
             shape.
 
     Example:
+        >>> import torch
         >>> matrix = Node(Operand("matrix"), (("i",), ("j",)))
         >>> vector = Node(Operand("vector"), (("j",),))
         >>> product = Network.build([matrix, vector], output=[("i",)], sizes={"i": 2, "j": 3})
@@ -305,6 +305,7 @@ class Network(Structure):
             ValueError: As `evaluate`; or if there are more indices than letters.
 
         Example:
+            >>> import torch
             >>> matrix = Node(Operand("x"), (("i", "j"),))
             >>> network = Network.build([matrix], output=[("j", "i")], sizes={"i": 2, "j": 3})
             >>> equation, tensors, shape = network.einsum(x=torch.arange(6.0))
@@ -364,40 +365,6 @@ class Network(Structure):
         from kfac_tn.tn.draw import to_tikz
 
         return to_tikz(self, simplified=simplified, standalone=standalone)
-
-    def check(self, operands: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
-        """Check operands against the network.
-
-        Args:
-            operands: The tensors, by name.
-
-        Returns:
-            Their dtype and device.
-
-        Raises:
-            ValueError: As `evaluate`.
-        """
-        if operands.keys() != self.operands.keys():
-            raise ValueError(
-                f"this network takes the operands {sorted(self.operands)}, got {sorted(operands)}"
-            )
-        if not operands:
-            raise ValueError("this network has no operands: there is nothing to evaluate")
-        first, reference = next(iter(operands.items()))
-        if not (reference.is_floating_point() or reference.is_complex()):
-            raise ValueError(f"operand {first!r} has dtype {reference.dtype}: use floating point")
-        for name, tensor in operands.items():
-            if tuple(tensor.shape) != self.operands[name]:
-                raise ValueError(
-                    f"operand {name!r} has shape {tuple(tensor.shape)}, this network expects "
-                    f"{self.operands[name]}"
-                )
-            if tensor.dtype != reference.dtype or tensor.device != reference.device:
-                raise ValueError(
-                    f"operands must share dtype and device: {name!r} is {tensor.dtype} on "
-                    f"{tensor.device}, {first!r} is {reference.dtype} on {reference.device}"
-                )
-        return reference.dtype, reference.device
 
 
 def _fresh(indices: Iterable[str], taken: Iterable[str]) -> list[str]:

@@ -8,6 +8,9 @@ from functools import cached_property
 from math import prod
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from kfac_tn.tn.node import Axes, Node, Operand, format_axes
 
 Self = TypeVar("Self", bound="Structure")
@@ -132,6 +135,40 @@ class Structure:
         """
         if unknown := set(indices) - set(self.size):
             raise ValueError(f"there are no indices {unknown} among {sorted(self.size)}")
+
+    def check(self, operands: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
+        """Check operands against the network.
+
+        Args:
+            operands: The tensors, by name.
+
+        Returns:
+            Their dtype and device.
+
+        Raises:
+            ValueError: As `Network.evaluate`.
+        """
+        if operands.keys() != self.operands.keys():
+            raise ValueError(
+                f"this network takes the operands {sorted(self.operands)}, got {sorted(operands)}"
+            )
+        if not operands:
+            raise ValueError("this network has no operands: there is nothing to evaluate")
+        first, reference = next(iter(operands.items()))
+        if not (reference.is_floating_point() or reference.is_complex()):
+            raise ValueError(f"operand {first!r} has dtype {reference.dtype}: use floating point")
+        for name, tensor in operands.items():
+            if tuple(tensor.shape) != self.operands[name]:
+                raise ValueError(
+                    f"operand {name!r} has shape {tuple(tensor.shape)}, this network expects "
+                    f"{self.operands[name]}"
+                )
+            if tensor.dtype != reference.dtype or tensor.device != reference.device:
+                raise ValueError(
+                    f"operands must share dtype and device: {name!r} is {tensor.dtype} on "
+                    f"{tensor.device}, {first!r} is {reference.dtype} on {reference.device}"
+                )
+        return reference.dtype, reference.device
 
     @cached_property
     def _hash(self) -> int:
