@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
+from typing import Any
 
 from kfac_tn.tn.pattern import PADDING_MODES, IndexPattern
 
@@ -97,7 +99,8 @@ class ConvSpec:
 
     def _per_dimension(self, name: str, least: int) -> tuple[int, ...]:
         value = getattr(self, name)
-        values = (value,) * self.dimensions if isinstance(value, int) else tuple(map(int, value))
+        single = isinstance(value, Integral)
+        values = tuple(map(int, (value,) * self.dimensions if single else value))
         if len(values) == 1:
             values *= self.dimensions
         if len(values) != self.dimensions:
@@ -109,7 +112,7 @@ class ConvSpec:
         return values
 
     def _padding_pairs(self) -> tuple[tuple[int, int], ...]:
-        padding = self.padding
+        padding: Any = self.padding
         if isinstance(padding, str):
             if padding not in ("same", "valid"):
                 raise ValueError(f"padding={padding!r} is neither 'same' nor 'valid'")
@@ -121,9 +124,9 @@ class ConvSpec:
                 raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
             spans = (d * (k - 1) for d, k in zip(self.dilations, self.kernel_size, strict=True))
             return tuple((span // 2, span - span // 2) for span in spans)
-        if isinstance(padding, int) or all(isinstance(p, int) for p in padding):
+        if isinstance(padding, Integral) or all(isinstance(p, Integral) for p in padding):
             return tuple((p, p) for p in self._per_dimension("padding", 0))
-        pairs = tuple(tuple(map(int, p)) for p in padding)  # type: ignore[arg-type]
+        pairs = [() if isinstance(p, Integral) else tuple(map(int, p)) for p in padding]
         if len(pairs) != self.dimensions or any(len(pair) != 2 for pair in pairs):
             raise ValueError(
                 f"padding={padding} must have a pair (before, after) per dimension, "
@@ -131,7 +134,7 @@ class ConvSpec:
             )
         if any(p < 0 for pair in pairs for p in pair):
             raise ValueError(f"padding={padding} must be at least 0")
-        return pairs  # type: ignore[return-value]
+        return tuple((before, after) for before, after in pairs)
 
     def _check_dimension(self, dimension: int) -> None:
         size, kernel = self.input_size[dimension], self.kernel_size[dimension]

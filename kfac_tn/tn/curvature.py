@@ -28,6 +28,12 @@ def average_unfolded_input(spec: ConvSpec) -> Network:
 
     Returns:
         Network from `input` to `[N, groups, C_in / groups * prod(K)]`.
+
+    Example:
+        >>> import torch
+        >>> network = average_unfolded_input(ConvSpec((1, 1, 4), (1, 1, 2), stride=2))
+        >>> network.evaluate(input=torch.arange(4.0).reshape(1, 1, 4))  # of 0, 2 and of 1, 3
+        tensor([[[1., 2.]]])
     """
     columns = ("c", *positions("k", spec))
     summed = unfold_input(spec).with_output(("n",), ("g",), columns)
@@ -47,6 +53,10 @@ def kfac_expand_input_factor(spec: ConvSpec) -> Network:
     Returns:
         Network from `input` to `[groups, d, d]`, `d = C_in / groups * prod(K)`: input channel, then
         kernel position, as in `weight.flatten(1)` (of a convolution that is not transposed).
+
+    Example:
+        >>> kfac_expand_input_factor(ConvSpec((8, 4, 9, 9), (6, 2, 3, 3), groups=2)).shape
+        (2, 18, 18)
     """
     count = prod(spec.output_size) * spec.input_shape[0]
     outputs, columns = positions("o", spec), ("c", *positions("k", spec))
@@ -66,6 +76,12 @@ def kfac_reduce_input_factor(spec: ConvSpec) -> Network:
 
     Returns:
         Network from `input` to `[groups, d, d]`, as `kfac_expand_input_factor`.
+
+    Example:
+        >>> spec = ConvSpec((8, 4, 9, 9), (6, 2, 3, 3), groups=2)
+        >>> reduce, expand = kfac_reduce_input_factor(spec), kfac_expand_input_factor(spec)
+        >>> reduce.simplify().flops < expand.flops / 10
+        True
     """
     factor = _gram(average_unfolded_input(spec), ("n", "g"), ("c", *positions("k", spec)))
     return factor.scale(Fraction(1, spec.input_shape[0]))

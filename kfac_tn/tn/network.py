@@ -43,6 +43,12 @@ class Network(Structure):
         i=2 j=3
         >>> product.evaluate(matrix=torch.ones(2, 3), vector=torch.ones(3))
         tensor([3., 3.])
+        >>> print(product.rename({"j": "k"}).sum_over("i"))
+        matrix[i k] vector[k] -> []
+        i=2 k=3
+        >>> print(product.multiply("weights", ("i",)).without("vector", ("i", "j")))
+        matrix[i j] weights[i] -> [(i j)]
+        i=2 j=3
     """
 
     # ---- manipulations --------------------------------------------------------------------------
@@ -240,6 +246,12 @@ class Network(Structure):
 
         Raises:
             ValueError: If they don't both have the indices to share, in the same sizes.
+
+        Example:
+            >>> matrix = Network.build([Node(Operand("A"), (("i",), ("j",)))], [], {"i": 2, "j": 3})
+            >>> print(matrix.join(matrix, share=["j"], output=[("i",), ("i'",)]))  # A A^T
+            A[i j] A[i' j] -> [i i']
+            i=2 i'=2 j=3
         """
         self.check_known(share)
         other.check_known(share)

@@ -1,6 +1,8 @@
 """Specs of convolutions: what they normalise to, and what is refused."""
 
+import numpy as np
 import pytest
+import torch
 
 from kfac_tn import tn
 
@@ -15,6 +17,10 @@ def test_spec_is_normalised():
     )
     assert explicit == spec
     assert hash(explicit) == hash(spec)
+    size, one = torch.rand(2, 4, 8, 9).shape, np.int64(1)
+    others = tn.ConvSpec(size, (6, 2, 3, 4), one, spec.padding, (one, np.int64(3)), 2)
+    assert others == spec
+    assert type(others.stride[0]) is int
     assert tn.forward(explicit) is tn.forward(spec)
     assert tn.ConvSpec((1, 1, 5), (1, 1, 2), padding="valid").padding == ((0, 0),)
     assert tn.ConvSpec((1, 1, 5, 5), (1, 1, 2, 2), padding=(1,)).padding == ((1, 1), (1, 1))
@@ -36,6 +42,7 @@ def test_spec_is_normalised():
         ({"padding": -1}, "padding=-1 must be at least 0"),
         ({"padding": ((0, 1), (-1, 0))}, "padding=.* must be at least 0"),
         ({"padding": ((0, 1, 2), (1, 0))}, r"a pair \(before, after\)"),
+        ({"padding": (1, (0, 1))}, r"a pair \(before, after\) per dimension, here 2"),
         ({"padding": "full"}, "padding='full' is neither"),
         ({"padding": "same", "stride": 2}, "padding='same' needs stride 1"),
         ({"dilation": 5}, r"5 \* \(3 - 1\) \+ 1 = 11 positions.* 0 \+ 8 \+ 0 = 8"),

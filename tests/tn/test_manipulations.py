@@ -14,7 +14,7 @@ from kfac_tn.tn import Delta, Network, Node, Operand
 
 SIZES = {"i": 2, "j": 3, "k": 2, "l": 1, "m": 3}
 NAMES = ("a", "b", "c")
-EXAMPLES = settings(max_examples=60, deadline=None)
+EXAMPLES = settings(max_examples=60)
 
 
 def group(draw, indices):

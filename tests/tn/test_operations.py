@@ -1,5 +1,6 @@
 """Every operation of a convolution against torch: its convolutions, autograd and torch.func."""
 
+import pickle
 from itertools import product
 from math import prod
 
@@ -224,29 +225,40 @@ def check(spec):
         assert_equal(network.evaluate(**operands), expected, builder.__name__)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(spec=specs())
 def test_convolution(spec):
     check(spec)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(spec=specs(transposed=True))
 def test_transposed_convolution(spec):
     check(spec)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(spec=ANY_4D)
 def test_four_dimensions(spec):
     check(spec)
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(spec=st.one_of(ANY, ANY_4D))
 def test_many(spec):
     check(spec)
+
+
+@pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: builder.__name__)
+def test_networks_are_cached_values(builder):
+    spec, equal = (tn.ConvSpec((2, 2, 5, 4), (4, 1, 3, 2), 2, p, groups=2) for p in (1, (1, 1)))
+    network = builder(spec)
+    assert builder(equal) is network
+    assert builder.cache_info().maxsize is not None
+    assert pickle.loads(pickle.dumps(network)) == network
+    rebuilt = tn.Network.build(network.nodes, network.output, network.size)
+    assert (rebuilt, hash(rebuilt)) == (network, hash(network))
 
 
 def test_no_spatial_dimension_is_a_linear_layer():
@@ -259,7 +271,7 @@ def test_no_spatial_dimension_is_a_linear_layer():
         assert_equal(builder(spec).evaluate(input=x), (x.T @ x / 3)[None], builder.__name__)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(spec=specs(2, 2))
 def test_fold_and_unfold_as_torch(spec):
     if spec.padding_mode != "zeros" or any(before != after for before, after in spec.padding):
@@ -274,7 +286,7 @@ def test_fold_and_unfold_as_torch(spec):
 
 
 @pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: builder.__name__)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(spec=ANY)
 def test_einsum_and_simplify_are_evaluate(builder, spec):
     generator = torch.Generator().manual_seed(0)
@@ -296,7 +308,7 @@ def test_einsum_and_simplify_are_evaluate(builder, spec):
 # ---- randomised derivatives ---------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(spec=ANY)
 def test_randomized_vjps(spec):
     """Sampling is masking: the input or the weight, or, along the kernel, what is left of it."""
