@@ -12,7 +12,9 @@ gradients of gradients all work.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from math import prod
 from typing import Any
 
@@ -183,7 +185,7 @@ def foldNd(  # noqa: N802
             f"{prod(kernel)} rows, got {rows}"
         )
     shape = (count, rows // prod(kernel), *size)
-    form = _unfold_form(*map(_hashable, ((1, *shape[1:]), kernel, dilation, padding, stride)))
+    form = _build(_unfold_form, (1, *shape[1:]), kernel, dilation, padding, stride)
     if (expected := form.operands["columns"][2]) != positions:
         raise ValueError(
             f"input of shape {tuple(input.shape)} has {positions} columns, but kernel_size={kernel}"
@@ -251,6 +253,10 @@ class _Slot(torch.autograd.Function):
         return sum(terms[1:], terms[0]) if terms else None
 
 
+# Torch asks for the signature at every call: a quarter of the time of a small convolution.
+_Slot.forward.__signature__ = signature(_Slot.forward)  # type: ignore[attr-defined]
+
+
 def _evaluate(form: Network, slot: str, tensors: dict[str, Tensor]) -> Tensor:
     """Evaluate a slot of a form, of whose tensors that in the slot itself plays no role."""
     return _Slot.apply(form, slot, *(tensors[n] for n in _without(form, slot).operands))
@@ -276,13 +282,23 @@ def _unfold_form(
     return unfold_input(spec).contract_with("columns")
 
 
-def _apply(build: Any, slot: str, tensors: dict[str, Tensor], shape: Any, *options: Any) -> Tensor:
+def _build(build: Callable[..., Network], *options: Any) -> Network:
+    """Build a form from options, among which may be lists."""
+    try:
+        return build(*options)
+    except TypeError:  # no key of a cache
+        return build(*map(_hashable, options))
+
+
+def _apply(
+    build: Callable[..., Network], slot: str, tensors: dict[str, Tensor], shape: Any, *options: Any
+) -> Tensor:
     """Evaluate a slot of the form of a batch, which may be empty; `shape` is the input's."""
     (name, batch), *_ = tensors.items()
     empty = len(batch) == 0
     if empty:  # a network has no empty index: a row of zeros stands in, and is cut off
         tensors = {**tensors, name: batch.sum(0, keepdim=True)}
-    form = build(*map(_hashable, (shape if not empty else (1, *shape[1:]), *options)))
+    form = _build(build, (1, *shape[1:]) if empty else shape, *options)
     result = _evaluate(form, slot, tensors)
     return result[:0] if empty else result
 

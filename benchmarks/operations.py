@@ -1,0 +1,392 @@
+"""Operations of the convolutions of well-known networks: kfac_tn, torch and einconv.
+
+    python benchmarks/operations.py            # writes benchmarks/results/operations.{md,json,png}
+
+For each distinct convolution (`convolutions.py`) and operation, the implementations take turns in
+one process, so whatever else the machine does meets all of them; times are medians. What is
+planned or simplified once per shape is done before: einconv's expressions are built, simplified and
+given opt_einsum's path in advance. torch means its own functions, and for the factors what packages
+build from them: unfold, then a matrix product. Results are compared with torch's. Peak memory is
+that of torch's allocator during one call, operands apart, as its profiler sees it; a view counts as
+if it were a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report each of its starts
+
+import opt_einsum
+import torch
+from convolutions import KINDS, Convolution, distinct
+from einconv.expressions import (
+    convNd_forward,
+    convNd_input_vjp,
+    convNd_kfac_reduce,
+    convNd_kfc,
+    convNd_unfold,
+    convNd_weight_vjp,
+)
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from kfac_tn import functional, tn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from compare_optimizers import describe_machine  # noqa: E402
+
+OPERATIONS = (
+    "forward",
+    "input VJP",
+    "weight VJP",
+    "unfold input",
+    "KFAC-expand factor",
+    "KFAC-reduce factor",
+)
+OURS, OTHERS = "kfac_tn", ("torch", "einconv")
+MOST_FLOPS, MOST_BYTES = 5e11, 8 * 2**30
+SHORTEST = 2e-3  # seconds of a timing; faster calls are repeated within one
+
+Call = Callable[[], Tensor]
+
+
+class Setting:
+    """A convolution with operands; `calls` makes the operations of one implementation."""
+
+    def __init__(self, conv: Convolution, batch: int, device: str):
+        self.conv, self.groups = conv, conv.groups
+        self.geometry = {"stride": conv.stride, "padding": conv.padding}
+        self.spec = tn.ConvSpec(
+            (batch, conv.channels, conv.size, conv.size),
+            (conv.out_channels, conv.channels // conv.groups, *conv.kernel_size),
+            groups=conv.groups,
+            **self.geometry,
+        )
+        generator = torch.Generator().manual_seed(0)
+        shapes = self.spec.input_shape, self.spec.weight_shape, self.spec.output_shape
+        self.x, self.w, self.g = (
+            torch.randn(shape, generator=generator).to(device) for shape in shapes
+        )
+
+    def make(self, implementation: str, operation: str) -> Call:
+        """Prepare a call."""
+        return getattr(self, implementation)(operation)
+
+    def kfac_tn(self, operation: str) -> Call:
+        """By this package."""
+        x, w, g, kernel = self.x, self.w, self.g, self.conv.kernel_size
+        if operation == "forward":
+            return partial(tn.forward(self.spec).simplify().evaluate, input=x, weight=w)
+        if operation == "input VJP":
+            return partial(tn.input_vjp(self.spec).simplify().evaluate, weight=w, grad_output=g)
+        if operation == "weight VJP":
+            return partial(tn.weight_vjp(self.spec).simplify().evaluate, input=x, grad_output=g)
+        if operation == "unfold input":
+            return partial(tn.unfold_input(self.spec).simplify().evaluate, input=x)
+        approximation = "expand" if "expand" in operation else "reduce"
+        options = {"groups": self.groups, "approximation": approximation, **self.geometry}
+        return partial(functional.conv_input_factor, x, kernel, **options)
+
+    def torch(self, operation: str) -> Call:
+        """By torch alone."""
+        x, w, g, kernel = self.x, self.w, self.g, self.conv.kernel_size
+        options = {"groups": self.groups, **self.geometry}
+        if operation == "forward":
+            return partial(F.conv2d, x, w, **options)
+        if operation == "input VJP":
+            return partial(torch.nn.grad.conv2d_input, x.shape, w, g, **options)
+        if operation == "weight VJP":
+            return partial(torch.nn.grad.conv2d_weight, x, w.shape, g, **options)
+        if operation == "unfold input":
+            return partial(F.unfold, x, kernel, **self.geometry)
+
+        def factor() -> Tensor:
+            columns = F.unfold(x, kernel, **self.geometry).unflatten(1, (self.groups, -1))
+            if "reduce" in operation:
+                rows = columns.mean(-1).transpose(0, 1)
+            else:
+                rows = columns.permute(1, 0, 3, 2).flatten(1, 2)
+            return rows.mT @ rows / rows.shape[1]
+
+        return factor
+
+    def einconv(self, operation: str) -> Call:
+        """By einconv's simplified expressions, their contraction path found in advance."""
+        x, w, g, kernel = self.x, self.w, self.g, self.conv.kernel_size
+        options = {"groups": self.groups, **self.geometry}
+        equation, operands, shape = {
+            "forward": lambda: convNd_forward.einsum_expression(x, w, **options),
+            "input VJP": lambda: convNd_input_vjp.einsum_expression(
+                w, g, self.spec.input_size, **options
+            ),
+            "weight VJP": lambda: convNd_weight_vjp.einsum_expression(x, g, kernel, **options),
+            "unfold input": lambda: convNd_unfold.einsum_expression(x, kernel, **self.geometry),
+            "KFAC-expand factor": lambda: convNd_kfc.einsum_expression(x, kernel, **options),
+            "KFAC-reduce factor": lambda: convNd_kfac_reduce.einsum_expression(
+                x, kernel, **options
+            ),
+        }[operation]()
+        operands = [o.to(x.dtype) for o in operands]
+        shapes = [tuple(o.shape) for o in operands]
+        path, info = opt_einsum.contract_path(equation, *shapes, shapes=True)
+        if info.opt_cost > MOST_FLOPS or 4 * info.largest_intermediate > MOST_BYTES:
+            raise RuntimeError(
+                f"too large: {float(info.opt_cost):.0e} flops, "
+                f"{float(info.largest_intermediate):.0e} elements"
+            )
+        contract = opt_einsum.contract_expression(equation, *shapes, optimize=path)
+        return lambda: contract(*operands, backend="torch").reshape(shape)
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+def seconds(call: Call, number: int = 1) -> float:
+    """Time per call."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = perf_counter()
+    for _ in range(number):
+        call()
+    synchronize()
+    return (perf_counter() - start) / number
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """Largest number of bytes allocated during a call, its result included."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    del result
+    return peak
+
+
+def measure(setting: Setting, operation: str, budget: float, most: int, device: str) -> dict:
+    """All implementations of an operation, within about `budget` seconds, in up to `most` turns."""
+    row: dict = {"convolution": asdict(setting.conv), "kind": setting.conv.kind}
+    row |= {"name": str(setting.conv), "operation": operation, "failed": {}}
+    calls, expected = {}, None
+    errors, once, memory = {}, {}, {}
+    for name in ("torch", OURS, "einconv"):
+        try:
+            call = setting.make(name, operation)
+            result = call()
+            once[name] = seconds(call)
+            memory[name] = max(peak_bytes(call, device), result.nbytes)
+        except Exception as failure:  # whatever it is, it is recorded, and the others go on
+            row["failed"][name] = f"{type(failure).__name__}: {failure}"[:200]
+            continue
+        calls[name] = call
+        flat = result.flatten().double()
+        flat = flat / flat.norm()  # the packages' factors differ in their scale
+        expected = flat if expected is None else expected
+        errors[name] = (flat - expected).norm().item()
+        del result, flat
+    turns = max(1, min(most, int(budget / max(sum(max(t, SHORTEST) for t in once.values()), 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns):
+        order = list(calls)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            times[name].append(seconds(calls[name], math.ceil(SHORTEST / once[name])))
+    row["seconds"] = {name: statistics.median(t) for name, t in times.items()}
+    return row | {"bytes": memory, "error": errors, "turns": turns}
+
+
+def measure_all(options: argparse.Namespace) -> Iterator[dict]:
+    """A row for each convolution and operation; stops when the time is up."""
+    convolutions = distinct()
+    random.Random(0).shuffle(convolutions)  # what the limit may cut off is any of them
+    if options.quick:
+        kinds = [[c for c in convolutions if c.kind == kind] for kind in KINDS]
+        convolutions = [c for some in kinds for c in sorted(some, key=lambda c: c.size)[1::4][:2]]
+    end = perf_counter() + options.limit_seconds
+    cells = len(convolutions) * len(OPERATIONS)
+    for conv in convolutions:
+        setting = Setting(conv, options.batch, options.device)
+        for operation in OPERATIONS:
+            left = end - perf_counter()
+            if left < 0:
+                print(f"time is up: {cells} of the cells are left out", file=sys.stderr)
+                return
+            # Preparing, checking and the memory take about as long as the turns.
+            budget = left / cells / 2
+            yield measure(setting, operation, budget, options.repetitions, options.device)
+            cells -= 1
+
+
+# ---- reporting -------------------------------------------------------------------------------
+
+
+def ratios(rows: list[dict], other: str, quantity: str = "seconds") -> list[float]:
+    """What another implementation needs, in units of what this package does."""
+    return [
+        row[quantity][other] / row[quantity][OURS]
+        for row in rows
+        if other in row[quantity] and OURS in row[quantity]
+    ]
+
+
+def geometric_mean(values: list[float]) -> float:
+    """Geometric mean, or NaN of nothing."""
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def table(rows: list[dict]) -> str:
+    """Ratios by operation and kind, as markdown."""
+    head = ["operation", "kind", "convolutions"]
+    head += [f"{other}: time" for other in OTHERS] + [f"{other}: least" for other in OTHERS]
+    head += [f"{other}: memory" for other in OTHERS]
+    lines = [head, ["---"] * len(head)]
+    for operation in OPERATIONS:
+        for kind in ("all", *KINDS):
+            some = [r for r in rows if r["operation"] == operation and kind in ("all", r["kind"])]
+            if not some:
+                continue
+            times = [ratios(some, other) for other in OTHERS]
+            memory = [ratios(some, other, "bytes") for other in OTHERS]
+            cells = [geometric_mean(t) for t in times]
+            cells += [min(t, default=math.nan) for t in times]
+            cells += [geometric_mean(m) for m in memory]
+            name = f"**{operation}**" if kind == "all" else ""
+            lines.append([name, kind, str(len(some)), *(f"{c:.2f}" for c in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def remarks(rows: list[dict]) -> str:
+    """Failures, wrong results, and the cells where another implementation was faster."""
+    lines = ["## Slower than another", ""]
+    for other in OTHERS:
+        found = [(ratios([row], other), row) for row in rows]
+        slow = sorted(((r[0], row) for r, row in found if r and r[0] < 0.9), key=lambda s: s[0])
+        lines.append(
+            f"- {len(slow)} of {sum(bool(r) for r, _ in found)} cells are slower than "
+            f"{other} by more than 10 %" + (":" if slow else ".")
+        )
+        lines += [f"  - {r:.2f}: {row['operation']}, {row['name']}" for r, row in slow[:12]]
+    lines += ["", "## Failed or wrong", ""]
+    bad = [
+        f"- {name}: {row['operation']}, {row['name']}: {reason}"
+        for row in rows
+        for name, reason in row["failed"].items()
+    ]
+    bad += [
+        f"- {name}: {row['operation']}, {row['name']}: relative error {error:.0e}"
+        for row in rows
+        for name, error in row["error"].items()
+        if not error < 1e-4
+    ]
+    return "\n".join(lines + (bad or ["Nothing."]))
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Boxes of time ratios, a panel for each operation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib import ticker
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, layout="constrained")
+    colors = {"torch": "tab:orange", "einconv": "tab:blue"}
+    for operation, ax in zip(OPERATIONS, axes.flat, strict=True):
+        for shift, other in zip((-0.2, 0.2), OTHERS, strict=True):
+            values = [
+                ratios([r for r in rows if (r["operation"], r["kind"]) == (operation, k)], other)
+                for k in KINDS
+            ]
+            boxes = ax.boxplot(
+                values,
+                positions=[n + shift for n in range(len(KINDS))],
+                widths=0.34,
+                whis=(0, 100),
+                patch_artist=True,
+                medianprops={"color": "black"},
+            )
+            for box in boxes["boxes"]:
+                box.set(facecolor=colors[other], alpha=0.7)
+        ax.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+        ax.grid(axis="y", alpha=0.3)
+        ax.set_title(operation)
+        ax.set_xticks(range(len(KINDS)), KINDS, rotation=20)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, alpha=0.7) for c in colors.values()]
+    figure.legend(
+        handles,
+        [f"time of {n} / time of kfac_tn" for n in colors],
+        loc="outside upper right",
+        ncols=2,
+    )
+    figure.suptitle(
+        "How many times faster kfac_tn is (boxes: quartiles, whiskers: extremes)", x=0.01, ha="left"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=9, help="turns, if time allows")
+    parser.add_argument("--limit-seconds", type=float, default=300)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="two of each kind")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    start, rows = perf_counter(), []
+    for row in measure_all(options):
+        rows.append(row)
+        times = ", ".join(f"{n} {1e3 * t:.2f} ms" for n, t in row["seconds"].items())
+        print(f"{row['name']}, {row['operation']}: {times}", flush=True)
+    setting = (
+        f"Batches of {options.batch}, float32 on {options.device}, medians of up to "
+        f"{options.repetitions} interleaved turns, {perf_counter() - start:.0f} s in all; "
+        f"{describe_machine()}."
+    )
+    report = (
+        f"# Operations of convolutions\n\n{setting}\n\nTime and peak memory of torch and einconv "
+        "0.1.0 as multiples of kfac_tn's: geometric means over distinct convolutions, and the "
+        f"least. More than 1: kfac_tn is better.\n\n{table(rows)}\n\n{remarks(rows)}\n"
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "operations.md").write_text(report)
+    record = {"setting": setting, "rows": rows}
+    (options.output / "operations.json").write_text(json.dumps(record, indent=1))
+    plot(rows, options.output / "operations.png")
+    print(f"\n{report}")
+
+
+if __name__ == "__main__":
+    main()
