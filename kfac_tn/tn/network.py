@@ -13,11 +13,19 @@ from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from kfac_tn.tn.node import Axes, Delta, Node, Ones, Operand, Scalar, format_axes, rename_axes
 from kfac_tn.tn.structure import Structure
+
+if TYPE_CHECKING:
+    from kfac_tn.tn.rewrite import Explanation
+
+PLAIN = (Tensor, Parameter)
+"""Types of tensors that may meet the constants that are kept; fake tensors, say, may not."""
 
 
 class Network(Structure):
@@ -43,12 +51,6 @@ class Network(Structure):
         i=2 j=3
         >>> product.evaluate(matrix=torch.ones(2, 3), vector=torch.ones(3))
         tensor([3., 3.])
-        >>> print(product.rename({"j": "k"}).sum_over("i"))
-        matrix[i k] vector[k] -> []
-        i=2 k=3
-        >>> print(product.multiply("weights", ("i",)).without("vector", ("i", "j")))
-        matrix[i j] weights[i] -> [(i j)]
-        i=2 j=3
     """
 
     # ---- manipulations --------------------------------------------------------------------------
@@ -246,12 +248,6 @@ class Network(Structure):
 
         Raises:
             ValueError: If they don't both have the indices to share, in the same sizes.
-
-        Example:
-            >>> matrix = Network.build([Node(Operand("A"), (("i",), ("j",)))], [], {"i": 2, "j": 3})
-            >>> print(matrix.join(matrix, share=["j"], output=[("i",), ("i'",)]))  # A A^T
-            A[i j] A[i' j] -> [i i']
-            i=2 i'=2 j=3
         """
         self.check_known(share)
         other.check_known(share)
@@ -267,6 +263,16 @@ class Network(Structure):
         from kfac_tn.tn.rewrite import simplify
 
         return simplify(self)
+
+    def explain(self) -> Explanation:
+        """Simplify the network, and say which rewrites applied and what each of them saved.
+
+        Returns:
+            The explanation, to be printed; `simplified` is what `simplify` returns.
+        """
+        from kfac_tn.tn.rewrite import explain
+
+        return explain(self)
 
     @property
     def flops(self) -> int:
@@ -298,10 +304,12 @@ class Network(Structure):
             ValueError: If operands are missing, unknown, or differ from the network in shape, or
                 from each other in dtype or device.
         """
-        from kfac_tn.tn.plan import plan
+        from kfac_tn.tn.plan import foreign_plan, plan, run
 
         dtype, device = self.check(operands)
-        return plan(self, dtype, device)(operands)
+        plain = all(type(tensor) in PLAIN for tensor in operands.values())
+        steps = plan(self, dtype, device) if plain else foreign_plan(self, operands)
+        return run(steps, operands)
 
     def einsum(self, **operands: Tensor) -> tuple[str, list[Tensor], tuple[int, ...]]:
         """Write the network as an einsum equation, for anybody's einsum.

@@ -29,7 +29,8 @@ class IndexPattern:
         input_size: Number of input positions.
         stride: Input positions between neighbouring outputs.
         dilation: Input positions between neighbouring kernel elements.
-        padding: Positions added before the input. Those after it follow from `output_size`.
+        padding: Positions added before the input; negative: positions that no window reaches.
+            Those after it follow from `output_size`.
         padding_mode: One of `"zeros"`, `"circular"`, `"reflect"`, `"replicate"`.
         summed: Axes among `"koi"` that the tensor is summed over. Summed over `"o"`, the pattern
             is the `[kernel_size, input_size]` matrix that sums over positions before any product.
@@ -70,6 +71,26 @@ class IndexPattern:
         """Positions that windows need before and after the input; negative after it: unused."""
         last = (self.output_size - 1) * self.stride + (self.kernel_size - 1) * self.dilation
         return self.padding, last - self.padding - (self.input_size - 1)
+
+    @property
+    def legs(self) -> tuple[tuple[int, int], ...]:
+        """Size, and input positions between neighbours, of the axes `k` and `o` that are left."""
+        legs = {"k": (self.kernel_size, self.dilation), "o": (self.output_size, self.stride)}
+        return tuple(leg for axis, leg in legs.items() if axis not in self.summed)
+
+    @property
+    def selects(self) -> bool:
+        """Whether the pattern assigns one input position, or none, to each position of its legs.
+
+        So it does, unless it is summed over more than one position, or no leg is left.
+        """
+        sizes = {"k": self.kernel_size, "o": self.output_size, "i": 2}
+        return len(self.summed) < 2 and all(sizes[axis] == 1 for axis in self.summed)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether a padding mode leads positions outside of the input back into it."""
+        return self.padding_mode != "zeros" and max(self.overhang) > 0
 
     def __str__(self) -> str:
         return f"sum_{self.summed} Pi" if self.summed else "Pi"

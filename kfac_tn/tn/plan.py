@@ -2,31 +2,36 @@
 
 Three things make the steps fast:
 
-- An index pattern that meets a tensor in its input positions is no matrix product but a strided
-  view of the padded tensor: no flops, and no dense pattern.
+- An index pattern is no tensor but a view, or slices that are added up: see `kfac_tn.tn.planner`.
 - A small matrix that shrinks a tensor is applied at once, the one that shrinks it most first.
 - Equal steps are one step. The copies in a Gram matrix are equal up to the names of their indices,
   so everything up to the last product is computed once.
 
 What remains is contracted pairwise, as batched matrix products, in the order that opt_einsum finds.
+
+A plan is plain data and its evaluation a plain loop, with nothing to decide. That makes repeated
+calls cheap, and lets `torch.compile` take the plan for a constant and see the steps alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
-from math import prod
+from typing import Any
 
 import torch
-from opt_einsum import paths
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kfac_tn.tn.network import Network
-from kfac_tn.tn.node import Operand, Scalar
-from kfac_tn.tn.pattern import IndexPattern
-from kfac_tn.tn.steps import Apply, Arrange, Gather, Pad, Product, Scale, Step, Sum, Window
+from kfac_tn.tn.node import Constant
+from kfac_tn.tn.planner import STRATEGIES, Instruction, Planner, Source
+from kfac_tn.tn.steps import COMPUTE
+
+FLOPS_PER_ELEMENT = 16
+"""Multiplications that take as long as to read or write an element in memory."""
 
 
 @dataclass(frozen=True)
@@ -36,70 +41,83 @@ class Cost:
     Attributes:
         flops: Multiplications and additions.
         peak_memory: Largest number of elements held at once, besides operands and constants.
+        moved: Number of elements that are read or written by all steps that are no views.
     """
 
     flops: int
     peak_memory: int
+    moved: int
+
+    @property
+    def time(self) -> int:
+        """Estimated time, in multiplications."""
+        return self.flops + FLOPS_PER_ELEMENT * self.moved
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One step of a plan.
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Steps that evaluate a network, whatever the dtype and device of its operands.
+
+    Every tensor on the way has a slot.
 
     Attributes:
-        step: What to compute.
-        inputs: Slots that hold its arguments.
-        slot: Slot for its result.
-        done: Slots that no later step needs.
+        operands: Slot, name and shape (one axis per index) of each operand.
+        constants: What is in a slot before the first step.
+        instructions: The steps in their order.
+        result: Slot of the result.
+        cost: What an evaluation costs.
     """
 
-    step: Step
-    inputs: tuple[int, ...]
-    slot: int
-    done: tuple[int, ...] = ()
+    operands: tuple[tuple[int, str, tuple[int, ...]], ...]
+    constants: tuple[tuple[int, Constant | Source], ...]
+    instructions: tuple[Instruction, ...]
+    result: int
+    cost: Cost = Cost(0, 0, 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Steps that evaluate a network; every intermediate tensor has a slot.
+    """A recipe with the tensors of its constants, as plain data.
 
     Attributes:
-        operands: Slot, name and shape (one axis per index) of each operand.
-        constants: Slots filled before evaluation.
-        instructions: The steps in their order. The last one makes the result.
+        operands: Slot, name and shape of each operand; None if its own shape will do.
+        constants: Slots and the tensors in them.
+        program: For each step its name, attributes, input slots, result slot, and the slots that
+            no later step needs.
+        result: Slot of the result.
     """
 
-    operands: tuple[tuple[int, str, tuple[int, ...]], ...]
-    constants: Mapping[int, Tensor]
-    instructions: tuple[Instruction, ...]
-
-    def __call__(self, operands: Mapping[str, Tensor]) -> Tensor:
-        """Evaluate on operands that `Network.check` has accepted."""
-        *_, slots = self.run(operands)
-        return slots[self.instructions[-1].slot]
-
-    def run(self, operands: Mapping[str, Tensor]) -> Iterator[dict[int, Tensor]]:
-        """Evaluate step by step.
-
-        Args:
-            operands: The operands that `Network.check` has accepted.
-
-        Yields:
-            After each step, all slots that are filled.
-        """
-        slots = dict(self.constants)
-        for slot, name, shape in self.operands:
-            slots[slot] = operands[name].reshape(shape)
-        for instruction in self.instructions:
-            slots[instruction.slot] = instruction.step(*[slots[i] for i in instruction.inputs])
-            yield slots
-            for i in instruction.done:
-                del slots[i]
+    operands: tuple[tuple[int, str, tuple[int, ...] | None], ...]
+    constants: tuple[tuple[int, Tensor], ...]
+    program: tuple[tuple[str, tuple[Any, ...], tuple[int, ...], int, tuple[int, ...]], ...]
+    result: int
 
 
-@lru_cache(maxsize=256)
+def run(plan: Plan, operands: Mapping[str, Tensor]) -> Tensor:
+    """Evaluate a plan.
+
+    Args:
+        plan: The plan.
+        operands: Operands that `Network.check` has accepted.
+
+    Returns:
+        The result.
+    """
+    slots = dict(plan.constants)
+    for slot, name, shape in plan.operands:
+        slots[slot] = operands[name] if shape is None else operands[name].reshape(shape)
+    for step, attributes, inputs, slot, done in plan.program:
+        slots[slot] = COMPUTE[step](*[slots[i] for i in inputs], *attributes)
+        for i in done:
+            del slots[i]
+    return slots[plan.result]
+
+
+@torch.compiler.assume_constant_result
 def plan(network: Network, dtype: torch.dtype, device: torch.device) -> Plan:
     """Plan the evaluation of a network. The plans used last are kept.
+
+    `torch.compile` calls this while it traces, and takes the plan for a constant.
 
     Args:
         network: The network, evaluated as it is.
@@ -107,14 +125,91 @@ def plan(network: Network, dtype: torch.dtype, device: torch.device) -> Plan:
         device: Where its operands are.
 
     Returns:
-        The plan, to be called with the operands.
+        The plan, for `run`.
     """
-    # Constants outlive this call: they must not belong to the mode of whoever calls first.
-    with torch.inference_mode(False), torch.no_grad():
-        return _Planner(network, dtype, device).plan()
+    return _plan(network, dtype, device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
+def _plan(network: Network, dtype: torch.dtype, device: torch.device) -> Plan:
+    # The constants outlive this call: they must not belong to the mode of whoever calls first.
+    with _outside_of_modes():
+        return _make(network, dtype, device)
+
+
+def foreign_plan(network: Network, operands: Mapping[str, Tensor]) -> Plan:
+    """Make a plan for tensors of other types, such as fake ones, which no plain tensor may meet.
+
+    Args:
+        network: The network, evaluated as it is.
+        operands: Its operands.
+
+    Returns:
+        The plan. Its constants are of the operands' kind, and it is not kept.
+    """
+    first = next(iter(operands.values()))
+    with getattr(first, "fake_mode", nullcontext()):
+        return _make(network, first.dtype, first.device)
+
+
+@contextmanager
+def _outside_of_modes() -> Iterator[None]:
+    """Make tensors as if nobody transformed, traced, faked or counted what is done here."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _disable_current_modes(),
+        torch._C._DisableFuncTorch(),
+    ):
+        yield
+
+
+def _make(network: Network, dtype: torch.dtype, device: torch.device) -> Plan:
+    steps = recipe(network)
+    return Plan(
+        tuple(
+            (slot, name, None if shape == network.operands[name] else shape)
+            for slot, name, shape in steps.operands
+        ),
+        tuple((slot, _tensor(constant, dtype, device)) for slot, constant in steps.constants),
+        tuple(
+            (type(i.step).__name__, i.step.attributes, i.inputs, i.slot, i.done)
+            for i in steps.instructions
+        ),
+        steps.result,
+    )
+
+
+def _tensor(constant: Constant | Source, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(constant, Source):
+        return constant.pattern.source(device)
+    return constant.tensor(dtype, device)
+
+
+@lru_cache(maxsize=1024)
+def recipe(network: Network) -> Recipe:
+    """Find the steps that evaluate a network: of all strategies, those that take least time.
+
+    Args:
+        network: The network, as it is.
+
+    Returns:
+        The steps.
+    """
+    recipes: list[Recipe] = []
+    for strategy in STRATEGIES:
+        planner = Planner(network, strategy)
+        steps = Recipe(
+            tuple(planner.operands),
+            tuple(planner.constants.items()),
+            tuple(planner.instructions),
+            planner.result,
+        )
+        if all(steps.instructions != other.instructions for other in recipes):
+            recipes.append(Recipe(**{**vars(steps), "cost": _cost(network, steps)}))
+    return min(recipes, key=lambda steps: steps.cost.time)
+
+
 def cost(network: Network) -> Cost:
     """Find out what evaluating a network costs, without evaluating it.
 
@@ -124,231 +219,35 @@ def cost(network: Network) -> Cost:
     Returns:
         Its cost.
     """
+    return recipe(network).cost
+
+
+def _cost(network: Network, steps: Recipe) -> Cost:
+    """Run a recipe on tensors without data."""
     device = torch.device("meta")
-    operands = {name: torch.empty(s, device=device) for name, s in network.operands.items()}
-    recipe = plan(network, torch.float32, device)
-    flops = peak = 0
-    # Views share the storage of what they view, so it is storages that count.
-    given = [t.untyped_storage()._cdata for t in (*operands.values(), *recipe.constants.values())]
-    for slots, instruction in zip(recipe.run(operands), recipe.instructions, strict=True):
-        flops += instruction.step.flops(*[slots[i] for i in instruction.inputs])
-        storages = [tensor.untyped_storage() for tensor in slots.values()]
-        held = {s._cdata: s.nbytes() for s in storages if s._cdata not in given}
-        peak = max(peak, sum(held.values()) // torch.float32.itemsize)
-    return Cost(flops, peak)
+    with _outside_of_modes():
+        slots = {slot: _tensor(c, torch.float32, device) for slot, c in steps.constants}
+        operands = {n: torch.empty(s, device=device) for n, s in network.operands.items()}
+        for slot, name, shape in steps.operands:
+            slots[slot] = operands[name].reshape(shape)
+        # Views share the storage of what they view, so it is storages that count. What is given
+        # stays alive, so that no result is made in its place.
+        alive = tuple(slots.values())
+        given = set(map(_storage, alive))
+        flops = peak = moved = 0
+        for instruction in steps.instructions:
+            inputs = [slots[i] for i in instruction.inputs]
+            result = slots[instruction.slot] = instruction.step(*inputs)
+            flops += instruction.step.flops(*inputs)
+            if _storage(result) not in map(_storage, inputs):
+                moved += sum(tensor.numel() for tensor in (result, *inputs))
+            held = {_storage(tensor): tensor.untyped_storage() for tensor in slots.values()}
+            sizes = (held[key].nbytes() for key in held.keys() - given)
+            peak = max(peak, sum(sizes) // torch.float32.itemsize)
+            for i in instruction.done:
+                del slots[i]
+    return Cost(flops, peak, moved)
 
 
-@dataclass(frozen=True)
-class _Value:
-    """A tensor during planning: the slot where it will be, and the index along each axis."""
-
-    slot: int
-    indices: tuple[str, ...]
-    constant: bool = False
-
-
-class _Planner:
-    """Turns a network into a plan. `values` are the tensors not contracted yet."""
-
-    def __init__(self, network: Network, dtype: torch.dtype, device: torch.device) -> None:
-        self.network, self.dtype, self.device = network, dtype, device
-        self.output, self.size = network.output_indices, network.size
-        self.slots: dict[object, int] = {}  # what is computed: equal things share a slot
-        self.operands: list[tuple[int, str, tuple[int, ...]]] = []
-        self.constants: dict[int, Tensor] = {}
-        self.instructions: list[Instruction] = []
-        scalars = [n.symbol.value for n in network.nodes if isinstance(n.symbol, Scalar)]
-        self.scale = float(prod(scalars, start=Fraction(1)))
-        self.values: list[_Value] = []
-
-    def plan(self) -> Plan:
-        """Make the plan."""
-        self._load_operands()
-        self._absorb_patterns()
-        self._absorb_matrices()
-        self._contract()
-        last_use = {i: at for at, step in enumerate(self.instructions) for i in step.inputs}
-        instructions = [
-            Instruction(
-                s.step, s.inputs, s.slot, tuple(i for i in {*s.inputs} if last_use[i] == at)
-            )
-            for at, s in enumerate(self.instructions)
-        ]
-        return Plan(tuple(self.operands), self.constants, tuple(instructions))
-
-    # ---- slots ----------------------------------------------------------------------------------
-
-    def _slot(self, what: object) -> tuple[int, bool]:
-        """Slot of something, and whether it is new."""
-        new = what not in self.slots
-        return self.slots.setdefault(what, len(self.slots)), new
-
-    def _keep(self, what: object, tensor: Tensor) -> int:
-        slot, _ = self._slot(what)
-        self.constants[slot] = tensor
-        return slot
-
-    def _step(self, step: Step, *inputs: int) -> int:
-        slot, new = self._slot((step, inputs))
-        if new:
-            self.instructions.append(Instruction(step, inputs, slot))
-        return slot
-
-    # ---- stages ---------------------------------------------------------------------------------
-
-    def _load_operands(self) -> None:
-        for node in self.network.nodes:
-            if isinstance(node.symbol, Operand):
-                shape = tuple(self.size[index] for index in node.indices)
-                slot, new = self._slot((node.symbol.name, shape))
-                if new:
-                    self.operands.append((slot, node.symbol.name, shape))
-                self.values.append(_Value(slot, node.indices))
-
-    def _absorb_patterns(self) -> None:
-        """Turn patterns into views where they meet just one operand; make the others dense."""
-        attached: dict[int, list[tuple[IndexPattern, tuple[str, ...]]]] = {}
-        dense = []
-        for node in self.network.nodes:
-            symbol = node.symbol
-            if isinstance(symbol, IndexPattern) and not symbol.summed:
-                partner = self._partner(*node.indices)
-                if partner is not None:
-                    attached.setdefault(partner, []).append((symbol, node.indices))
-                    continue
-            if not isinstance(symbol, Operand | Scalar):
-                tensor = symbol.tensor(self.dtype, self.device)
-                dense.append(_Value(self._keep(symbol, tensor), node.indices, constant=True))
-        for at, patterns in attached.items():
-            self.values[at] = self._view(self.values[at], patterns)
-        self.values += dense
-
-    def _partner(self, k: str, o: str, i: str) -> int | None:
-        """The operand that a pattern can be a view of: the only other holder of its input index.
-
-        A pattern whose other indices only exist to be summed over is no view: it is cheaper summed.
-        """
-        holders = [at for at, value in enumerate(self.values) if i in value.indices]
-        if i in self.output or len(self.network.holders(i)) != 2 or len(holders) != 1:
-            return None
-        if any(len(self.network.holders(j)) < 2 and j not in self.output for j in (k, o)):
-            return None
-        return None if {k, o} & set(self.values[holders[0]].indices) else holders[0]
-
-    def _view(self, value: _Value, patterns: list[tuple[IndexPattern, tuple[str, ...]]]) -> _Value:
-        """Pad a tensor (by zeros: along all axes in one copy), and view it through windows."""
-        slot, indices = value.slot, list(value.indices)
-        zeros = [0] * (2 * len(indices))
-        for pattern, (_, _, i) in patterns:
-            before, after = pattern.overhang
-            axis = indices.index(i)
-            if pattern.padding_mode == "zeros":
-                at = 2 * (len(indices) - 1 - axis)  # the last axis comes first
-                zeros[at : at + 2] = before, max(after, 0)
-            elif before > 0 or after > 0:
-                source = self._keep((pattern, "source"), pattern.source(self.device))
-                slot = self._step(Gather(axis), slot, source)
-        if any(zeros):
-            slot = self._step(Pad(tuple(zeros)), slot)
-        for pattern, (k, o, i) in patterns:
-            axis = indices.index(i)
-            sizes = pattern.kernel_size, pattern.output_size
-            slot = self._step(Window(axis, *sizes, pattern.stride, pattern.dilation), slot)
-            indices[axis : axis + 1] = [k, o]
-        return _Value(slot, tuple(indices))
-
-    def _absorb_matrices(self) -> None:
-        """Apply constant matrices that shrink a tensor, the one with the largest saving first."""
-        while candidates := list(self._shrinking()):
-            # Among equals the last axis first: its entries are neighbours in memory.
-            tensor, matrix, index, other = max(
-                candidates,
-                key=lambda c: (self.size[c[2]] / self.size[c[3]], c[0].indices.index(c[2])),
-            )
-            step = Apply(tensor.indices.index(index), transpose=matrix.indices[0] == index)
-            slot = self._step(step, tensor.slot, matrix.slot)
-            indices = tuple(other if i == index else i for i in tensor.indices)
-            self.values[self.values.index(tensor)] = _Value(slot, indices)
-            self.values.remove(matrix)
-
-    def _shrinking(self) -> Iterator[tuple[_Value, _Value, str, str]]:
-        """Tensors with a matrix to apply, the index it is applied to and the one it leaves."""
-        for matrix in self.values:
-            if not (matrix.constant and len(matrix.indices) == 2):
-                continue
-            for index, other in (matrix.indices, matrix.indices[::-1]):
-                holders = [v for v in self.values if index in v.indices and v is not matrix]
-                if index in self.output or len(holders) != 1:
-                    continue
-                (tensor,) = holders
-                shrinks = self.size[other] <= self.size[index]
-                if shrinks and not tensor.constant and other not in tensor.indices:
-                    yield tensor, matrix, index, other
-
-    def _contract(self) -> None:
-        """Contract what is left pairwise, and bring the result into its shape."""
-        self.values = [self._sum(value) for value in self.values]
-        terms = [frozenset(value.indices) for value in self.values]
-        for pair in paths.auto(terms, frozenset(self.output), self.size):
-            taken = [self.values.pop(at) for at in sorted(pair, reverse=True)]
-            while len(taken) > 1:
-                first, second = taken.pop(), taken.pop()
-                taken.append(self._product(first, second, [*self.values, *taken]))
-            self.values += taken
-        (value,) = self.values
-        permutation = tuple(value.indices.index(index) for index in self.output)
-        slot = self._scaled(value.slot)
-        slot = self._step(Arrange(permutation, self.network.shape), slot)
-
-    def _sum(self, value: _Value) -> _Value:
-        """Sum a tensor over those of its indices that nothing else holds."""
-        kept = self._kept(other for other in self.values if other is not value)
-        axes = tuple(axis for axis, index in enumerate(value.indices) if index not in kept)
-        if not axes:
-            return value
-        indices = tuple(index for index in value.indices if index in kept)
-        return _Value(self._step(Sum(axes), value.slot), indices)
-
-    def _product(self, a: _Value, b: _Value, rest: list[_Value]) -> _Value:
-        """Multiply two tensors as batched matrices `[batch, free, contracted]`."""
-        larger = max(a, b, key=lambda value: self._elements(value.indices))
-        shared = [i for i in larger.indices if i in a.indices and i in b.indices]
-        kept = self._kept(rest)
-        batch = self._order(i for i in shared if i in kept)
-        contracted = tuple(i for i in shared if i not in kept)
-        free = [(self._order(i for i in v.indices if i not in shared), v) for v in (a, b)]
-        # The matrix whose indices come first in the result is the left one.
-        free.sort(key=lambda pair: min(map(self._rank, pair[0]), default=0))
-        slots = []
-        for own, value in free:
-            groups = (batch, own, contracted)
-            permutation = tuple(value.indices.index(i) for group in groups for i in group)
-            shape = tuple(map(self._elements, groups))
-            slots.append(self._step(Arrange(permutation, shape), value.slot))
-        indices = (*batch, *free[0][0], *free[1][0])
-        if not rest:
-            smaller = min((0, 1), key=lambda at: self._elements(free[at][1].indices))
-            if self._elements(free[smaller][1].indices) < self._elements(indices):
-                slots[smaller] = self._scaled(slots[smaller])
-        shape = tuple(self.size[index] for index in indices)
-        return _Value(self._step(Product(shape), *slots), indices)
-
-    # ---- small helpers --------------------------------------------------------------------------
-
-    def _scaled(self, slot: int) -> int:
-        """Apply the network's scalars, once, where the fewest elements are to be scaled."""
-        factor, self.scale = self.scale, 1.0
-        return slot if factor == 1 else self._step(Scale(factor), slot)
-
-    def _kept(self, values: Iterable[_Value]) -> set[str]:
-        """Indices that the result or one of some tensors holds."""
-        return set(self.output).union(*(value.indices for value in values))
-
-    def _rank(self, index: str) -> int:
-        return self.output.index(index) if index in self.output else len(self.output)
-
-    def _order(self, indices: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted(indices, key=self._rank))
-
-    def _elements(self, indices: Iterable[str]) -> int:
-        return prod(self.size[index] for index in indices)
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -7,7 +7,7 @@ import torch
 
 from kfac_tn import tn
 from kfac_tn.tn import plan as planning
-from kfac_tn.tn.rewrite import simplify
+from kfac_tn.tn.rewrite import explain
 from kfac_tn.tn.steps import Apply, Arrange, Pad, Product, Scale, Window
 
 SPEC = tn.ConvSpec((2, 4, 5, 6), (6, 2, 3, 2), (1, 2), padding=1, groups=2)
@@ -25,8 +25,7 @@ def operands_of(network, dtype=torch.float64):
 
 
 def steps(network):
-    recipe = planning.plan(network, torch.float32, CPU)
-    return Counter(type(instruction.step) for instruction in recipe.instructions)
+    return Counter(type(instruction.step) for instruction in planning.recipe(network).instructions)
 
 
 def test_plans_are_cached():
@@ -35,15 +34,15 @@ def test_plans_are_cached():
     assert planning.plan(tn.forward(SPEC), torch.float32, CPU) is recipe
     assert planning.plan(network, torch.float64, CPU) is not recipe
     network.evaluate(**operands_of(network, torch.float32))
-    before = planning.plan.cache_info()
+    before = planning._plan.cache_info()
     network.evaluate(**operands_of(network, torch.float32))
-    after = planning.plan.cache_info()
+    after = planning._plan.cache_info()
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
 def test_caches_are_bounded():
-    caches = (planning.plan, planning.cost, tn.forward, tn.kfac_expand_input_factor)
-    for cache in (*caches, simplify):
+    caches = (planning._plan, planning.recipe, explain, tn.forward, tn.kfac_expand_input_factor)
+    for cache in caches:
         assert cache.cache_info().maxsize is not None
 
 
@@ -95,13 +94,13 @@ def test_function_transforms(builder):
 
     direction = torch.rand_like(x)
     expected = torch.stack([function(x), function(direction)])
-    planning.plan.cache_clear()
+    planning._plan.cache_clear()
     gradient = torch.func.grad(lambda x: function(x).square().sum())(x)
     torch.testing.assert_close(function(x), expected[0])
-    planning.plan.cache_clear()
+    planning._plan.cache_clear()
     value, tangent = torch.func.jvp(function, (x,), (direction,))
     torch.testing.assert_close(function(x), expected[0])
-    planning.plan.cache_clear()
+    planning._plan.cache_clear()
     batched = torch.func.vmap(function)(torch.stack([x, direction]))
     torch.testing.assert_close(function(x), expected[0])
     torch.testing.assert_close(value, expected[0])
@@ -112,7 +111,7 @@ def test_function_transforms(builder):
 def test_constants_outlive_the_mode_they_are_made_in():
     network = tn.average_unfolded_input(SPEC).simplify()
     x = torch.rand(2, 4, 5, 6, requires_grad=True)
-    planning.plan.cache_clear()
+    planning._plan.cache_clear()
     with torch.inference_mode():
         network.evaluate(input=x.detach())
     network.evaluate(input=x).sum().backward()
