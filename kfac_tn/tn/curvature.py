@@ -186,8 +186,8 @@ def ggn_gram(spec: ConvSpec, columns: int = 1, second: ConvSpec | None = None) -
     """Network of the Gram matrix of the weight's gradients: all inner products between examples.
 
     It has the non-zero eigenvalues of the generalised Gauss-Newton matrix (Dangel et al. 2022,
-    arXiv 2106.02624); with the identity's columns for each output it is the layer's part of the
-    empirical neural tangent kernel.
+    arXiv 2106.02624); with back-propagated unit vectors of the model's outputs as columns, it is
+    the layer's part of the empirical neural tangent kernel.
 
     Args:
         spec: The convolution.

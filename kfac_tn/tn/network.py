@@ -240,8 +240,8 @@ class Network(Structure):
         """Return the product of two networks.
 
         Args:
-            other: The second network. Its operands are the same tensors as those of the first, if
-                they have the same names.
+            other: The second network. Operands of the same name are the same tensor: `replace`
+                them before (`input` by `input_2`) if they are not.
             share: Indices that are the same in both. All other indices of the second are primed:
                 its `c` is called `c'` in the result, or `c''` if there is a `c'` already.
             output: Axes of the new result.

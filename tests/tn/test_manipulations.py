@@ -221,6 +221,10 @@ def test_replaced_networks_keep_names_where_they_can():
     assert str(replaced) == "u[(g d) r] v[c r] x[c] -> [(g d)]\nc=3 d=2 g=2 r=2"
     clashing = layer.rename({"c": "r"}).replace("w", low_rank)
     assert str(clashing) == "u[(g d) r'] v[r r'] x[r] -> [(g d)]\nd=2 g=2 r=3 r'=2"
+    taken = [Node(Operand("u"), (("i",), ("r",), ("r'",))), Node(Operand("v"), (("j",),))]
+    taken = Network.build(taken, [("i",), ("j",)], {"i": 4, "j": 3, "r": 2, "r'": 5})
+    clashing = layer.rename({"c": "r"}).replace("w", taken)
+    assert [str(node) for node in clashing.nodes] == ["u[(g d) r'' r']", "v[r]", "x[r]"]
 
 
 def test_derivative_of_a_sum_is_ones():
