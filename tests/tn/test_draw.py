@@ -106,19 +106,15 @@ def inside_hits(layout):
     return hits
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_layout_is_legible(name):
-    layout = arrange(NETWORKS[name])
+def assert_legible(layout):
     overlapping = [(a, b) for a, b in combinations(layout.marks, 2) if boxes_overlap(a, b)]
     assert not overlapping
     assert inside_hits(layout) == 0
     assert crossings(layout) <= len(layout.lines) / 2
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_layout_is_complete(name):
+def assert_complete(network, layout):
     """Each node, index and axis has one mark, and a line wherever an index is held."""
-    network, layout = NETWORKS[name], arrange(NETWORKS[name])
     tensors = [node for node in network.nodes if not isinstance(node.symbol, Scalar)]
     assert sum(mark.is_tensor for mark in layout.marks) == len(tensors)
     assert sum(mark.kind == "axis" for mark in layout.marks) == len(network.output)
@@ -135,10 +131,8 @@ def test_layout_is_complete(name):
         assert ends[index] == expected
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name in NETWORKS])
-def test_open_legs_are_at_the_rim(name):
+def assert_axes_are_at_the_rim(layout):
     """From an axis outwards, nothing is in the way."""
-    layout = arrange(NETWORKS[name])
     points = [(mark.x, mark.y) for mark in layout.marks]
     for at, mark in enumerate(layout.marks):
         if mark.kind == "axis":
@@ -148,6 +142,49 @@ def test_open_legs_are_at_the_rim(name):
                     a, b = points[a], points[b]
                     across = sides(points[at], far, a) * sides(points[at], far, b) < 0
                     assert not (across and sides(a, b, points[at]) * sides(a, b, far) < 0)
+
+
+def assert_well_formed(code):
+    """Braces match; every statement ends; nothing that isn't TikZ's own or ASCII."""
+    assert code.isascii()
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", code):
+        depth += 1 if brace == "{" else -1
+        assert depth >= 0
+    assert depth == 0
+    first, *statements, last = code.strip().splitlines()
+    assert first.startswith(r"\begin{tikzpicture}")
+    assert last == r"\end{tikzpicture}"
+    for statement in statements:
+        assert re.match(r"  \\(draw|path|node)\[.*;$", statement)
+
+
+def assert_within_bounds(picture):
+    left, bottom, right, top = picture.bounds
+    for item in picture.items:
+        points = item.points if isinstance(item, Curve) else (item.centre,)
+        assert all(left <= x <= right and bottom <= y <= top for x, y in points)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_diagrams(name, tmp_path):
+    """Everything about one network in one test: parallel processes then search its layout once."""
+    network, layout = NETWORKS[name], arrange(NETWORKS[name])
+    assert_legible(layout)
+    assert_complete(network, layout)
+    assert_within_bounds(depict(layout))
+    if name in BUILDERS:
+        assert_axes_are_at_the_rim(layout)
+    code = network.to_tikz()
+    texts = {text.removeprefix(r"$\Sigma$ ") for text in re.findall(r"\) \{(.*)\};", code)}
+    assert {escape(text) for text in names(network)} <= texts
+    assert_well_formed(code)
+
+    pytest.importorskip("matplotlib")
+    path = network.draw(str(tmp_path / "new" / "folder" / "diagram.SVG"))
+    texts = {(text.text or "") for text in ElementTree.parse(path).iter() if "text" in text.tag}
+    assert names(network) <= texts | {text.removeprefix("Σ ") for text in texts}
+    assert path.stat().st_size < 100_000
 
 
 def test_copies_mirror_each_other():
@@ -170,41 +207,6 @@ def test_same_picture_every_time(build, tmp_path):
         files.append((svg, png, network.to_tikz()))
     assert files[0] == files[1]
     assert files[0][1].startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_names_are_in_the_svg(name, tmp_path):
-    pytest.importorskip("matplotlib")
-    network = NETWORKS[name]
-    path = network.draw(str(tmp_path / "new" / "folder" / "diagram.SVG"))
-    texts = {(text.text or "") for text in ElementTree.parse(path).iter() if "text" in text.tag}
-    texts |= {text.removeprefix("Σ ") for text in texts}
-    assert names(network) <= texts
-    assert path.stat().st_size < 100_000
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_names_are_in_the_tikz(name):
-    network = NETWORKS[name]
-    code = network.to_tikz()
-    texts = {text.removeprefix(r"$\Sigma$ ") for text in re.findall(r"\) \{(.*)\};", code)}
-    assert {escape(text) for text in names(network)} <= texts
-    assert_well_formed(code)
-
-
-def assert_well_formed(code):
-    """Braces match; every statement ends; nothing that isn't TikZ's own or ASCII."""
-    assert code.isascii()
-    depth = 0
-    for brace in re.findall(r"(?<!\\)[{}]", code):
-        depth += 1 if brace == "{" else -1
-        assert depth >= 0
-    assert depth == 0
-    first, *statements, last = code.strip().splitlines()
-    assert first.startswith(r"\begin{tikzpicture}")
-    assert last == r"\end{tikzpicture}"
-    for statement in statements:
-        assert re.match(r"  \\(draw|path|node)\[.*;$", statement)
 
 
 def test_standalone_tikz():
@@ -250,15 +252,6 @@ def test_shapes_tell_kinds():
     assert layout.caption == "2/3 · [(l i) r1]"
     curves = [item for item in picture.items if isinstance(item, Curve)]
     assert len({curve.width for curve in curves}) == 2  # a composite axis ends in a thicker line
-
-
-@pytest.mark.parametrize("name", ["everything", "ggn_block", "nothing"])
-def test_pictures_are_within_their_bounds(name):
-    picture = depict(arrange(NETWORKS[name]))
-    left, bottom, right, top = picture.bounds
-    for item in picture.items:
-        points = item.points if isinstance(item, Curve) else (item.centre,)
-        assert all(left <= x <= right and bottom <= y <= top for x, y in points)
 
 
 @pytest.mark.parametrize("name", ["diagram.pdf", "diagram", "diagram.svg.txt"])

@@ -21,7 +21,7 @@ from kfac_tn.tn.network import Network
 from kfac_tn.tn.node import Delta, Node, Operand, Scalar, format_axes
 from kfac_tn.tn.pattern import IndexPattern
 
-LEG = 0.66
+LEG = 0.54
 """Preferred distance of a tensor and an index on its leg."""
 
 CROWD = 22
@@ -112,14 +112,14 @@ def arrange(network: Network) -> Layout:
 
 
 def _read_on(marks: Sequence[Mark], places: Sequence[Point]) -> list[Point]:
-    """Mirror a picture so that tensors come from left to right, and patterns from top to bottom."""
+    """Mirror a picture so that it is read from left to right and from top to bottom."""
 
     def trend(coordinate: int, *kinds: str) -> float:
         order = [xy[coordinate] for m, xy in zip(marks, places, strict=True) if m.kind in kinds]
         return sum((at - (len(order) - 1) / 2) * value for at, value in enumerate(order))
 
     x = -1.0 if trend(0, "operand") < 0 else 1.0
-    y = -1.0 if trend(1, "pattern") > 0 else 1.0
+    y = -1.0 if (trend(1, "pattern") or trend(1, "operand")) > 0 else 1.0
     return [(x * left, y * up) for left, up in places]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 Point: TypeAlias = tuple[float, float]
 
-STARTS, REFINED, SWAPPED = 96, 24, 3
+STARTS, REFINED, SWAPPED = 96, 6, 4
 """Random beginnings per set of symmetries, how many in all the second stage works on, and how many
 of its pictures may exchange marks."""
 
@@ -67,18 +67,19 @@ class Search:
     def place(self) -> tuple[Point, ...]:
         """Find the places. Same question, same answer."""
         random = torch.Generator().manual_seed(0)
-        begun = []
+        done = []
         for symmetries in self.symmetries:
             shape = (STARTS, len(self.sizes), 2)
             drawn = torch.randn(shape, dtype=torch.float64, generator=random)
             places = self._majorize(drawn, symmetries)
-            begun += self._rated(places, symmetries)
-        begun.sort(key=lambda rated: rated[0])
-        done = []
-        for symmetries in self.symmetries:
-            chosen = [places for _, places, kept in begun[:REFINED] if kept is symmetries]
-            if chosen:
-                done += self._rated(self._refine(torch.stack(chosen), symmetries), symmetries)
+            # Overlaps may be moved apart, or not: the best with and without them go on.
+            # Many beginnings lead to the same picture: as bad to two digits, it is the same.
+            chosen: dict[float, int] = {}
+            for badness in (self.badness(places), self._tangle(places)):
+                different = {round(bad, 2): at for at, bad in enumerate(badness.tolist())}
+                chosen |= {bad: different[bad] for bad in sorted(different)[:REFINED]}
+            places = self._refine(places[[*chosen.values()]], symmetries)
+            done += self._rated(places, symmetries)
         done.sort(key=lambda rated: rated[0])
         for _, places, symmetries in done[:SWAPPED]:
             swapped = self._swap(places)[None]
@@ -151,13 +152,16 @@ class Search:
         """How hard the pictures are to read: crossings first."""
         extent = places.amax(-2) - places.amin(-2)
         return (
-            self.crossings(places)
+            self._tangle(places)
             + 4.0 * (self.hits(places, 0.04) > 0).sum((-1, -2))
             + 20 * self.overlaps(places, 0.04).sum((-1, -2))
-            + 10 * self._strain(places) / len(self.sizes) ** 2
             + self.inside(places).sum(-1)
             + 1.0 * extent[..., 1]  # pages are wider than high
         )
+
+    def _tangle(self, places: Tensor) -> Tensor:
+        """The part of it that doesn't depend on the sizes of marks."""
+        return self.crossings(places) + 10 * self._strain(places) / len(self.sizes) ** 2
 
     def crossings(self, places: Tensor) -> Tensor:
         """Number of crossings of lines."""
@@ -208,13 +212,15 @@ class Search:
     def wanted(self) -> Tensor:
         """Wanted distances of marks: the lengths of the shortest paths."""
         count = len(self.sizes)
-        hops = torch.full((count, count), math.inf, dtype=torch.float64).fill_diagonal_(0.0)
+        paths = torch.full((count, count), math.inf, dtype=torch.float64).fill_diagonal_(0.0)
         for a, b in self.lines:
-            hops[a, b] = hops[b, a] = 1.5 if {a, b} & {*self.rim} else 1.0
+            length = self.leg * (1.5 if {a, b} & {*self.rim} else 1.0)
+            length += (self.sizes[a][0] + self.sizes[b][0]) / 6  # wide marks need more room
+            paths[a, b] = paths[b, a] = length
         for via in range(count):
-            hops = torch.minimum(hops, hops[:, via, None] + hops[via])
-        apart = hops[hops.isfinite()].max() + 1  # parts that nothing connects lie side by side
-        return torch.where(hops.isfinite(), hops, apart) * self.leg
+            paths = torch.minimum(paths, paths[:, via, None] + paths[via])
+        apart = paths[paths.isfinite()].max() + self.leg  # of parts that nothing connects
+        return torch.where(paths.isfinite(), paths, apart)
 
     @cached_property
     def _others(self) -> Tensor:
