@@ -29,6 +29,9 @@ from kfac_tn.tn.steps import Step
 OPTIMAL_TERMS = 6
 """Up to so many tensors the best order of contraction is searched, beyond it a good one."""
 
+LOOP_COLUMNS = 32
+"""Products of fewer columns than that are better made in one."""
+
 STRATEGIES = (("fold", "spread"), ("spread",), ())
 """What patterns may become besides views. The cheapest of these alternatives is taken."""
 
@@ -355,20 +358,49 @@ class Planner:
         contracted = tuple(i for i in shared if i not in kept)
         if not contracted and set(smaller.indices) <= set(larger.indices):
             return self._multiply(larger, smaller)
-        free = [(self._order(i for i in v.indices if i not in shared), v) for v in (a, b)]
+        own = {v: self._order(i for i in v.indices if i not in shared) for v in (a, b)}
         # The matrix whose indices come first in the result is the left one.
-        free.sort(key=lambda pair: min(map(self._rank, pair[0]), default=0))
-        indices = (*batch, *free[0][0], *free[1][0])
-        slots = []
-        for own, value in free:
-            groups = (batch, own, contracted)
+        left, right = sorted((a, b), key=lambda v: min(map(self._rank, own[v]), default=0))
+        border = min(map(self._rank, own[right]), default=0)
+        lead = tuple(i for i in own[left] if self._rank(i) < border)
+        trail = own[left][len(lead) :]
+        if own[right] and self._loops(lead, trail, batch, right, left):
+            # Say n and o1, o2 around d: a product for each n leaves the result in its order.
+            slot = self._step(steps.Expand(self._shape(lead)), right.slot)
+            repeated = _Value(slot, (*lead, *right.indices))
+            batch, own = self._order((*batch, *lead)), {repeated: own[right], left: trail}
+            left, right = repeated, left
+        indices = (*batch, *own[left], *own[right])
+        slots, turned = [], []
+        for value in (left, right):
+            # What is innermost in memory stays so, or the copy would be slow.
+            inner = next((i for i in reversed(value.indices) if self.size[i] > 1), None)
+            turn = inner in own[value]
+            groups = (batch, contracted, own[value]) if turn else (batch, own[value], contracted)
             order = tuple(i for group in groups for i in group)
             slots.append(self._arrange(value, order, tuple(map(self._elements, groups))))
+            turned.append(turn)
         if not rest:
-            light = min((0, 1), key=lambda at: self._elements(free[at][1].indices))
-            if self._elements(free[light][1].indices) < self._elements(indices):
+            light = min((0, 1), key=lambda at: self._elements((left, right)[at].indices))
+            if self._elements((left, right)[light].indices) < self._elements(indices):
                 slots[light] = self._scaled(slots[light])
-        return _Value(self._step(steps.Product(self._shape(indices)), *slots), indices)
+        step = steps.Product(turned[0], not turned[1], self._shape(indices))
+        return _Value(self._step(step, *slots), indices)
+
+    def _loops(
+        self,
+        lead: tuple[str, ...],
+        trail: tuple[str, ...],
+        batch: tuple[str, ...],
+        small: _Value,
+        large: _Value,
+    ) -> bool:
+        """Whether to make one product for each position of the indices in front, or one in all."""
+        if not lead or self._elements(trail) < LOOP_COLUMNS:
+            return False
+        copied = self._elements(batch) > 1  # else the same matrix is seen in all places
+        repeated = self._elements(lead) * self._elements(small.indices)
+        return not copied or repeated < self._elements(large.indices)
 
     def _multiply(self, larger: _Value, smaller: _Value) -> _Value:
         order = tuple(i for i in larger.indices if i in smaller.indices)

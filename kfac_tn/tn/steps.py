@@ -63,6 +63,22 @@ class Arrange(Step):
 
 
 @dataclass(frozen=True)
+class Expand(Step):
+    """View a tensor as so many equal ones.
+
+    Attributes:
+        sizes: Sizes of the axes in front.
+    """
+
+    sizes: tuple[int, ...]
+
+    @staticmethod
+    def compute(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        """Add the axes."""
+        return tensor.expand(*sizes, *tensor.shape)
+
+
+@dataclass(frozen=True)
 class Pad(Step):
     """Add zeros around a tensor.
 
@@ -404,24 +420,29 @@ class Multiply(Step):
 
 @dataclass(frozen=True)
 class Product(Step):
-    """Multiply matrices `[batch, rows, sum]` and `[batch, columns, sum]`, and reshape the result.
+    """Multiply matrices `[batch, rows, sum]` and `[batch, sum, columns]`, and reshape the result.
 
     Attributes:
+        left: Whether the first lies in memory the other way round, `[batch, sum, rows]`.
+        right: Whether the second does, `[batch, columns, sum]`.
         shape: Shape of the result.
     """
 
+    left: bool
+    right: bool
     shape: tuple[int, ...]
 
     @staticmethod
     def compute(  # type: ignore[override]
-        left: Tensor, right: Tensor, shape: tuple[int, ...]
+        first: Tensor, second: Tensor, left: bool, right: bool, shape: tuple[int, ...]
     ) -> Tensor:
         """Multiply and reshape."""
-        return torch.bmm(left, right.mT).reshape(shape)
+        first = first.mT if left else first
+        return torch.bmm(first, second.mT if right else second).reshape(shape)
 
     def flops(self, *inputs: Tensor) -> int:
         """Multiplications and additions."""
-        return 2 * inputs[0].numel() * inputs[1].shape[1]
+        return 2 * inputs[0].numel() * inputs[1].shape[1 if self.right else 2]
 
 
 COMPUTE: dict[str, Callable[..., Tensor]] = {
