@@ -12,7 +12,6 @@ gradients of gradients all work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from inspect import signature
 from math import prod
@@ -24,6 +23,7 @@ from torch import Tensor
 from kfac_tn.tn.conv import ConvSpec, Ints, Padding
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.operations import forward, unfold_input
+from kfac_tn.tn.plan import Plan, plan, run
 
 
 def convNd(  # noqa: N802
@@ -128,9 +128,7 @@ def unfoldNd(  # noqa: N802
     """
     kernel = _sizes("kernel_size", kernel_size, input.ndim - 2)
     x, batched = _batch(input, len(kernel) + 2, "input")
-    columns = _apply(
-        _unfold_form, "columns", {"input": x}, x.shape, kernel, dilation, padding, stride
-    )
+    columns = _apply("unfold", "columns", {"input": x}, x.shape, kernel, dilation, padding, stride)
     return columns if batched else columns.squeeze(0)
 
 
@@ -178,21 +176,15 @@ def foldNd(  # noqa: N802
             f"output_size={output_size} and kernel_size={kernel_size} differ in their dimensions"
         )
     columns, batched = _batch(input, 3, "input")
-    count, rows, positions = columns.shape
+    count, rows, _ = columns.shape
     if rows % prod(kernel):
         raise ValueError(
             f"input of shape {tuple(input.shape)} must have a multiple of prod(kernel_size) = "
             f"{prod(kernel)} rows, got {rows}"
         )
     shape = (count, rows // prod(kernel), *size)
-    form = _build(_unfold_form, (1, *shape[1:]), kernel, dilation, padding, stride)
-    if (expected := form.operands["columns"][2]) != positions:
-        raise ValueError(
-            f"input of shape {tuple(input.shape)} has {positions} columns, but kernel_size={kernel}"
-            f" has {expected} positions in output_size={size} with these options"
-        )
     result = _apply(
-        _unfold_form, "input", {"columns": columns}, shape, kernel, dilation, padding, stride
+        "unfold", "input", {"columns": columns}, shape, kernel, dilation, padding, stride
     )
     return result if batched else result.squeeze(0)
 
@@ -269,38 +261,43 @@ def _without(form: Network, slot: str) -> Network:
 
 
 @lru_cache(maxsize=1024)
-def _conv_form(*arguments: Any) -> Network:
-    return forward(ConvSpec(*arguments)).contract_with("output")
-
-
-@lru_cache(maxsize=1024)
-def _unfold_form(
-    shape: tuple[int, ...], kernel: tuple[int, ...], dilation: Ints, padding: Padding, stride: Ints
-) -> Network:
+def _cached_form(kind: str, *options: Any) -> Network:
+    if kind == "conv":
+        return forward(ConvSpec(*options)).contract_with("output")
+    shape, kernel, dilation, padding, stride = options
     # The number of output channels plays no role here.
     spec = ConvSpec(shape, (1, shape[1], *kernel), stride, padding, dilation)
     return unfold_input(spec).contract_with("columns")
 
 
-def _build(build: Callable[..., Network], *options: Any) -> Network:
-    """Build a form from options, among which may be lists."""
+def _form(kind: str, *options: Any) -> Network:
+    """The multilinear form of a kind of function, `"conv"` or `"unfold"`; options may be lists."""
     try:
-        return build(*options)
-    except TypeError:  # no key of a cache
-        return build(*map(_hashable, options))
+        return _cached_form(kind, *options)
+    except TypeError:  # lists are no key of a cache
+        return _cached_form(kind, *map(_hashable, options))
+
+
+@torch.compiler.assume_constant_result
+def _compiled_plan(
+    dtype: torch.dtype, device: torch.device, kind: str, slot: str, *options: Any
+) -> Plan:
+    """The plan of a slot, for `torch.compile`, which calls this while it traces."""
+    return plan(_without(_form(kind, *options), slot), dtype, device)
 
 
 def _apply(
-    build: Callable[..., Network], slot: str, tensors: dict[str, Tensor], shape: Any, *options: Any
+    kind: str, slot: str, tensors: dict[str, Tensor], shape: tuple[int, ...], *options: Any
 ) -> Tensor:
     """Evaluate a slot of the form of a batch, which may be empty; `shape` is the input's."""
     (name, batch), *_ = tensors.items()
-    empty = len(batch) == 0
-    if empty:  # a network has no empty index: a row of zeros stands in, and is cut off
+    if len(batch) == 0:  # a network has no empty index: a row of zeros stands in, and is cut off
         tensors = {**tensors, name: batch.sum(0, keepdim=True)}
-    form = _build(build, (1, *shape[1:]) if empty else shape, *options)
-    result = _evaluate(form, slot, tensors)
-    return result[:0] if empty else result
+        return _apply(kind, slot, tensors, (1, *shape[1:]), *options)[:0]
+    if torch.compiler.is_compiling():
+        # The compiler sees the steps alone, and makes their backward pass itself.
+        return run(_compiled_plan(batch.dtype, batch.device, kind, slot, shape, *options), tensors)
+    return _evaluate(_form(kind, shape, *options), slot, tensors)
 
 
 def _convolve(
@@ -311,7 +308,7 @@ def _convolve(
         raise ValueError(f"bias of shape {tuple(bias.shape)} must have shape ({channels},)")
     x, weight, bias = cast_as_autocast(x, weight, bias)
     output = _apply(
-        _conv_form, "output", {"input": x, "weight": weight}, x.shape, weight.shape, *options
+        "conv", "output", {"input": x, "weight": weight}, x.shape, weight.shape, *options
     )
     if bias is not None:
         output = output + bias.reshape(-1, *[1] * (weight.ndim - 2))

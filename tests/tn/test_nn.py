@@ -180,6 +180,7 @@ RANDOMIZED = {
         {"in_channels": 1, "kernel_size": (3,), "padding": 1, "padding_mode": "circular"},
     ),
     "same": ((1, 1, 3), {"in_channels": 1, "kernel_size": (2,), "padding": "same"}),
+    "asymmetric": ((1, 2, 2), {"in_channels": 2, "kernel_size": (2,), "padding": ((2, 0),)}),
     "unbatched": ((2, 4), {"in_channels": 2, "kernel_size": (3,)}),
     "4-d": ((1, 2, 2, 1, 2, 1), {"in_channels": 2, "kernel_size": (1, 1, 2, 1), "stride": 2}),
 }
@@ -397,6 +398,16 @@ def test_under_torch_func():
     torch.manual_seed(0)
     expected = torch.autograd.grad(loss({}), list(conv.parameters()))
     assert all(map(torch.equal, actual.values(), expected))
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_compiled_in_eval_mode(mode):
+    conv, x = (
+        RandomizedConvNd(4, 4, (3, 3), padding=1, padding_mode=mode).eval(),
+        torch.rand(2, 4, 5, 5),
+    )
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(conv, backend="aot_eager", fullgraph=True)(x), conv(x))
 
 
 def test_in_a_training_step():

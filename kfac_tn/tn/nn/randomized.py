@@ -102,18 +102,31 @@ class RandomizedConvNd(ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve; draw what to keep."""
-        dimensions = len(self.kernel_size)
-        if input.ndim == dimensions + 1:
-            return self(input.unsqueeze(0)).squeeze(0)
-        if not len(input):
-            return super().forward(input)
         _check(self.keep, self.along, self.keep_output)
+        random = self.training and (self.keep < 1 or self.keep_output < 1)
+        needed = torch.is_grad_enabled() and self.weight.requires_grad
+        if not (random and needed and input.numel()):
+            return self._exact(input)
+        if input.ndim == len(self.kernel_size) + 1:
+            return self._randomized(input.unsqueeze(0)).squeeze(0)
+        return self._randomized(input)
+
+    def _exact(self, input: Tensor) -> Tensor:
+        """Convolve by torch's kernels where it has the dimension, else by a network."""
+        if len(self.kernel_size) > 3:
+            return super().forward(input)
+        padding: Any = self.padding
+        sides = self._reversed_padding_repeated_twice
+        if self.padding_mode != "zeros" or sides[::2] != sides[1::2]:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input, padding = F.pad(input, sides, mode), 0
+        options = (self.stride, padding, self.dilation, self.groups)
+        return _torch_function(self.weight)(input, self.weight, self.bias, *options)
+
+    def _randomized(self, x: Tensor) -> Tensor:
+        """Convolve a batch, and draw what to keep of it."""
         options = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        spec = _spec(tuple(input.shape), tuple(self.weight.shape), *options)
-        random = self.keep < 1 or self.keep_output < 1
-        if not (random and self.training and torch.is_grad_enabled() and self.weight.requires_grad):
-            return _convolve(input, self.weight, self.bias, spec)
-        x, spec = _pad(input, spec)
+        x, spec = _pad(x, _spec(tuple(x.shape), tuple(self.weight.shape), *options))
         draw = Draw(self.keep, x.device, self.generator)
         sample = draw_sample(self.along, draw, spec)
         outputs = None
@@ -295,11 +308,13 @@ def _pad(x: Tensor, spec: ConvSpec) -> tuple[Tensor, ConvSpec]:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """Convolve by torch's kernels where it has the dimension, else by a network."""
+    """Convolve what `_pad` returned."""
+    options = (spec.dilations, spec.groups)
     if spec.dimensions > 3:
-        options = (spec.dilations, spec.groups, spec.padding_mode)
         return convNd(x, weight, bias, spec.strides, spec.paddings, *options)
-    x, spec = _pad(x, spec)
     padding = tuple(before for before, _ in spec.paddings)
-    convolve = getattr(F, f"conv{spec.dimensions}d")
-    return convolve(x, weight, bias, spec.strides, padding, spec.dilations, spec.groups)
+    return _torch_function(weight)(x, weight, bias, spec.strides, padding, *options)
+
+
+def _torch_function(weight: Tensor) -> Callable[..., Tensor]:
+    return getattr(F, f"conv{weight.ndim - 2}d")
