@@ -9,6 +9,7 @@ from itertools import combinations
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from kfac_tn import tn
 from kfac_tn.tn import Delta, Network, Node, Operand, Scalar
@@ -252,6 +253,16 @@ def test_shapes_tell_kinds():
     assert layout.caption == "2/3 · [(l i) r1]"
     curves = [item for item in picture.items if isinstance(item, Curve)]
     assert len({curve.width for curve in curves}) == 2  # a composite axis ends in a thicker line
+
+
+def test_modes_of_torch_make_no_difference():
+    expected = arrange(scalar_product())
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
+        Search.place.cache_clear()
+        state = torch.get_rng_state()
+        with mode:
+            assert arrange(scalar_product()) == expected
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", ["diagram.pdf", "diagram", "diagram.svg.txt"])

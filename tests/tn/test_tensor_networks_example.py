@@ -23,7 +23,7 @@ def test_example_runs(example, options, tmp_path, capsys):
     example.main([*options, "--batch", "2", "--size", "10", "--output", str(tmp_path / "new")])
     printed = capsys.readouterr().out
     assert printed.count("relative error") == 5
-    assert "new when simplified:  sum_o Pi[k1 i1]" in printed
+    assert "sum_o Pi[k" in printed.partition("new when simplified:")[2]
     pictures = sorted(path.name for path in (tmp_path / "new").iterdir())
     ending = "png" if options else "svg"
     names = ("1_convolution", "2_weight_gradient", "3_unfolded_input", "4_factor")

@@ -18,8 +18,8 @@ from torch import Tensor
 Point: TypeAlias = tuple[float, float]
 
 STARTS, REFINED, SWAPPED = 96, 6, 4
-"""Random beginnings per set of symmetries, how many in all the second stage works on, and how many
-of its pictures may exchange marks."""
+"""Random beginnings per set of symmetries, how many of them the second stage works on (by each of
+two measures), and how many of all its pictures may exchange marks."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ class Search:
 
     @lru_cache(maxsize=128)  # noqa: B019 - searches are small, and forgotten in turn
     def place(self) -> tuple[Point, ...]:
-        """Find the places. Same question, same answer."""
+        """Find the places. Same question, same answer, in whatever mode of torch it is asked."""
+        with torch.device("cpu"), torch.inference_mode(False):
+            return self._place()
+
+    def _place(self) -> tuple[Point, ...]:
         random = torch.Generator().manual_seed(0)
         done = []
         for symmetries in self.symmetries:
@@ -87,8 +91,11 @@ class Search:
             if not torch.equal(swapped[0], places):
                 done += self._rated(self._refine(swapped, symmetries), symmetries)
         _, best, _ = min(done, key=lambda rated: rated[0])
+        best = self._align(best)
         best = best - (best.amax(0) + best.amin(0)) / 2
-        while self.overlaps(best, 0.04).any():
+        for _ in range(100):
+            if not self.overlaps(best, 0.04).any():
+                break
             best = best * 1.02
         return tuple((round(x, 3), round(y, 3)) for x, y in best.tolist())
 
@@ -144,6 +151,19 @@ class Search:
             if best == 0:
                 break
             places = candidates[best]
+        return places
+
+    def _align(self, places: Tensor) -> Tensor:
+        """Make lines to the rim that are nearly upright, or nearly level, wholly so."""
+        for end in self.rim:
+            start = [a if b == end else b for a, b in self.lines if end in (a, b)]
+            offset = (places[end] - places[start[0]]).abs()
+            if len(start) == 1 and offset.amin() < self.leg / 3:
+                aligned = places.clone()
+                coordinate = int(offset.argmin())
+                aligned[end, coordinate] = places[start[0], coordinate]
+                if self.badness(aligned) < self.badness(places) + 0.2:
+                    places = aligned
         return places
 
     # ---- what is good and bad -------------------------------------------------------------------

@@ -59,7 +59,9 @@ def _item(item: Item) -> str:
         for first, second, end in zip(*[iter(rest)] * 3, strict=True):
             path += f" .. controls {_at(first)} and {_at(second)} .. {_at(end)}"
         return rf"\draw[draw={_colour(BLACK)}, line width={item.width:g}pt] {path};"
-    options = f"fill={_colour(item.fill)}" + (f", draw={_colour(BLACK)}" if item.edge else "")
+    options = f"fill={_colour(item.fill)}"
+    if item.edge:
+        options += f", draw={_colour(BLACK)}, line width=1pt"
     if item.dashed:
         options += ", dashed"
     (x, y), (width, height) = item.centre, (item.size[0] / 2, item.size[1] / 2)
