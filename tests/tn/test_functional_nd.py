@@ -367,6 +367,15 @@ def test_compiled(name):
         assert_close(a, e)
 
 
+def test_tensors_without_data():
+    shape = (2, 3, 4, 4, 4, 4)
+    x, weight = (torch.empty(s, device="meta") for s in ((2, 2, 5, 5, 5, 5), (3, 2, 2, 2, 2, 2)))
+    assert convNd(x, weight).shape == shape
+    with torch._subclasses.FakeTensorMode():
+        assert convNd(torch.rand(2, 2, 5), torch.rand(3, 2, 2)).shape == (2, 3, 4)
+        assert foldNd(unfoldNd(torch.rand(2, 2, 5), (2,)), (5,), 2).shape == (2, 2, 5)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

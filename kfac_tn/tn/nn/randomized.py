@@ -188,7 +188,8 @@ def randomize(
     """Give a model's convolutions randomized gradients, in place.
 
     Convolution modules are replaced by `RandomizedConvNd`s that hold the same parameters, so
-    optimizers made before and state dicts stay valid. If one can't be converted, none is.
+    optimizers made before and state dicts stay valid. If one can't be converted, none is. How much
+    memory this frees depends on the layers before them: see `RandomizedConvNd`.
 
     Args:
         model: The model. Its modules of type `torch.nn.Conv1d`, `Conv2d`, `Conv3d`, `ConvNd` and
