@@ -27,7 +27,7 @@ BUILDERS = {
     and "spec" in inspect.signature(value).parameters
 }
 GROUPED = tn.ConvSpec((2, 4, 5, 6), (6, 2, 3, 2), (1, 2), padding=1, groups=2)
-FEW = (tn.forward, tn.kfac_reduce_input_factor)
+FEW = (tn.forward, tn.kfac_reduce_grad_output_factor)
 
 
 def scalar_product():
@@ -167,7 +167,12 @@ def assert_within_bounds(picture):
         assert all(left <= x <= right and bottom <= y <= top for x, y in points)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def slow_if_large(name):
+    large = len(NETWORKS[name].nodes) > 6
+    return pytest.param(name, marks=pytest.mark.slow if large else ())
+
+
+@pytest.mark.parametrize("name", [slow_if_large(name) for name in NETWORKS])
 def test_diagrams(name, tmp_path):
     """Everything about one network in one test: parallel processes then search its layout once."""
     network, layout = NETWORKS[name], arrange(NETWORKS[name])
@@ -229,7 +234,7 @@ def test_escape():
 
 def test_before_and_after(tmp_path):
     pytest.importorskip("matplotlib")
-    network = tn.kfac_reduce_input_factor(GROUPED)
+    network = tn.average_unfolded_input(GROUPED)
     simple = network.simplify()
     svg = network.draw(tmp_path / "both.svg", simplified=True).read_text()
     for text in (svg, network.to_tikz(simplified=True)):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 Point: TypeAlias = tuple[float, float]
 
-STARTS, REFINED, SWAPPED = 96, 6, 4
+STARTS, REFINED, SWAPPED = 256, 10, 4
 """Random beginnings per set of symmetries, how many of them the second stage works on (by each of
 two measures), and how many of all its pictures may exchange marks."""
 
@@ -71,7 +71,7 @@ class Search:
 
     def _place(self) -> tuple[Point, ...]:
         random = torch.Generator().manual_seed(0)
-        done = []
+        begun, kept = [], []
         for symmetries in self.symmetries:
             shape = (STARTS, len(self.sizes), 2)
             drawn = torch.randn(shape, dtype=torch.float64, generator=random)
@@ -82,29 +82,23 @@ class Search:
             for badness in (self.badness(places), self._tangle(places)):
                 different = {round(bad, 2): at for at, bad in enumerate(badness.tolist())}
                 chosen |= {bad: different[bad] for bad in sorted(different)[:REFINED]}
-            places = self._refine(places[[*chosen.values()]], symmetries)
-            done += self._rated(places, symmetries)
-        done.sort(key=lambda rated: rated[0])
-        for _, places, symmetries in done[:SWAPPED]:
-            swapped = self._swap(places)[None]
-            done += self._rated(swapped, symmetries)
-            if not torch.equal(swapped[0], places):
-                done += self._rated(self._refine(swapped, symmetries), symmetries)
-        _, best, _ = min(done, key=lambda rated: rated[0])
-        best = self._align(best)
-        best = best - (best.amax(0) + best.amin(0)) / 2
-        for _ in range(100):
-            if not self.overlaps(best, 0.04).any():
-                break
-            best = best * 1.02
-        return tuple((round(x, 3), round(y, 3)) for x, y in best.tolist())
-
-    def _rated(
-        self, places: Tensor, symmetries: tuple[Symmetry, ...]
-    ) -> list[tuple[float, Tensor, tuple[Symmetry, ...]]]:
+            begun.append(places[[*chosen.values()]])
+            kept += [symmetries] * len(chosen)
+        places = self._refine(torch.cat(begun), kept)
         # Symmetry helps a reader as much as a crossing hurts.
-        badness = (self.badness(places) - len(symmetries)).tolist()
-        return [(bad, one, symmetries) for bad, one in zip(badness, places, strict=True)]
+        bonus = torch.tensor([len(symmetries) for symmetries in kept])
+        best = (self.badness(places) - bonus).argsort()[:SWAPPED].tolist()
+        kept = [kept[at] for at in best]
+        swapped = torch.stack([self._swap(places[at]) for at in best])
+        places = torch.cat([swapped, self._refine(swapped, kept)])
+        picture = places[(self.badness(places) - bonus[best].repeat(2)).argmin()]
+        picture = self._align(picture)
+        picture = picture - (picture.amax(0) + picture.amin(0)) / 2
+        for _ in range(100):
+            if not self.overlaps(picture, 0.04).any():
+                break
+            picture = picture * 1.02
+        return tuple((round(x, 3), round(y, 3)) for x, y in picture.tolist())
 
     # ---- stages ---------------------------------------------------------------------------------
 
@@ -120,9 +114,13 @@ class Search:
                 places = symmetry(places)
         return places
 
-    def _refine(self, places: Tensor, symmetries: tuple[Symmetry, ...]) -> Tensor:
-        """Descend to places where marks are clear of each other and of foreign lines."""
+    def _refine(self, places: Tensor, kept: list[tuple[Symmetry, ...]]) -> Tensor:
+        """Descend to places where marks are clear of each other and of foreign lines.
+
+        Pictures have symmetries of their own, but go together: a step costs more than its numbers.
+        """
         rounds = 120
+        rows = {one: [at for at, other in enumerate(kept) if other is one] for one in kept}
         velocity = torch.zeros_like(places)
         for at in range(rounds):
             with torch.enable_grad():
@@ -136,8 +134,9 @@ class Search:
                 (slope,) = torch.autograd.grad(energy, places)
             velocity = 0.8 * velocity - 0.02 * slope.clamp(-1, 1)
             places = places.detach() + velocity * (1 - at / rounds)
-            for symmetry in symmetries:
-                places = symmetry(places)
+            for symmetries, own in rows.items():
+                for symmetry in symmetries:
+                    places[own] = symmetry(places[own])
         return places
 
     def _swap(self, places: Tensor) -> Tensor:
