@@ -225,19 +225,19 @@ def check(spec):
         assert_equal(network.evaluate(**operands), expected, builder.__name__)
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(spec=specs())
 def test_convolution(spec):
     check(spec)
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(spec=specs(transposed=True))
 def test_transposed_convolution(spec):
     check(spec)
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(spec=ANY_4D)
 def test_four_dimensions(spec):
     check(spec)
@@ -286,7 +286,7 @@ def test_fold_and_unfold_as_torch(spec):
 
 
 @pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: builder.__name__)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(spec=ANY)
 def test_einsum_and_simplify_are_evaluate(builder, spec):
     generator = torch.Generator().manual_seed(0)
