@@ -33,6 +33,9 @@ from kfac_tn.tn.steps import COMPUTE
 FLOPS_PER_ELEMENT = 16
 """Multiplications that take as long as to read or write an element in memory."""
 
+FLOPS_PER_LAUNCH = 500_000
+"""Multiplications that take as long as to begin an operation on tensors, whatever their size."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -42,16 +45,19 @@ class Cost:
         flops: Multiplications and additions.
         peak_memory: Largest number of elements held at once, besides operands and constants.
         moved: Number of elements that are read or written by all steps that are no views.
+        launches: Number of operations on tensors.
     """
 
     flops: int
     peak_memory: int
     moved: int
+    launches: int
 
     @property
     def time(self) -> int:
         """Estimated time, in multiplications."""
-        return self.flops + FLOPS_PER_ELEMENT * self.moved
+        work = self.flops + FLOPS_PER_ELEMENT * self.moved
+        return work + FLOPS_PER_LAUNCH * self.launches
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,7 @@ class Recipe:
     constants: tuple[tuple[int, Constant | Source], ...]
     instructions: tuple[Instruction, ...]
     result: int
-    cost: Cost = Cost(0, 0, 0)
+    cost: Cost = Cost(0, 0, 0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,11 +240,13 @@ def _cost(network: Network, steps: Recipe) -> Cost:
         # stays alive, so that no result is made in its place.
         alive = tuple(slots.values())
         given = set(map(_storage, alive))
-        flops = peak = moved = 0
+        flops = peak = moved = launches = 0
         for instruction in steps.instructions:
             inputs = [slots[i] for i in instruction.inputs]
             result = slots[instruction.slot] = instruction.step(*inputs)
             flops += instruction.step.flops(*inputs)
+            moved += instruction.step.moved(*inputs)
+            launches += instruction.step.launches
             if _storage(result) not in map(_storage, inputs):
                 moved += sum(tensor.numel() for tensor in (result, *inputs))
             held = {_storage(tensor): tensor.untyped_storage() for tensor in slots.values()}
@@ -246,7 +254,7 @@ def _cost(network: Network, steps: Recipe) -> Cost:
             peak = max(peak, sum(sizes) // torch.float32.itemsize)
             for i in instruction.done:
                 del slots[i]
-    return Cost(flops, peak, moved)
+    return Cost(flops, peak, moved, launches)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -21,6 +21,7 @@ from math import prod
 from opt_einsum import paths
 
 from kfac_tn.tn import steps
+from kfac_tn.tn.cells import WindowGram, WindowSizes
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.node import Constant, Node, Operand, Scalar
 from kfac_tn.tn.pattern import IndexPattern
@@ -32,7 +33,7 @@ OPTIMAL_TERMS = 6
 LOOP_COLUMNS = 32
 """Products of fewer columns than that are better made in one."""
 
-STRATEGIES = (("fold", "spread"), ("spread",), ())
+STRATEGIES = (("fold", "spread"), ("spread",), (), ("fold", "spread", "cells"))
 """What patterns may become besides views. The cheapest of these alternatives is taken."""
 
 
@@ -146,7 +147,10 @@ class Planner:
             attached: dict[_Value, list[Node]] = {}
             for node in self.patterns:
                 if (value := self._partner(node, node.indices[-1])) is not None:
-                    attached.setdefault(value, []).append(node)
+                    nodes = attached.setdefault(value, [])
+                    # Two patterns that share a leg can't both bring it: one of them meets it.
+                    if not any(set(node.indices[:-1]) & set(o.indices[:-1]) for o in nodes):
+                        nodes.append(node)
             if not attached:
                 return
             for value, nodes in attached.items():
@@ -358,6 +362,10 @@ class Planner:
         contracted = tuple(i for i in shared if i not in kept)
         if not contracted and set(smaller.indices) <= set(larger.indices):
             return self._multiply(larger, smaller)
+        if "cells" in self.strategy and a.slot == b.slot:
+            gram = self._window_gram(a, b, batch, contracted)
+            if gram is not None:
+                return gram
         own = {v: self._order(i for i in v.indices if i not in shared) for v in (a, b)}
         # The matrix whose indices come first in the result is the left one.
         left, right = sorted((a, b), key=lambda v: min(map(self._rank, own[v]), default=0))
@@ -387,6 +395,38 @@ class Planner:
         step = steps.Product(turned[0], not turned[1], self._shape(indices))
         return _Value(self._step(step, *slots), indices)
 
+    def _window_gram(
+        self, a: _Value, b: _Value, batch: tuple[str, ...], contracted: tuple[str, ...]
+    ) -> _Value | None:
+        """Multiply windows of a tensor with themselves without making any: see `cells`.
+
+        None if the two are something else, or their windows' positions aren't summed over.
+        """
+        pairs = list(zip(a.indices, b.indices, strict=True))
+        if any((i == j) != (i in batch or i in contracted) for i, j in pairs):
+            return None
+        made_by = {instruction.slot: instruction for instruction in self.instructions}
+        slot = a.slot
+        axes: list[tuple[tuple[str, str], WindowSizes | None]] = [(pair, None) for pair in pairs]
+        while slot in made_by and isinstance(step := made_by[slot].step, steps.Window):
+            (kernel, _), (output, _) = axes[step.axis : step.axis + 2]
+            if kernel[0] == kernel[1] or output[0] not in contracted:
+                return None
+            sizes = (step.start, step.kernel_size, step.output_size, step.stride, step.dilation)
+            axes[step.axis : step.axis + 2] = [(kernel, sizes)]
+            (slot,) = made_by[slot].inputs
+        shared = [at for at, ((i, _), _) in enumerate(axes) if i in batch]
+        summed = [at for at, ((i, _), _) in enumerate(axes) if i in contracted]
+        spatial = [at for at, (_, window) in enumerate(axes) if window is not None]
+        own = [at for at in range(len(axes)) if at not in (*shared, *summed, *spatial)]
+        if not spatial:
+            return None
+        windows = tuple(window for _, window in axes if window is not None)
+        gram = WindowGram((tuple(shared), tuple(summed), tuple(spatial), tuple(own)), windows)
+        first, second = ([axes[at][0][copy] for at in (*own, *spatial)] for copy in (0, 1))
+        indices = (*(axes[at][0][0] for at in shared), *first, *second)
+        return _Value(self._step(gram, slot), indices)
+
     def _loops(
         self,
         lead: tuple[str, ...],
@@ -413,6 +453,11 @@ class Planner:
         (value,) = self.values
         scaled = _Value(self._scaled(value.slot), value.indices)
         self.result = self._arrange(scaled, self.network.output_indices, self.network.shape)
+        needed = {self.result}
+        for instruction in reversed(self.instructions):
+            if instruction.slot in needed:
+                needed.update(instruction.inputs)
+        self.instructions = [step for step in self.instructions if step.slot in needed]
         last_use = {i: at for at, step in enumerate(self.instructions) for i in step.inputs}
         self.instructions = [
             Instruction(

@@ -36,6 +36,15 @@ class Step:
         """Multiplications and additions. Default: none, as of views and copies."""
         return 0
 
+    def moved(self, *inputs: Tensor) -> int:
+        """Elements read and written on the way, besides arguments and result. Default: none."""
+        return 0
+
+    @property
+    def launches(self) -> int:
+        """Number of operations on tensors. Default: one."""
+        return 1
+
 
 # ---- views and copies of a tensor --------------------------------------------------------------
 

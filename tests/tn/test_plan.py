@@ -152,3 +152,15 @@ def test_same_operand_in_two_shapes_of_nodes():
     network = tn.Network.build(nodes, [("i",)], {"i": 2, "j": 3, "k": 6})
     a = torch.arange(6.0)
     assert network.evaluate(a=a).tolist() == [3 * 15, 12 * 15]
+
+
+def test_two_patterns_with_one_leg_on_one_tensor():
+    """A window and a slice of one tensor that lead to the same index: only one may bring it."""
+    spec = tn.ConvSpec(
+        (1, 1, 2, 2, 2), (1, 1, 1, 1, 3), padding=((0, 0), (0, 0), (0, 2)), transposed=True
+    )
+    network = tn.fold_output(spec)
+    columns = torch.rand(network.operands["grad_output"], dtype=torch.float64)
+    expected = network.evaluate(grad_output=columns)
+    actual = network.simplify().evaluate(grad_output=columns)
+    assert torch.allclose(actual, expected, rtol=1e-12)
