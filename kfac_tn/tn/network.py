@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -291,22 +291,30 @@ class Network(Structure):
 
         return cost(self).peak_memory
 
-    def evaluate(self, **operands: Tensor) -> Tensor:
+    def evaluate(self, *, memory_limit: Any = None, **operands: Tensor) -> Tensor:
         """Compute the result, as written: call `simplify` first for speed.
 
         The contraction is planned once per network, dtype and device. Differentiable, also by
-        `torch.func`. The result may be a view of an operand.
+        `torch.func`; seen through by `torch.compile`, in one graph; works on meta and fake tensors.
+        Under autocast, products are computed and returned in its lower precision, like those of
+        torch. The result may be a view of an operand.
 
         Args:
+            memory_limit: An integer: most elements to hold at once, counted as `peak_memory`. Where
+                more would be needed, the network is evaluated in pieces. Default: no limit.
             operands: The tensors, by name, all of one dtype and device.
 
         Raises:
             ValueError: If operands are missing, unknown, or differ from the network in shape, or
-                from each other in dtype or device.
+                from each other in dtype or device; or if `memory_limit` can't be met.
         """
         from kfac_tn.tn.plan import foreign_plan, plan, run
 
         dtype, device = self.check(operands)
+        if memory_limit is not None:
+            from kfac_tn.tn.pieces import evaluate_in_pieces
+
+            return evaluate_in_pieces(self, operands, memory_limit)
         plain = all(type(tensor) in PLAIN for tensor in operands.values())
         steps = plan(self, dtype, device) if plain else foreign_plan(self, operands)
         return run(steps, operands)

@@ -1,0 +1,104 @@
+"""Evaluation within a limit of memory: in pieces along one index, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kfac_tn.tn.network import Network
+from kfac_tn.tn.node import Operand
+from kfac_tn.tn.plan import cost
+
+
+def evaluate_in_pieces(
+    network: Network, operands: Mapping[str, Tensor], memory_limit: int
+) -> Tensor:
+    """Evaluate a network, in pieces if it would take too much memory at once.
+
+    Along an index that is summed over, the results of the pieces are added; along an index of the
+    result they are put side by side.
+
+    Args:
+        network: The network.
+        operands: Its operands.
+        memory_limit: Most elements to be held at once, counted as `Network.peak_memory`. Tensors
+            that autograd keeps for the backward pass are not counted.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: If no index can be divided far enough.
+    """
+    index, size = _division(network, memory_limit)
+    if index is None:
+        return network.evaluate(**operands)
+    axes = {n.symbol.name: n.axes for n in network.nodes if isinstance(n.symbol, Operand)}
+    summed = index not in network.output_indices
+    total: Tensor | None = None
+    results = []
+    for start in range(0, network.size[index], size):
+        count = min(size, network.size[index] - start)
+        piece = {
+            name: tensor.narrow(axes[name].index((index,)), start, count)
+            if (index,) in axes[name]
+            else tensor
+            for name, tensor in operands.items()
+        }
+        result = _resize(network, index, count).evaluate(**piece)
+        if summed:
+            total = result if total is None else total + result
+        else:
+            results.append(result)
+    return torch.cat(results, network.output.index((index,))) if total is None else total
+
+
+@lru_cache(maxsize=512)
+def _division(network: Network, memory_limit: int) -> tuple[str | None, int]:
+    """The index along which the fewest pieces are needed, and its size in a piece."""
+    least = cost(network).peak_memory
+    if least <= memory_limit:
+        return None, 0
+    results = 2 * prod(network.shape)  # of the pieces so far, and of them all
+    best: tuple[int, str, int] | None = None
+    for index, full in network.sizes:
+        if not _divisible(network, index):
+            continue
+        size = full
+        while size > 1:
+            size = -(-size // 2)
+            peak = cost(_resize(network, index, size)).peak_memory + results
+            least = min(least, peak)
+            if peak <= memory_limit:
+                best = min(filter(None, (best, (-(-full // size), index, size))))
+                break
+    if best is None:
+        raise ValueError(
+            f"memory_limit={memory_limit:,} elements is too little: divided along any one index, "
+            f"this network takes {least:,}"
+        )
+    return best[1:]
+
+
+def _divisible(network: Network, index: str) -> bool:
+    """Whether an index is an axis of its own in all that holds it, and no constant does."""
+    holders = [network.nodes[at] for at in network.holders(index)]
+    axes = [*(node.axes for node in holders), network.output]
+    alone = all(len(axis) == 1 for tensor in axes for axis in tensor if index in axis)
+    names = [node.symbol for node in network.nodes]
+    # An operand in two nodes would have to be divided alike in both.
+    alike = all(
+        other.axes.index((index,)) == node.axes.index((index,)) if (index,) in other.axes else False
+        for node in holders
+        for other, symbol in zip(network.nodes, names, strict=True)
+        if alone and symbol == node.symbol
+    )
+    return alone and alike and all(isinstance(node.symbol, Operand) for node in holders)
+
+
+def _resize(network: Network, index: str, size: int) -> Network:
+    return Network.build(network.nodes, network.output, {**network.size, index: size})
