@@ -1,0 +1,41 @@
+"""The steps that evaluate a network: pure, differentiable functions of tensors, equal by value.
+
+A step's attributes are plain numbers, so that a plan is plain data: `compute` is a function of the
+tensors and of these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kfac_tn.tn.steps.adjoints import Collect, Fold, Scatter
+from kfac_tn.tn.steps.arithmetic import Apply, Multiply, Product, Scale, Sum
+from kfac_tn.tn.steps.step import Step
+from kfac_tn.tn.steps.views import Arrange, Expand, Flip, Gather, Pad, Slice, Window
+
+__all__ = [
+    "COMPUTE",
+    "Apply",
+    "Arrange",
+    "Collect",
+    "Expand",
+    "Flip",
+    "Fold",
+    "Gather",
+    "Multiply",
+    "Pad",
+    "Product",
+    "Scale",
+    "Scatter",
+    "Slice",
+    "Step",
+    "Sum",
+    "Window",
+]
+
+COMPUTE: dict[str, Callable[..., Tensor]] = {
+    step.__name__: step.compute for step in Step.__subclasses__()
+}
+"""What computes each kind of step, by its name."""
