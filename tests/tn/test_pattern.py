@@ -67,3 +67,26 @@ def test_value():
     assert pattern == IndexPattern(3, 4, 6, stride=1)
     assert hash(pattern) == hash(IndexPattern(3, 4, 6))
     assert (str(pattern), str(pattern.sum("o"))) == ("Pi", "sum_o Pi")
+
+
+@settings(max_examples=60, deadline=None)
+@given(pattern=patterns(), axis=st.sampled_from("ko"))
+def test_what_a_pattern_selects(pattern, axis):
+    """One input position or none for each position of the legs; with several on it, `wraps`."""
+    if pattern.selects:
+        assert pattern.tensor(torch.float64).sum(-1).max() <= 1
+    dense = pattern.tensor(torch.float64)
+    assert [size for size, _ in pattern.legs] == list(dense.shape[:2])
+    if not pattern.wraps:
+        assert dense.sum(0).max() <= 1  # one kernel position for each output and input
+        assert dense.sum(1).max() <= 1
+    summed = pattern.sum(axis)
+    size = {"k": pattern.kernel_size, "o": pattern.output_size}[axis]
+    assert summed.selects == (size == 1)
+    assert len(summed.legs) == 1
+    assert not pattern.sum("i").selects
+
+
+def test_negative_padding_skips_positions():
+    pattern = IndexPattern(1, 2, 5, stride=2, padding=-1, summed="k")
+    assert pattern.tensor(torch.float64).tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]]
