@@ -85,19 +85,22 @@ def _division(network: Network, memory_limit: int) -> tuple[str | None, int]:
 
 
 def _divisible(network: Network, index: str) -> bool:
-    """Whether an index is an axis of its own in all that holds it, and no constant does."""
-    holders = [network.nodes[at] for at in network.holders(index)]
-    axes = [*(node.axes for node in holders), network.output]
-    alone = all(len(axis) == 1 for tensor in axes for axis in tensor if index in axis)
-    names = [node.symbol for node in network.nodes]
-    # An operand in two nodes would have to be divided alike in both.
-    alike = all(
-        other.axes.index((index,)) == node.axes.index((index,)) if (index,) in other.axes else False
-        for node in holders
-        for other, symbol in zip(network.nodes, names, strict=True)
-        if alone and symbol == node.symbol
+    """Whether an index is an axis of its own in all that holds it, and no constant does.
+
+    An operand in several nodes must be divided alike in all of them.
+    """
+    symbols = {network.nodes[at].symbol for at in network.holders(index)}
+    nodes = [node for node in network.nodes if node.symbol in symbols]
+    places = {
+        (node.symbol, node.axes.index((index,)) if (index,) in node.axes else None)
+        for node in nodes
+    }
+    return (
+        all(isinstance(symbol, Operand) for symbol in symbols)
+        and all((index,) in node.axes for node in nodes)
+        and len(places) == len(symbols)
+        and (index not in network.output_indices or (index,) in network.output)
     )
-    return alone and alike and all(isinstance(node.symbol, Operand) for node in holders)
 
 
 def _resize(network: Network, index: str, size: int) -> Network:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -212,7 +212,7 @@ def recipe(network: Network) -> Recipe:
             planner.result,
         )
         if all(steps.instructions != other.instructions for other in recipes):
-            recipes.append(Recipe(**{**vars(steps), "cost": _cost(network, steps)}))
+            recipes.append(replace(steps, cost=_cost(network, steps)))
     return min(recipes, key=lambda steps: steps.cost.time)
 
 

@@ -119,3 +119,19 @@ def test_transposed_convolution_has_no_dense_pattern():
     spec = tn.ConvSpec((4, 16, 14, 14), (16, 16, 4, 4), 2, 1, transposed=True)
     assert steps(tn.forward(spec))[Fold] == 2
     assert not recipe_constants(tn.unfold_input(spec))
+
+
+def test_pieces_divide_an_operand_alike_wherever_it_occurs():
+    sizes = {"i": 8, "j": 8, "k": 8}
+    square = [
+        tn.Node(tn.Operand("a"), (("i",), ("j",))),
+        tn.Node(tn.Operand("a"), (("j",), ("k",))),
+    ]
+    network = tn.Network.build(square, [("i",), ("k",)], sizes)
+    with pytest.raises(ValueError, match="memory_limit=10"):
+        network.evaluate(memory_limit=10, a=torch.rand(8, 8))
+    gram = [tn.Node(tn.Operand("a"), (("n",), ("i",))), tn.Node(tn.Operand("a"), (("n",), ("k",)))]
+    network = tn.Network.build(gram, [("i",), ("k",)], {"n": 100, "i": 2, "k": 2})
+    a = torch.rand(100, 2, dtype=torch.float64)
+    assert _division(network, 300)[0] in (None, "n")
+    torch.testing.assert_close(network.evaluate(memory_limit=30, a=a), a.T @ a)

@@ -138,7 +138,7 @@ def _tiles(node: Node, order: tuple[int, ...], digits: dict[str, int]) -> list[N
     """What a pattern says about the digits of its input."""
     pattern = _pattern(node)
     tiles = []
-    for digit, (at, size) in zip(digits, zip(order, digits.values(), strict=True), strict=True):
+    for (digit, size), at in zip(digits.items(), order, strict=True):
         leg, (count, distance) = node.indices[at], pattern.legs[at]
         if count == size:
             tiles.append(Node(Delta(size), ((leg,), (digit,))))
