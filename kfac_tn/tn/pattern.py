@@ -92,6 +92,12 @@ class IndexPattern:
         """Whether a padding mode leads positions outside of the input back into it."""
         return self.padding_mode != "zeros" and max(self.overhang) > 0
 
+    @property
+    def constant(self) -> int:
+        """The number that all entries of the tensor are, or 0 if they differ."""
+        entries = self.tensor(torch.float64).unique()
+        return int(entries.item()) if entries.numel() == 1 else 0
+
     def __str__(self) -> str:
         return f"sum_{self.summed} Pi" if self.summed else "Pi"
 

@@ -284,3 +284,14 @@ def test_scalars_stay_exact():
     network = tn.kfac_reduce_input_factor(tn.ConvSpec((3, 1, 5), (1, 1, 3)))
     (scalar,) = [n.symbol for n in network.simplify().nodes if isinstance(n.symbol, tn.Scalar)]
     assert scalar.value == Fraction(1, 3 * 3 * 3)
+
+
+def test_pointwise_averages_are_plain_sums():
+    """Every input position is used once: no matrix is multiplied with, and it is summed at once."""
+    spec = tn.ConvSpec((4, 6, 5, 7), (3, 6, 1, 1))
+    network = tn.kfac_reduce_input_factor(spec).simplify()
+    assert not [node for node in network.nodes if isinstance(node.symbol, IndexPattern)]
+    x = torch.rand(4, 6, 5, 7, dtype=torch.float64)
+    rows = x.mean((2, 3))
+    expected = (rows.T @ rows / 4).unsqueeze(0)
+    assert torch.allclose(network.evaluate(input=x), expected, rtol=1e-12)

@@ -18,7 +18,13 @@ from kfac_tn.tn.rewrite.indices import (
     prune_ones,
     squeeze,
 )
-from kfac_tn.tn.rewrite.patterns import average_first, merge_patterns, tile, trim
+from kfac_tn.tn.rewrite.patterns import (
+    average_first,
+    merge_patterns,
+    plain_sums,
+    tile,
+    trim,
+)
 from kfac_tn.tn.rewrite.rule import Rewrite, rewrite
 
 __all__ = [
@@ -31,6 +37,7 @@ __all__ = [
     "merge_indices",
     "merge_patterns",
     "merge_scalars",
+    "plain_sums",
     "prune_deltas",
     "prune_ones",
     "rewrite",
@@ -45,6 +52,7 @@ REWRITES: tuple[Rewrite, ...] = (
     prune_ones,
     merge_scalars,
     average_first,
+    plain_sums,
     merge_patterns,
     trim,
     squeeze,

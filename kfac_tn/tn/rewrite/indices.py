@@ -77,13 +77,14 @@ def squeeze(network: Network) -> Iterator[Network]:
     nodes keeps it.
     """
     single = [index for index, size in network.sizes if size == 1]
-    yield _squeeze(network, single)
+    yield squeezed(network, single)
     if len(single) > 1:
         for index in single:
-            yield _squeeze(network, [index])
+            yield squeezed(network, [index])
 
 
-def _squeeze(network: Network, gone: Collection[str]) -> Network:
+def squeezed(network: Network, gone: Collection[str]) -> Network:
+    """The network without some indices of size 1, but for those that an axis consists of."""
     output = [tuple(i for i in axis if i not in gone) or axis[:1] for axis in network.output]
     kept = {index for axis in output for index in axis}
     nodes = []

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 
 from kfac_tn.tn.network import Network
-from kfac_tn.tn.node import Delta, Node, Operand
+from kfac_tn.tn.node import Delta, Node, Ones, Operand, Scalar
 from kfac_tn.tn.pattern import IndexPattern
-from kfac_tn.tn.rewrite.indices import without_delta
+from kfac_tn.tn.rewrite.indices import squeezed, without_delta
 from kfac_tn.tn.rewrite.rule import rewrite
 
 
@@ -38,6 +39,25 @@ def average_first(network: Network) -> Iterator[Network]:
                 kept.append((index,))
         if pattern != node.symbol:
             yield _exchange(network, at, Node(pattern, tuple(kept)))
+
+
+@rewrite
+def plain_sums(network: Network) -> Iterator[Network]:
+    """Replace a pattern that has been summed to equal entries by ones: what is left is a sum.
+
+    Condition: all entries of its tensor are one number, not zero. In KFAC-reduce of a pointwise
+    convolution, every input position is used once.
+    """
+    for at, node in enumerate(network.nodes):
+        pattern = node.symbol
+        if isinstance(pattern, IndexPattern) and pattern.summed and (value := pattern.constant):
+            sizes = dict(zip(node.indices, pattern.shape, strict=True))
+            alone = [index for index in sizes if len(network.holders(index)) == 1]
+            rest = [Node(Ones(sizes[index]), ((index,),)) for index in alone]
+            if value != 1:
+                rest.append(Node(Scalar(Fraction(value)), ()))
+            single = [index for index, size in sizes.items() if size == 1]
+            yield squeezed(_exchange(network, at, *rest), single)
 
 
 @rewrite
