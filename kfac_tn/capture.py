@@ -55,7 +55,7 @@ class Capture:
     (activation checkpointing runs layers again there), or after ``close()``. The hooks don't keep
     this object alive, and copies of the model don't report to it.
 
-    Scale (Section 4 of the design: the loss as the user computes it): input factors are means over
+    Scale (curvature is that of the loss as the user computes it): input factors are means over
     the examples of all passes. Output-gradient factors of several losses in one ``backward()`` add
     up, each with the factor that it has in the objective. Over several ``backward()`` calls
     (micro-batches) a mean loss averages, weighted by those factors; a sum loss adds up. An overall
