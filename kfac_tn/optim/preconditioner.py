@@ -103,7 +103,9 @@ class KFACPreconditioner:
     def step(self) -> bool:
         """Update the curvature if it is due, and precondition the gradients in place.
 
-        Gradient scaling may be on or off at this point: the map is linear in the gradient.
+        With ``"graft"`` and ``"fixed"`` gradients may still be scaled by ``torch.amp.GradScaler``
+        at this point: the map is linear in them. ``"kl_clip"`` measures the step, so call
+        ``scaler.unscale_(optimizer)`` before.
 
         Returns:
             False, with gradients and curvature left as they are, if a gradient isn't finite: skip

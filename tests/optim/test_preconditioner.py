@@ -253,3 +253,17 @@ def test_observe_and_close():
     )
     preconditioner.close()
     assert not any(m._forward_hooks for m in twin.modules())
+
+
+@pytest.mark.parametrize("rule", RULES[:3], ids=str)
+def test_which_rules_are_linear_in_scaled_gradients(rule):
+    """Those that are may run before GradScaler unscales; the KL limit may not, as documented."""
+    results = []
+    for scale in (1.0, 1024.0):
+        model, loss_fn, preconditioner = make(damping=0.01, **rule)
+        x, y = make_data(0)
+        (scale * loss_fn(model(x), y)).backward()
+        assert preconditioner.step() is True
+        results.append(torch.cat([p.grad.flatten() / scale for p in model.parameters()]))
+    linear = rule["step_rule"] != "kl_clip"
+    assert torch.allclose(*results, rtol=1e-10, atol=0) is linear
