@@ -118,7 +118,7 @@ def test_chunks_change_nothing(monkeypatch, budget):
     g = torch.rand(7, 8, 2, 2, dtype=torch.float64)
     A = functional.conv_input_factor(x, 3, groups=2)
     B = functional.conv_grad_output_factor(g)
-    monkeypatch.setattr(functional, "UNFOLD_BYTES", budget)
+    monkeypatch.setattr(functional.common, "UNFOLD_BYTES", budget)
     torch.testing.assert_close(functional.conv_input_factor(x, 3, groups=2), A, rtol=1e-12, atol=0)
     torch.testing.assert_close(functional.conv_grad_output_factor(g), B, rtol=1e-12, atol=0)
 
@@ -287,7 +287,7 @@ def test_agrees_with_einconv(convolution):
         if approximation == "expand":  # theirs sums over positions
             ones = torch.ones_like(x[:1, :1])
             plain = {**options, "groups": 1}
-            expected /= functional.F.unfold(ones, **_unfold(plain)).shape[-1]
+            expected /= F.unfold(ones, **_unfold(plain)).shape[-1]
         factor = functional.conv_input_factor(x, **options, approximation=approximation)
         # Their patterns pass through float32 and their scale is exact: the counts are, too.
         torch.testing.assert_close(factor, expected, rtol=1e-6, atol=1e-8)
