@@ -16,17 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report each of its starts
 
 import opt_einsum
 import torch
@@ -39,16 +36,11 @@ from einconv.expressions import (
     convNd_unfold,
     convNd_weight_vjp,
 )
+from measuring import ROOT, SHORTEST, Call, boxes, geometric_mean, machine, peak_bytes, seconds
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from kfac_tn import functional, tn
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from compare_optimizers import describe_machine  # noqa: E402
 
 OPERATIONS = (
     "forward",
@@ -60,9 +52,6 @@ OPERATIONS = (
 )
 OURS, OTHERS = "kfac_tn", ("torch", "einconv")
 MOST_FLOPS, MOST_BYTES = 5e11, 8 * 2**30
-SHORTEST = 2e-3  # seconds of a timing; faster calls are repeated within one
-
-Call = Callable[[], Tensor]
 
 
 class Setting:
@@ -156,36 +145,6 @@ class Setting:
 # ---- measuring -------------------------------------------------------------------------------
 
 
-def seconds(call: Call, number: int = 1) -> float:
-    """Time per call."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    start = perf_counter()
-    for _ in range(number):
-        call()
-    synchronize()
-    return (perf_counter() - start) / number
-
-
-def peak_bytes(call: Call, device: str) -> int:
-    """Largest number of bytes allocated during a call, its result included."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    del result
-    return peak
-
-
 def measure(setting: Setting, operation: str, budget: float, most: int, device: str) -> dict:
     """All implementations of an operation, within about `budget` seconds, in up to `most` turns."""
     row: dict = {"convolution": asdict(setting.conv), "kind": setting.conv.kind}
@@ -251,11 +210,6 @@ def ratios(rows: list[dict], other: str, quantity: str = "seconds") -> list[floa
     ]
 
 
-def geometric_mean(values: list[float]) -> float:
-    """Geometric mean, or NaN of nothing."""
-    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
-
-
 def table(rows: list[dict]) -> str:
     """Ratios by operation and kind, as markdown."""
     head = ["operation", "kind", "convolutions"]
@@ -305,50 +259,17 @@ def remarks(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Boxes of time ratios, a panel for each operation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, layout="constrained")
-    colors = {"torch": "tab:orange", "einconv": "tab:blue"}
-    for operation, ax in zip(OPERATIONS, axes.flat, strict=True):
-        for shift, other in zip((-0.2, 0.2), OTHERS, strict=True):
-            values = [
-                ratios([r for r in rows if (r["operation"], r["kind"]) == (operation, k)], other)
-                for k in KINDS
+    panels = {
+        operation: {
+            f"time of {other} / time of kfac_tn": [
+                ratios([r for r in rows if (r["operation"], r["kind"]) == (operation, kind)], other)
+                for kind in KINDS
             ]
-            boxes = ax.boxplot(
-                values,
-                positions=[n + shift for n in range(len(KINDS))],
-                widths=0.34,
-                whis=(0, 100),
-                patch_artist=True,
-                medianprops={"color": "black"},
-            )
-            for box in boxes["boxes"]:
-                box.set(facecolor=colors[other], alpha=0.7)
-        ax.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
-        ax.grid(axis="y", alpha=0.3)
-        ax.set_title(operation)
-        ax.set_xticks(range(len(KINDS)), KINDS, rotation=20)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c, alpha=0.7) for c in colors.values()]
-    figure.legend(
-        handles,
-        [f"time of {n} / time of kfac_tn" for n in colors],
-        loc="outside upper right",
-        ncols=2,
-    )
-    figure.suptitle(
-        "How many times faster kfac_tn is (boxes: quartiles, whiskers: extremes)", x=0.01, ha="left"
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            for other in OTHERS
+        }
+        for operation in OPERATIONS
+    }
+    boxes(panels, KINDS, path, "How many times faster kfac_tn is")
 
 
 def main() -> None:
@@ -373,7 +294,7 @@ def main() -> None:
     setting = (
         f"Batches of {options.batch}, float32 on {options.device}, medians of up to "
         f"{options.repetitions} interleaved turns, {perf_counter() - start:.0f} s in all; "
-        f"{describe_machine()}."
+        f"{machine(options.device)}."
     )
     report = (
         f"# Operations of convolutions\n\n{setting}\n\nTime and peak memory of torch and einconv "

@@ -1,0 +1,83 @@
+"""The benchmarks: what they share in detail, and their quick forms as somebody runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+for needed in ("curvlinops", "einconv", "matplotlib", "sklearn", "tqdm"):
+    pytest.importorskip(needed)
+
+
+@pytest.fixture(scope="module")
+def measuring():
+    """`benchmarks/measuring.py` as a module, its neighbours importable as for a script."""
+    folders = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in folders:
+            patch.syspath_prepend(folder)
+        import measuring
+
+        yield measuring
+        for name in ("measuring", "compare_optimizers", "problems"):
+            sys.modules.pop(name, None)
+
+
+def test_peak_memory_is_that_of_a_call(measuring):
+    def call():
+        temporary = torch.ones(1000)  # 4,000 bytes, beside the next 4,000
+        temporary = temporary + 1
+        return temporary[:10].clone()  # 40 more
+
+    assert 8000 <= measuring.peak_bytes(call, "cpu") <= 8200
+
+
+def test_turns_are_shared(measuring, monkeypatch):
+    """A call that takes a second has one turn, short ones as many as asked for, in rotation."""
+    order = []
+
+    def fake(call, number):
+        order.append((call, number))
+        return 1.0
+
+    monkeypatch.setattr(measuring, "seconds", fake)
+    once = {"slow": 1.0, "fast": 1e-3, "tiny": 1e-4}
+    times = measuring.take_turns({n: n for n in once}, once, budget=0.3, most=4)
+    assert {name: len(t) for name, t in times.items()} == {"slow": 1, "fast": 4, "tiny": 4}
+    assert order[:4] == [("slow", 1), ("fast", 2), ("tiny", 20), ("fast", 2)]
+
+
+def run(script, output, *arguments):
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(
+        [sys.executable, f"benchmarks/{script}", "--quick", "--output", str(output), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "MPLBACKEND": "agg"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    name = Path(script).stem
+    assert (output / f"{name}.png").stat().st_size > 10_000
+    report = (output / f"{name}.md").read_text()
+    assert "threads used" in report
+    return json.loads((output / f"{name}.json").read_text())["rows"], report
+
+
+@pytest.mark.slow
+def test_factors(tmp_path):
+    rows, report = run("factors.py", tmp_path, "--batch", "2")
+    assert {row["kind"] for row in rows} == {
+        "general", "dense", "down-sampling", "grouped", "depthwise"
+    }  # fmt: skip
+    assert "differ by more than 1e-4: none" in report
+    for row in rows:
+        ours = row["seconds"].keys() & {"kfac_tn", "im2col", "GEMM"}
+        assert len(ours) == 2
+        assert max(row["error"].values()) < 1e-4
