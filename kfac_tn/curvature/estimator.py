@@ -13,7 +13,7 @@ from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Capture, Factors, Fisher, Statistics
 from kfac_tn.curvature.compute import layout_of
-from kfac_tn.curvature.moving import MovingFactors
+from kfac_tn.curvature.moving import MovingFactors, invert
 from kfac_tn.layers import ApproximationChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 
@@ -97,18 +97,16 @@ class CurvatureEstimator:
             )
         statistics = self.finite(self.capture.take())
         for moving in self._moving:
-            mine = {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
-            moving.update(mine)
-            fresh = any(
-                updates and not inverted
-                for updates, inverted in zip(moving.updates, moving.inverted, strict=True)
+            moving.update(
+                {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
             )
-            if fresh or (self._due(self.inverse_interval) and any(moving.updates)):
-                for name in moving.invert(self.damping, self.relative_damping):
-                    self.warn(
-                        f"The factors of layer '{name}' can't be inverted: its last good inverse "
-                        "stays in use."
-                    )
+        due = self._due(self.inverse_interval)
+        wanting = [moving for moving in self._moving if due or moving.lacks_inverse]
+        for name in invert(wanting, self.damping, self.relative_damping):
+            self.warn(
+                f"The factors of layer '{name}' can't be inverted: its last good inverse stays in "
+                "use."
+            )
         self.steps += 1
         self.capture.armed = self._due(self.factor_interval)
 

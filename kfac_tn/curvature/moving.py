@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_tn.capture import Factors
-from kfac_tn.curvature.inverse import damped_inverse
+from kfac_tn.curvature.inverse import damped_inverses
 from kfac_tn.curvature.kronecker import mean_eigenvalue, pi_split
 from kfac_tn.layers import LayerBlock
 
@@ -50,36 +50,20 @@ class MovingFactors:
             self.input[slot].lerp_(new.input.to(self.input.dtype), share)
             self.grad_output[slot].lerp_(new.grad_output.to(self.grad_output.dtype), share)
 
-    def invert(self, damping: float, relative: bool) -> list[str]:
-        """Renew the inverses of all layers that have factors.
+    @property
+    def lacks_inverse(self) -> bool:
+        """Whether a layer has factors but never had an inverse."""
+        return any(
+            updates and not inverted
+            for updates, inverted in zip(self.updates, self.inverted, strict=True)
+        )
 
-        Args:
-            damping: Added to B (x) A, divided between the factors by ``pi_split``.
-            relative: The damping is in units of each block's mean eigenvalue, not of the loss.
-
-        Returns:
-            Names of the layers with a factor that can't be inverted; their old inverses stay.
-        """
-        slots = [slot for slot, updates in enumerate(self.updates) if updates]
-        if not slots:
-            return []
-        a, b = self.input[slots].flatten(0, 1), self.grad_output[slots].flatten(0, 1)
-        if relative:
-            shifts = tuple(damping**0.5 * _or_one(mean_eigenvalue(factor)) for factor in (a, b))
-        else:
-            shifts = pi_split(a, b, damping)
-        inverses = [damped_inverse(f, shift) for f, shift in zip((a, b), shifts, strict=True)]
-        good = torch.stack([mask.view(-1, self.groups).all(1) for _, mask in inverses]).all(0)
-        failed = []
-        for position, (slot, is_good) in enumerate(zip(slots, good.tolist(), strict=True)):
-            if not is_good:
-                failed.append(self.blocks[slot].name)
-                continue
-            rows = slice(position * self.groups, (position + 1) * self.groups)
-            self.input_inverse[slot] = inverses[0][0][rows]
-            self.grad_output_inverse[slot] = inverses[1][0][rows]
-            self.inverted[slot] = True
-        return failed
+    def shifts(self, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
+        """What ``invert`` adds to the diagonals of A and B, ``[blocks, G]`` each."""
+        if not relative:
+            return pi_split(self.input, self.grad_output, damping)
+        means = mean_eigenvalue(self.input), mean_eigenvalue(self.grad_output)
+        return damping**0.5 * _or_one(means[0]), damping**0.5 * _or_one(means[1])
 
     def precondition(self, matrices: Mapping[LayerBlock, Tensor]) -> dict[LayerBlock, Tensor]:
         """Multiply with the damped inverses: B^-1 M A^-1 for each ``[G, d_out, d_in]``.
@@ -157,6 +141,39 @@ class MovingFactors:
         for name, factor in (("input", like.input), ("grad_output", like.grad_output)):
             setattr(self, name, factor.new_zeros(count, *factor.shape))
             setattr(self, f"{name}_inverse", factor.new_zeros(count, *factor.shape))
+
+
+def invert(moving: Iterable[MovingFactors], damping: float, relative: bool) -> list[str]:
+    """Renew the inverses of all layers that have factors.
+
+    Args:
+        moving: Layers of any shapes; factors of one size are inverted together.
+        damping: Added to B (x) A, divided between the factors by ``pi_split``.
+        relative: The damping is in units of each block's mean eigenvalue, not of the loss.
+
+    Returns:
+        Names of the layers with a factor that can't be inverted; their old inverses stay.
+    """
+    places: list[tuple[MovingFactors, int]] = []
+    factors: list[Tensor] = []
+    dampings: list[Tensor] = []
+    for each in moving:
+        slots = [slot for slot, updates in enumerate(each.updates) if updates]
+        places += [(each, slot) for slot in slots]
+        shifts = each.shifts(damping, relative) if slots else ()
+        for slot in slots:
+            factors += [each.input[slot], each.grad_output[slot]]
+            dampings += [shift[slot] for shift in shifts]
+    inverses = iter(damped_inverses(factors, dampings))
+    failed = []
+    for each, slot in places:
+        (a, a_is_good), (b, b_is_good) = next(inverses), next(inverses)
+        if a_is_good and b_is_good:
+            each.input_inverse[slot], each.grad_output_inverse[slot] = a, b
+            each.inverted[slot] = True
+        else:
+            failed.append(each.blocks[slot].name)
+    return failed
 
 
 def _or_one(scale: Tensor) -> Tensor:

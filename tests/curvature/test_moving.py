@@ -7,13 +7,18 @@ import torch
 from torch import nn
 
 from kfac_tn.capture import Factors
-from kfac_tn.curvature.moving import MovingFactors
+from kfac_tn.curvature.moving import MovingFactors, invert
 from kfac_tn.layers import partition
 
 
 def make_blocks(count: int = 3, dtype=torch.float64):
     model = nn.ModuleList([nn.Conv1d(4, 6, 2, groups=2, dtype=dtype) for _ in range(count)])
     return partition(model)[0]
+
+
+def spd(*shape: int) -> torch.Tensor:
+    root = torch.rand(*shape, shape[-1], dtype=torch.float64)
+    return root @ root.mT
 
 
 def random_factors(dtype=torch.float64) -> Factors:
@@ -45,12 +50,12 @@ def test_batched_layers_equal_single_ones_and_the_dense_inverse(relative):
     together, alone = MovingFactors(blocks, 0.9), [MovingFactors([b], 0.9) for b in blocks]
     new = {block: random_factors() for block in blocks}
     together.update(new)
-    assert together.invert(0.01, relative) == []
+    assert invert([together], 0.01, relative) == []
     matrices = {block: torch.rand(2, 3, 5).double() for block in blocks}
     results = together.precondition(matrices)
     for block, single in zip(blocks, alone, strict=True):
         single.update({block: new[block]})
-        assert single.invert(0.01, relative) == []
+        assert invert([single], 0.01, relative) == []
         expected = single.precondition({block: matrices[block]})[block]
         torch.testing.assert_close(results[block], expected)
         # A part of the layers:
@@ -76,22 +81,47 @@ def test_relative_damping_knows_no_scale(relative):
     for scale in (1.0, 1e-6):
         moving = MovingFactors([block], 0.9)
         moving.update({block: Factors(factors.input, scale * factors.grad_output)})
-        moving.invert(0.01, relative)
+        invert([moving], 0.01, relative)
         results.append(scale * moving.precondition({block: matrix})[block])
     same = torch.allclose(*results, rtol=1e-6)
     assert same is relative
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_layers_of_different_shapes_are_inverted_together_as_alone(relative):
+    """Sizes 5 and 3 each occur in two shapes of block, once as the input's and once not."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 3), nn.Linear(2, 5), nn.Linear(4, 5), nn.Linear(6, 2)]
+    blocks = partition(nn.ModuleList(layers).double())[0]
+    together = [MovingFactors([block], 0.9) for block in blocks]
+    alone = [MovingFactors([block], 0.9) for block in blocks]
+    for moving in (*together, *alone[:-1]):
+        (block,) = moving.blocks
+        a, b = spd(1, block.input_dim + 1), spd(1, block.grad_output_dim)
+        moving.update({block: Factors(a, b)})
+    for one, other in zip(together, alone, strict=True):
+        if any(other.updates):
+            other.input, other.grad_output = one.input.clone(), one.grad_output.clone()
+    together[-1] = alone[-1]  # without factors
+    assert invert(together, 0.1, relative) == []
+    for one, other in zip(together[:-1], alone[:-1], strict=True):
+        assert one.lacks_inverse is False
+        assert other.lacks_inverse is True
+        assert invert([other], 0.1, relative) == []
+        torch.testing.assert_close(one.input_inverse, other.input_inverse)
+        torch.testing.assert_close(one.grad_output_inverse, other.grad_output_inverse)
 
 
 def test_layers_without_factors_are_left_out():
     torch.manual_seed(0)
     first, second, third = make_blocks()
     moving = MovingFactors([first, second, third], 0.9)
-    assert moving.invert(0.1, True) == []
+    assert invert([moving], 0.1, True) == []
     matrices = {block: torch.ones(2, 3, 5).double() for block in (first, second, third)}
     assert moving.precondition(matrices) == {}
     moving.update({second: random_factors()})
     assert moving.precondition(matrices) == {}  # averaged, but not inverted yet
-    moving.invert(0.1, True)
+    invert([moving], 0.1, True)
     assert list(moving.precondition(matrices)) == [second]
     assert [moving.factors(block) is None for block in moving.blocks] == [True, False, True]
 
@@ -102,13 +132,13 @@ def test_a_layer_that_cannot_be_inverted_keeps_its_last_good_inverse(relative):
     blocks = make_blocks(2)
     moving = MovingFactors(blocks, 0.0)
     moving.update({block: random_factors() for block in blocks})
-    moving.invert(0.1, relative)
+    invert([moving], 0.1, relative)
     matrices = {block: torch.ones(2, 3, 5).double() for block in blocks}
     before = moving.precondition(matrices)
     bad = random_factors()
     bad.grad_output[1] -= 100 * torch.eye(3)
     moving.update({blocks[0]: bad, blocks[1]: random_factors()})
-    assert moving.invert(0.1, relative) == [blocks[0].name]
+    assert invert([moving], 0.1, relative) == [blocks[0].name]
     after = moving.precondition(matrices)
     assert torch.equal(before[blocks[0]], after[blocks[0]])
     assert not torch.equal(before[blocks[1]], after[blocks[1]])
@@ -119,7 +149,7 @@ def test_zero_factors_can_be_inverted(relative):
     (block,) = make_blocks(1)
     moving = MovingFactors([block], 0.0)
     moving.update({block: Factors(torch.zeros(2, 5, 5).double(), torch.zeros(2, 3, 3).double())})
-    assert moving.invert(0.01, relative) == []
+    assert invert([moving], 0.01, relative) == []
     assert moving.precondition({block: torch.ones(2, 3, 5).double()})[block].isfinite().all()
 
 
@@ -128,7 +158,7 @@ def test_state_goes_around_and_another_models_is_refused_whole():
     blocks = make_blocks()
     moving = MovingFactors(blocks, 0.9)
     moving.update({blocks[0]: random_factors(), blocks[2]: random_factors()})
-    moving.invert(0.1, True)
+    invert([moving], 0.1, True)
     state = moving.state_dict()
     assert set(state) == {"0", "2"}
     fresh = MovingFactors(blocks, 0.9)
@@ -141,7 +171,7 @@ def test_state_goes_around_and_another_models_is_refused_whole():
         new = {block: random_factors() for block in blocks}
         for each in (moving, fresh):
             each.update(new)
-            each.invert(0.1, True)
+            invert([each], 0.1, True)
     for name, shape in (("input", (2, 4, 4)), ("grad_output", (2, 2, 2)), ("input", (1, 5, 5))):
         broken = {layer: dict(entry) for layer, entry in state.items()}
         broken["2"][name] = torch.zeros(shape)
