@@ -81,3 +81,13 @@ def test_factors(tmp_path):
         ours = row["seconds"].keys() & {"kfac_tn", "im2col", "GEMM"}
         assert len(ours) == 2
         assert max(row["error"].values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_models(tmp_path):
+    rows, report = run("models.py", tmp_path)
+    assert {"U-Net-like", "ViT", "GPT", "MLP"} >= {row["model"] for row in rows}
+    for row in rows:
+        assert not [way for way in row["refused"] if way.startswith("kfac_tn")]
+        assert row["seconds"].keys() == row["bytes"].keys()
+    assert "## Refused" in report
