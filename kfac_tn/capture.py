@@ -12,25 +12,28 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
+from kfac_tn.graph import Found, differentiate, find, output_edge, remember
+from kfac_tn.hooks import WeakHook, plain, remove
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.likelihood import Likelihood, likelihood_of
 from kfac_tn.statistics import (
     Call,
     Factors,
     Statistics,
-    add_to,
-    combine_grad_outputs,
-    combine_inputs,
+    Sums,
+    WeightedSum,
+    add_grad_outputs,
+    add_inputs,
 )
 
 _ONE = torch.ones(())
@@ -111,17 +114,17 @@ class Capture:
 
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(
-                cast(Any, _WeakHook(self, "_after_layer")), with_kwargs=True
+                cast(Any, WeakHook(self, "_after_layer")), with_kwargs=True
             )
             for module in self._blocks
         ]
         if isinstance(loss_fn, Module):
             self._handles.append(
                 loss_fn.register_forward_hook(
-                    cast(Any, _WeakHook(self, "_after_loss")), with_kwargs=True
+                    cast(Any, WeakHook(self, "_after_loss")), with_kwargs=True
                 )
             )
-        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._finalizer = weakref.finalize(self, remove, self._handles)
 
     def close(self) -> None:
         """Remove every hook; nothing is recorded any more."""
@@ -133,9 +136,10 @@ class Capture:
         self._reset()
 
     def _reset(self) -> None:
-        self._input_sums: dict[LayerBlock, tuple[Tensor, int]] = {}
-        self._grad_output_sums: dict[LayerBlock, Tensor] = {}
-        self._diagonal_sums: dict[Parameter, Tensor] = {}
+        self._input_sums: Sums[LayerBlock] = defaultdict(WeightedSum)
+        self._input_counts: dict[LayerBlock, int] = {}
+        self._grad_output_sums: Sums[LayerBlock] = defaultdict(WeightedSum)
+        self._diagonal_sums: Sums[Parameter] = defaultdict(WeightedSum)
         self._passes: dict[int, _Pass] = {}
 
     def observe(self, outputs: Tensor, targets: Tensor, weight: float | Tensor = 1.0) -> None:
@@ -162,11 +166,11 @@ class Capture:
         task = -1 - len(self._passes)  # each call stands for a backward pass of its own
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         scale = torch.as_tensor(weight, dtype=dtype, device=outputs.device)
-        with _plain(outputs.device):
+        with plain(outputs.device):
             if fisher == "empirical":
                 self._differentiate(outputs, self._empirical(outputs, targets), scale, task)
             elif fisher == "forward-only":
-                self._begin(task, scale, self._calls(outputs))
+                self._begin(task, scale, find(outputs, self._key))
             else:
                 columns = self._columns(outputs, targets, None)
                 self._differentiate(outputs, columns, scale, task)
@@ -177,17 +181,18 @@ class Capture:
         scales = torch.stack([one_pass.scale for one_pass in self._passes.values()] or [_ONE])
         total_scale = scales.max() if self.likelihood.reduction == "sum" else scales.sum()
         factors = {}
-        for block, (total, count) in self._input_sums.items():
-            if self.fisher == "forward-only":
-                eye = torch.eye(block.grad_output_dim, dtype=total.dtype, device=total.device)
-                grad_output = eye.expand(block.groups, -1, -1)
-            elif block in self._grad_output_sums:
-                grad_output = self._grad_output_sums[block] / total_scale
-            else:
+        for block, inputs in self._input_sums.items():
+            if self.fisher != "forward-only" and block not in self._grad_output_sums:
                 continue
-            factors[block] = Factors(total / count, grad_output)
+            a = inputs.result(self._input_counts[block])
+            if self.fisher == "forward-only":
+                b = torch.eye(block.grad_output_dim, dtype=a.dtype, device=a.device)
+                b = b.expand(block.groups, -1, -1)
+            else:
+                b = self._grad_output_sums[block].result(total_scale)
+            factors[block] = Factors(a, b)
         diagonals = {
-            parameter: total / total_scale for parameter, total in self._diagonal_sums.items()
+            parameter: total.result(total_scale) for parameter, total in self._diagonal_sums.items()
         }
         self._reset()
         return Statistics(factors, diagonals)
@@ -195,8 +200,11 @@ class Capture:
     # Hooks -------------------------------------------------------------------------------------
 
     def _active(self) -> bool:
-        in_backward = torch._C._current_graph_task_id() != -1
-        return self.armed and torch.is_grad_enabled() and not in_backward
+        return (
+            self.armed
+            and torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() == -1  # not in a backward pass
+        )
 
     def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
         block = self._blocks.get(module)  # None in a copy of the model
@@ -205,19 +213,18 @@ class Capture:
         if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
             return
         x = args[0] if args else kwargs["input"]
-        source = _source(output)
-        if source.grad_fn is None:
+        edge = output_edge(output)
+        if edge is None:
             return
-        with _plain(output.device):
+        with plain(output.device):
             bias = block.bias is not None
             if block.approximation == "expand":
                 statistic = block.family.input_factor(module, x.detach(), bias)
             else:
                 statistic = block.family.average_input(module, x.detach(), bias)
-        edge = torch.autograd.graph.get_gradient_edge(source)
         examples, positions = block.family.batch_and_positions(module, output)
-        call = Call(block, module, edge.output_nr, output.shape, statistic, examples, positions)
-        _metadata(edge.node).setdefault(self._key, []).append(call)
+        statistic = _unshared(statistic, x)
+        remember(edge, self._key, Call(block, module, output.shape, statistic, examples, positions))
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
         if not torch.is_grad_enabled() or not isinstance(loss, Tensor):
@@ -228,20 +235,20 @@ class Capture:
         values = [*args, *kwargs.values()]
         outputs = kwargs.get("input", values[0])
         targets = kwargs.get("target", values[1])
-        hook = _WeakHook(self, "_at_loss_backward")
+        hook = WeakHook(self, "_at_loss_backward")
         loss.register_hook(lambda gradient: hook(outputs, targets, gradient))
 
     def _at_loss_backward(self, outputs: Tensor, targets: Tensor, gradient: Tensor) -> None:
         """Runs inside the user's backward pass, before it enters the model."""
         task = torch._C._current_graph_task_id()
-        with _plain(outputs.device):
+        with plain(outputs.device):
             gradient, weight = _accurate(gradient.detach()), None
             scale = gradient.sum()
             if self.likelihood.reduction == "none":
                 weight = gradient / scale  # positive also for an objective that is maximized
             scale = scale.abs()
             if self.fisher == "forward-only":
-                self._begin(task, scale, self._calls(outputs))
+                self._begin(task, scale, find(outputs, self._key))
             elif self.fisher == "empirical":
                 self._listen(outputs, targets, scale, task)
             else:
@@ -249,25 +256,6 @@ class Capture:
                 self._differentiate(outputs, columns, scale, task)
 
     # Passes ------------------------------------------------------------------------------------
-
-    def _calls(self, outputs: Tensor) -> list[tuple[Node, Call]]:
-        """All recorded calls that ``outputs`` depend on, with the nodes that made their results."""
-        calls: list[tuple[Node, Call]] = []
-        stack: list[Node | None] = [outputs.grad_fn]
-        seen: set[Node] = set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise RuntimeError(
-                    "torch.utils.checkpoint with use_reentrant=True hides its layers from KFAC: "
-                    "use checkpoint(..., use_reentrant=False)."
-                )
-            calls.extend((node, call) for call in _metadata(node).get(self._key, ()))
-            stack.extend(function for function, _ in node.next_functions)
-        return calls
 
     def _columns(self, outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Iterator[Tensor]:
         """What to back-propagate, in turn: columns of a root of the loss Hessian."""
@@ -310,32 +298,24 @@ class Capture:
         self, outputs: Tensor, columns: Iterable[Tensor], scale: Tensor, task: int
     ) -> None:
         """Back-propagate columns from the outputs to every recorded call, and accumulate."""
-        calls = self._calls(outputs)
-        if not calls and not self.diagonals:
+        found = find(outputs, self._key)
+        if not found and not self.diagonals:
             return
         one_pass = self._begin(task, scale)
-        edges = [GradientEdge(node, call.output_nr) for node, call in calls]
         for column in columns:
             # A mean over no terms (all targets ignored) is NaN: its weight is zero.
-            column = torch.where(scale > 0, column, 0)
-            gradients = torch.autograd.grad(
-                [outputs],
-                cast(Any, [*edges, *self.diagonals]),
-                [column.to(outputs.dtype)],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            statistics = [
-                (call, call.grad_output_statistic(gradient))
-                for (_, call), gradient in zip(calls, gradients, strict=False)
-                if gradient is not None
-            ]
-            one_pass.calls.update((call, None) for call, _ in statistics)
-            for block, factor in combine_grad_outputs(statistics).items():
-                add_to(self._grad_output_sums, block, factor * scale)
-            for parameter, gradient in zip(self.diagonals, gradients[len(calls) :], strict=True):
+            column = torch.where(scale > 0, column, 0).to(outputs.dtype)
+            received: list[tuple[Call, Tensor]] = []
+
+            def receive(call: Call, gradient: Tensor, received: list = received) -> None:
+                received.append((call, call.grad_output_statistic(gradient)))
+
+            gradients = differentiate(outputs, column, found, receive, self.diagonals)
+            one_pass.calls.update((call, None) for call, _ in received)
+            add_grad_outputs(self._grad_output_sums, received, scale)
+            for parameter, gradient in zip(self.diagonals, gradients, strict=True):
                 if gradient is not None:
-                    add_to(self._diagonal_sums, parameter, gradient.square() * scale)
+                    self._diagonal_sums[parameter].add(gradient.square(), scale)
 
     def _listen(self, outputs: Tensor, targets: Tensor, scale: Tensor, task: int) -> None:
         """Take the gradients of the user's own pass, as it arrives at each layer's output."""
@@ -346,63 +326,38 @@ class Capture:
             )
         one_pass = self._begin(task, scale)
         one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
-        for node, call in self._calls(outputs):
-            hook = _WeakHook(self, "_at_layer_backward")
-            node.register_prehook(
-                lambda gradients, hook=hook, call=call: hook(task, call, gradients)
-            )
+        hook = WeakHook(self, "_at_layer_backward")
+        for one in find(outputs, self._key):
+            one.node.register_prehook(lambda gradients, one=one: hook(task, one, gradients))
 
-    def _at_layer_backward(self, task: int, call: Call, gradients: tuple) -> None:
-        gradient = gradients[call.output_nr]
+    def _at_layer_backward(self, task: int, one: Found[Call], gradients: tuple) -> None:
+        gradient, call = gradients[one.output_nr], one.record
         listening = task == torch._C._current_graph_task_id() and task in self._passes
         if gradient is None or not listening:  # a second backward through a retained graph
             return
-        with _plain(gradient.device):
+        with plain(gradient.device):
             statistic = call.grad_output_statistic(gradient.detach())
             self._passes[task].grad_outputs.append((call, statistic))
             self._passes[task].calls[call] = None
 
-    def _begin(self, task: int, scale: Tensor, reached: Iterable[tuple[Node, Call]] = ()) -> _Pass:
+    def _begin(self, task: int, scale: Tensor, reached: Iterable[Found[Call]] = ()) -> _Pass:
         """Note a loss and its factor in the objective of the pass that it belongs to."""
         if task not in self._passes:
             self._finish()
             self._passes[task] = _Pass(scale)
         one_pass = self._passes[task]
         one_pass.scale = torch.maximum(one_pass.scale, scale)
-        one_pass.calls.update((call, None) for _, call in reached)
+        one_pass.calls.update((one.record, None) for one in reached)
         return one_pass
 
     def _finish(self) -> None:
         """Reduce the passes to sums: only now are all calls known that belong together."""
         for one_pass in self._passes.values():
-            for block, (total, count) in combine_inputs(one_pass.calls).items():
-                previous, previous_count = self._input_sums.get(block, (0.0, 0))
-                self._input_sums[block] = (previous + total, previous_count + count)
+            add_inputs(self._input_sums, self._input_counts, one_pass.calls)
             # M sum_n g g^T, g without the scale it went through
-            factor = one_pass.terms / one_pass.scale
-            for block, gram in combine_grad_outputs(one_pass.grad_outputs).items():
-                add_to(self._grad_output_sums, block, gram * factor)
+            weight = one_pass.terms / one_pass.scale
+            add_grad_outputs(self._grad_output_sums, one_pass.grad_outputs, weight)
             one_pass.calls, one_pass.grad_outputs = {}, []
-
-
-# Tools -----------------------------------------------------------------------------------------
-
-
-def _source(output: Tensor) -> Tensor:
-    """The tensor whose autograd node stays in the graph if the output is changed in place.
-
-    An in-place operation on a view (a linear layer returns one for inputs with more than two axes)
-    makes new nodes for the view, and the old one drops out of the graph; the base's stays.
-    """
-    base = output._base
-    if base is None or base.numel() != output.numel() or not base.requires_grad:
-        return output
-    return base if base.is_contiguous() and output.is_contiguous() else output
-
-
-def _metadata(node: Node) -> dict[Any, Any]:
-    """Python's dict on a node: annotated as a method in torch, in truth an attribute."""
-    return cast(dict[Any, Any], node.metadata)
 
 
 def _accurate(x: Tensor) -> Tensor:
@@ -410,37 +365,7 @@ def _accurate(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-class _plain:  # noqa: N801 (a context manager, called like a function)
-    """No gradients, no autocast: statistics are computed in the precision they are given."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._contexts = (torch.no_grad(), torch.autocast(device.type, enabled=False))
-
-    def __enter__(self) -> None:
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*exception)
-
-
-class _WeakHook:
-    """Calls a method of an object without keeping it alive; copies and pickles are inert."""
-
-    def __init__(self, owner: object | None = None, method: str = "") -> None:
-        self._owner = None if owner is None else weakref.ref(owner)
-        self._method = method
-
-    def __call__(self, *args: Any) -> None:
-        owner = None if self._owner is None else self._owner()
-        if owner is not None:
-            getattr(owner, self._method)(*args)
-
-    def __reduce__(self) -> tuple[type[_WeakHook], tuple[()]]:
-        return _WeakHook, ()
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+def _unshared(statistic: Tensor, x: Tensor) -> Tensor:
+    """A copy if it is a view of the input, which the user may overwrite or want freed."""
+    shared = statistic.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return statistic.clone() if shared else statistic

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from torch.nn import Module, Parameter
 
 from kfac_tn import functional
 from kfac_tn.layers import LayerBlock
+
+Key = TypeVar("Key")
+Weight: TypeAlias = float | Tensor
+Sums: TypeAlias = "defaultdict[Key, WeightedSum]"
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,6 @@ class Call:
 
     block: LayerBlock
     module: Module
-    output_nr: int
     output_shape: torch.Size
     input: Tensor | None
     examples: int
@@ -65,48 +69,100 @@ class Call:
         return family.sum_grad_output(self.module, gradient)
 
 
+class WeightedSum:
+    """sum_i w_i F_i of factors, in one buffer: factors are large, and mostly there is just one.
+
+    A first term is kept as it came until another comes or the result is asked for; then it is
+    weighted, and made a matrix if it isn't one. It may be somebody's tensor, and isn't changed.
+
+    Example:
+        >>> total = WeightedSum()
+        >>> total.add(torch.ones(1, 2, 2), 3)
+        >>> total.add(torch.tensor([[[1.0, 2.0]]]), 1, rows=True)
+        >>> total.result(2)
+        tensor([[[2.0000, 2.5000],
+                 [2.5000, 3.5000]]])
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[Tensor, Weight, bool] | None = None
+        self._buffer: Tensor | None = None
+
+    def add(self, value: Tensor, weight: Weight, rows: bool = False) -> None:
+        """Add a term.
+
+        Args:
+            value: A matrix (or another tensor), or rows.
+            weight: Not negative; a scalar tensor where a number would cost a synchronization.
+            rows: Whether ``value`` is rows ``[N, G, d]``, for the sum of their outer products.
+        """
+        if self._buffer is None and self._first is None:
+            self._first = value, weight, rows
+            return
+        if self._first is not None:
+            self._buffer, self._first = _term(*self._first), None
+        assert self._buffer is not None
+        if rows:
+            value = (value * weight**0.5).to(self._buffer.dtype)
+            self._buffer.baddbmm_(value.permute(1, 2, 0), value.transpose(0, 1))
+        elif isinstance(weight, Tensor):
+            self._buffer.addcmul_(value, weight)
+        else:
+            self._buffer.add_(value, alpha=weight)
+
+    def result(self, total: Weight) -> Tensor:
+        """The sum divided by ``total``. It ends here: it can't be added to any more."""
+        if self._buffer is not None:
+            return self._buffer.div_(total)
+        assert self._first is not None
+        value, weight, rows = self._first
+        if not rows and isinstance(weight, int) and weight == total:
+            return value
+        return _term(value, weight / total, rows)
+
+
+def _term(value: Tensor, weight: Weight, rows: bool) -> Tensor:
+    # Rows are small; both sides get the root, for a result as symmetric as the product is.
+    return functional.gram(value * weight**0.5) if rows else value * weight
+
+
 # Combining the calls of a module: to its weight they are further shared positions
 
 
-def combine_inputs(calls: Iterable[Call]) -> dict[LayerBlock, tuple[Tensor, int]]:
-    """Sums over calls of a a^T and the number of terms, for each block; each call counts once."""
-    sums: dict[LayerBlock, tuple[Tensor, int]] = {}
-
-    def add(block: LayerBlock, total: Tensor, count: int) -> None:
-        previous, previous_count = sums.get(block, (0.0, 0))
-        sums[block] = (previous + total, previous_count + count)
-
-    rows: dict[tuple[LayerBlock, int], tuple[Tensor, int]] = {}
+def add_inputs(
+    sums: Sums[LayerBlock], counts: dict[LayerBlock, int], calls: Iterable[Call]
+) -> None:
+    """Add sums of a a^T, and the numbers of terms, for each block; each call counts once."""
+    rows: dict[tuple[LayerBlock, int], list[tuple[Tensor, int]]] = {}
     for call in calls:
         statistic, call.input = call.input, None
         if statistic is None:
             continue
         if call.block.approximation == "expand":
             count = call.examples * call.positions
-            add(call.block, statistic * count, count)
+            sums[call.block].add(statistic, count)
+            counts[call.block] = counts.get(call.block, 0) + count
         else:  # reduce: average over the positions of all calls before the outer product
-            key = (call.block, call.examples)
-            previous, positions = rows.get(key, (0.0, 0))
-            rows[key] = (previous + statistic * call.positions, positions + call.positions)
-    for (block, examples), (total, positions) in rows.items():
-        add(block, functional.gram(total / positions), examples)
-    return sums
+            rows.setdefault((call.block, call.examples), []).append((statistic, call.positions))
+    for (block, examples), parts in rows.items():
+        average, positions = parts[0]
+        for further, more in parts[1:]:
+            positions += more
+            average = torch.lerp(average, further, more / positions)
+        sums[block].add(average, 1, rows=True)
+        counts[block] = counts.get(block, 0) + examples
 
 
-def combine_grad_outputs(statistics: Iterable[tuple[Call, Tensor]]) -> dict[LayerBlock, Tensor]:
-    """The output-gradient factor of each block, from the statistics of its calls."""
-    factors: dict[LayerBlock, Tensor] = {}
+def add_grad_outputs(
+    sums: Sums[LayerBlock], statistics: Iterable[tuple[Call, Tensor]], weight: Tensor
+) -> None:
+    """Add the output-gradient factor of each block, weighted, from the statistics of its calls."""
     rows: dict[tuple[LayerBlock, int], Tensor] = {}
     for call, statistic in statistics:
         if call.block.approximation == "expand":
-            add_to(factors, call.block, statistic)
+            sums[call.block].add(statistic, weight)
         else:  # reduce: sum over the positions of all calls before the outer product
-            add_to(rows, (call.block, call.examples), statistic)
+            key = (call.block, call.examples)
+            rows[key] = rows[key] + statistic if key in rows else statistic
     for (block, _), total in rows.items():
-        add_to(factors, block, functional.gram(total))
-    return factors
-
-
-def add_to(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
-    """Add to an entry of a dict of sums, or begin it."""
-    sums[key] = sums[key] + value if key in sums else value
+        sums[block].add(total, weight, rows=True)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 import kfac_tn
 from kfac_tn.capture import Capture
+from kfac_tn.graph import find
 from kfac_tn.layers import partition
 
 FISHERS = ["type-2", "empirical", "mc", "forward-only"]
@@ -205,7 +206,7 @@ def test_a_loss_kept_for_its_value_keeps_no_statistics():
     capture = watch(model, loss_fn)
     output = model(x)
     loss = loss_fn(output, y)
-    statistic = weakref.ref(capture._calls(output)[0][1].input)
+    statistic = weakref.ref(find(output, capture._key)[0].record.input)
     assert statistic() is not None
     loss.backward()
     capture.take()
@@ -219,12 +220,14 @@ def test_micro_batches_do_not_pile_up(fisher, approximation):
     """Their statistics are summed as they come: memory doesn't grow with their number."""
     model, loss_fn, (x, y) = make_model(), nn.CrossEntropyLoss(), make_data()
     capture = watch(model, loss_fn, fisher, approximation)
-    output = model(x)
-    statistic = weakref.ref(capture._calls(output)[0][1].input)
-    loss_fn(output, y).backward()
-    del output
-    loss_fn(model(x), y).backward()
-    assert statistic() is None
+    statistics = []
+    for _ in range(6):
+        output = model(x)
+        statistics += [weakref.ref(one.record.input) for one in find(output, capture._key)]
+        loss_fn(output, y).backward()
+        del output
+    alive = sum(statistic() is not None for statistic in statistics)
+    assert alive <= 3  # of three layers: the last pass
 
 
 @pytest.mark.parametrize("fisher", FISHERS)

@@ -1,0 +1,138 @@
+"""Records on the nodes of autograd's graph, and gradients just where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Found(Generic[Record]):
+    """A record and where it was.
+
+    Attributes:
+        record: What was remembered.
+        node: The node that made the recorded result.
+        output_nr: Which of the node's outputs that is.
+        deepest: Whether the node depends on no other node with a record.
+    """
+
+    record: Record
+    node: Node
+    output_nr: int
+    deepest: bool
+
+
+def output_edge(output: Tensor) -> GradientEdge | None:
+    """Where the gradient of a result arrives, also if it is changed in place afterwards.
+
+    An in-place operation on a view (a linear layer returns one for inputs with more than two axes)
+    makes new nodes for the view, and the old one drops out of the graph; the base's stays.
+
+    Returns:
+        The edge; the gradient there may have the shape of the base. None for a leaf.
+    """
+    base = output._base
+    if base is not None and base.numel() == output.numel() and base.requires_grad:
+        output = base if base.is_contiguous() and output.is_contiguous() else output
+    return None if output.grad_fn is None else get_gradient_edge(output)
+
+
+def remember(edge: GradientEdge, key: object, record: object) -> None:
+    """Leave a record with a node, under the finder's key; it lives as long as the node."""
+    _metadata(edge.node).setdefault(key, []).append((edge.output_nr, record))
+
+
+def find(outputs: Tensor, key: object) -> list[Found[Any]]:
+    """All records that outputs depend on.
+
+    Raises:
+        RuntimeError: If part of the graph is hidden by reentrant activation checkpointing.
+    """
+    found: list[Found[Any]] = []
+    below: dict[Node, bool] = {}  # whether a node or what it depends on has a record
+    stack: list[tuple[Node | None, bool]] = [(outputs.grad_fn, False)]
+    while stack:
+        node, children_done = stack.pop()
+        if node is None or (node in below and not children_done):
+            continue
+        children = [function for function, _ in node.next_functions]
+        if not children_done:
+            if node.name() == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "torch.utils.checkpoint with use_reentrant=True hides its layers from KFAC: "
+                    "use checkpoint(..., use_reentrant=False)."
+                )
+            below[node] = False
+            stack.append((node, True))
+            stack.extend((child, False) for child in children)
+            continue
+        records = _metadata(node).get(key, ())
+        deep = any(below[child] for child in children if child is not None)
+        found.extend(Found(record, node, number, not deep) for number, record in records)
+        below[node] = deep or bool(records)
+    return found
+
+
+def differentiate(
+    outputs: Tensor,
+    column: Tensor,
+    found: Sequence[Found[Record]],
+    receive: Callable[[Record, Tensor], None],
+    parameters: Sequence[Tensor] = (),
+) -> tuple[Tensor | None, ...]:
+    """Back-propagate a column, and hand out the gradient at each record as it becomes complete.
+
+    Only the deepest gradients are asked for, the others pass by: no gradient of a layer's output
+    outlives its use, and none of a weight is computed, but for ``parameters``. The graph stays.
+
+    Args:
+        outputs: What is differentiated.
+        column: Shaped like it.
+        found: Records that ``find`` found.
+        receive: Takes a record and the gradient there; records without one are left out.
+        parameters: Leaves whose gradients are wanted, too.
+
+    Returns:
+        The gradients of the parameters, None where there is none.
+    """
+
+    def pass_by(gradients: tuple[Tensor | None, ...], one: Found[Record]) -> None:
+        gradient = gradients[one.output_nr]
+        if gradient is not None:
+            receive(one.record, gradient)
+
+    deepest = [one for one in found if one.deepest]
+    handles = [
+        one.node.register_prehook(lambda gradients, one=one: pass_by(gradients, one))
+        for one in found
+        if not one.deepest
+    ]
+    try:
+        edges = [GradientEdge(one.node, one.output_nr) for one in deepest]
+        gradients = torch.autograd.grad(
+            [outputs],
+            cast(Any, [*edges, *parameters]),
+            [column],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    for one, gradient in zip(deepest, gradients, strict=False):
+        if gradient is not None:
+            receive(one.record, gradient)
+    return gradients[len(deepest) :]
+
+
+def _metadata(node: Node) -> dict[Any, Any]:
+    """Python's dict on a node: annotated as a method in torch, in truth an attribute."""
+    return cast(dict[Any, Any], node.metadata)

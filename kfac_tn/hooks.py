@@ -1,0 +1,48 @@
+"""What every hook needs: an owner that it doesn't keep alive, and plain arithmetic."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+
+class WeakHook:
+    """Calls a method of an object without keeping it alive; copies and pickles are inert."""
+
+    def __init__(self, owner: object | None = None, method: str = "") -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._method = method
+
+    def __call__(self, *args: Any) -> None:
+        """Call the method, if its owner is still there."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            getattr(owner, self._method)(*args)
+
+    def __reduce__(self) -> tuple[type[WeakHook], tuple[()]]:
+        return WeakHook, ()
+
+
+def remove(handles: Iterable[RemovableHandle]) -> None:
+    """Remove hooks; again is no harm."""
+    for handle in handles:
+        handle.remove()
+
+
+class plain:  # noqa: N801 (a context manager, called like a function)
+    """No gradients, no autocast: statistics are computed in the precision they are given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._contexts = (torch.no_grad(), torch.autocast(device.type, enabled=False))
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*exception)
