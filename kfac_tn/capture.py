@@ -214,8 +214,13 @@ class Capture:
             return
         x = args[0] if args else kwargs["input"]
         edge = output_edge(output)
-        if edge is None:
-            return
+        if edge is not None:
+            self._record(block, module, x, output, edge)
+
+    @torch._disable_dynamo  # its graph would break here anyway
+    def _record(
+        self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
+    ) -> None:
         with plain(output.device):
             bias = block.bias is not None
             if block.approximation == "expand":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,24 +20,58 @@ from kfac_tn.layers import ApproximationChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 
 
-class CurvatureEstimator:
-    """What ``KFAC`` and ``KFACPreconditioner`` share: the curvature along a training run.
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """What is estimated, and how often. See ``KFAC``, whose arguments and defaults these are.
 
-    Args:
-        model: The model.
-        loss_fn: The loss module that the training loop calls.
-        approximation: See ``KFAC``, as for all further arguments.
+    Attributes:
+        approximation: ``"expand"``, ``"reduce"``, or by layer.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
-        damping: Added to the curvature.
-        relative_damping: Whether in units of each block's mean eigenvalue.
-        decay: Of the factors' moving averages.
+        relative_damping: Whether damping is in units of each block's mean eigenvalue.
+        factor_decay: Decay of the factors' moving averages.
         factor_interval: Steps between statistics.
         inverse_interval: Steps between inversions.
         seed: Of the Monte-Carlo samples.
 
     Raises:
-        ValueError: For a hyper-parameter out of its range, or a model without trainable parameters.
+        ValueError: For a value out of its range.
+    """
+
+    approximation: ApproximationChoice
+    fisher: Fisher
+    mc_samples: int
+    relative_damping: bool
+    factor_decay: float
+    factor_interval: int
+    inverse_interval: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor_decay < 1:
+            raise ValueError(f"factor_decay is {self.factor_decay}: it must be in [0, 1).")
+        for name in ("factor_interval", "inverse_interval"):
+            interval = getattr(self, name)
+            if interval < 1 or interval != int(interval):
+                raise ValueError(f"{name} is {interval}: it must be a positive whole number.")
+
+
+class CurvatureEstimator:
+    """What ``KFAC`` and ``KFACPreconditioner`` share: the curvature along a training run.
+
+    It follows its model: parameters unfrozen later get blocks (``grow``), and a change of dtype or
+    device takes the curvature along (``cast``). Layers frozen later keep what they have.
+
+    Args:
+        model: The model.
+        loss_fn: The loss module that the training loop calls.
+        options: All else that has to be said.
+        damping: What is added to a layer's curvature, asked for whenever inverses are renewed.
+            Layers are inverted together if their ``group`` is the same.
+        group: A number for each layer; layers with one number have the same damping.
+
+    Raises:
+        ValueError: For a model without trainable parameters.
         TypeError: For a loss whose likelihood isn't known.
     """
 
@@ -43,45 +79,108 @@ class CurvatureEstimator:
         self,
         model: Module,
         loss_fn: Module | Likelihood,
-        *,
-        approximation: ApproximationChoice,
-        fisher: Fisher,
-        mc_samples: int,
-        damping: float,
-        relative_damping: bool,
-        decay: float,
-        factor_interval: int,
-        inverse_interval: int,
-        seed: int,
+        options: CurvatureOptions,
+        damping: Callable[[LayerBlock], float],
+        group: Callable[[LayerBlock], int] = lambda block: 0,
     ) -> None:
-        if not damping > 0:
-            raise ValueError(f"damping is {damping}: it must be positive.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"factor_decay is {decay}: it must be in [0, 1).")
-        for name, interval in (
-            ("factor_interval", factor_interval),
-            ("inverse_interval", inverse_interval),
-        ):
-            if interval < 1 or interval != int(interval):
-                raise ValueError(f"{name} is {interval}: it must be a positive whole number.")
-        self.blocks, self.others = partition(model, approximation)
-        if not self.blocks and not self.others:
-            raise ValueError("The model has no trainable parameter.")
-        self.damping, self.relative_damping = damping, relative_damping
-        self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
+        self.options = options
         self.steps = 0
-        self._seed = seed
+        self._model, self._loss_fn = model, loss_fn
+        self._damping, self._group = damping, group
         self._generators: dict[str, torch.Generator] = {}
         self._warned: set[str] = set()
-        self.capture = Capture(self.blocks, loss_fn, fisher, mc_samples, generator=self._generator)
+        self._closed = False
+        self._divide()
+        if not self.blocks and not self.others:
+            raise ValueError("The model has no trainable parameter.")
+        self.capture = self._watch()
+
+    def _divide(self) -> None:
+        """Find the blocks of the model as it is, and make room for their factors."""
+        self.blocks, self.others = partition(self._model, self.options.approximation)
+        self._covered = {p for block in self.blocks for p in block.parameters.values()}
+        self._covered.update(other.parameter for other in self.others)
+        self._layouts = {block: layout_of(block) for block in self.blocks}
+        self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
+        self._stack()
+
+    def _stack(self) -> None:
+        """Group layers of one shape, whose matrices are multiplied and inverted together."""
         shapes: dict[tuple, list[LayerBlock]] = {}
         for block in self.blocks:
             input_dim = block.input_dim + (block.bias is not None)
             weight = block.weight
-            key = (block.groups, block.grad_output_dim, input_dim, weight.dtype, weight.device)
+            sizes = block.groups, block.grad_output_dim, input_dim
+            key = (*sizes, weight.dtype, weight.device, self._group(block))
             shapes.setdefault(key, []).append(block)
-        self._layouts = {block: layout_of(block) for block in self.blocks}
-        self._moving = [MovingFactors(blocks, decay) for blocks in shapes.values()]
+        self._moving = [
+            MovingFactors(blocks, self.options.factor_decay) for blocks in shapes.values()
+        ]
+        self._kinds = {p: (p.dtype, p.device) for p in self._covered}
+
+    def _watch(self) -> Capture:
+        options = self.options
+        return Capture(
+            self.blocks,
+            self._loss_fn,
+            options.fisher,
+            options.mc_samples,
+            generator=self._generator,
+        )
+
+    def uncovered(self) -> list[Parameter]:
+        """Parameters of the model that have no place here, because they were frozen."""
+        if self.capture.armed:  # not in every step: it takes its time to walk through a model
+            self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
+        return self._uncovered
+
+    def close(self) -> None:
+        """Remove the hooks; the curvature stays as it is."""
+        self._closed = True
+        self.capture.close()
+
+    # Following the model -----------------------------------------------------------------------
+
+    def grow(self) -> bool:
+        """Give parameters that were unfrozen since the last time their place; true if any were.
+
+        What is known of the other layers stays. A layer whose bias was unfrozen starts anew: its
+        input factor has a further row.
+        """
+        if self._closed or not any(p.requires_grad for p in self.uncovered()):
+            return False
+        state = self._factors_state()
+        # Layers frozen in the meantime keep their place: they may return.
+        with trainable(self._covered):
+            self._divide()
+        for moving in self._moving:
+            moving.load_state_dict({n: s for n, s in state.items() if _fits(moving, n, s)})
+        seen_loss = self.capture.seen_loss
+        self.capture.close()
+        self.capture = self._watch()
+        self.capture.seen_loss = seen_loss
+        return True
+
+    def cast(self) -> bool:
+        """Take the curvature along when parameters changed dtype or device; true if any did."""
+        if all(
+            p.dtype == dtype and p.device == device for p, (dtype, device) in self._kinds.items()
+        ):
+            return False
+        state = self._factors_state()
+        for block in self.blocks:
+            like = block.weight
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            state[block.name] = {
+                key: value.to(like.device, dtype) if isinstance(value, Tensor) else value
+                for key, value in state.get(block.name, {}).items()
+            }
+        self._stack()
+        for moving in self._moving:
+            moving.load_state_dict({name: entry for name, entry in state.items() if entry})
+        return True
+
+    # A step ------------------------------------------------------------------------------------
 
     def advance(self) -> None:
         """End a step: average its statistics in, renew inverses that are due, and arm the hooks.
@@ -100,15 +199,19 @@ class CurvatureEstimator:
             moving.update(
                 {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
             )
-        due = self._due(self.inverse_interval)
-        wanting = [moving for moving in self._moving if due or moving.lacks_inverse]
-        for name in invert(wanting, self.damping, self.relative_damping):
-            self.warn(
-                f"The factors of layer '{name}' can't be inverted: its last good inverse stays in "
-                "use."
-            )
+        due = self._due(self.options.inverse_interval)
+        wanting: dict[float, list[MovingFactors]] = {}
+        for moving in self._moving:
+            if due or moving.lacks_inverse:
+                wanting.setdefault(self._damping(moving.blocks[0]), []).append(moving)
+        for damping, movings in wanting.items():
+            for name in invert(movings, damping, self.options.relative_damping):
+                self.warn(
+                    f"The factors of layer '{name}' can't be inverted: its last good inverse stays "
+                    "in use."
+                )
         self.steps += 1
-        self.capture.armed = self._due(self.factor_interval)
+        self.capture.armed = self._due(self.options.factor_interval)
 
     def finite(self, statistics: Statistics) -> Statistics:
         """The statistics, or none at all if any of them isn't finite."""
@@ -119,16 +222,21 @@ class CurvatureEstimator:
         return statistics
 
     def precondition(self, gradients: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
-        """Multiply with the damped inverse curvature: B^-1 G A^-1, by parameter.
+        """Multiply with the damped inverse curvature: B^-1 G A^-1, by parameter, in its precision.
 
         Only for layers all of whose trainable parameters have a gradient. Layers that have no
         curvature yet are missing in the result, and the user is told once.
         """
         matrices: dict[LayerBlock, Tensor] = {}
         for block, layout in self._layouts.items():
-            if all(parameter in gradients for parameter in block.parameters.values()):
-                named = {name: gradients[p] for name, p in block.parameters.items()}
+            named = {name: gradients[p] for name, p in block.parameters.items() if p in gradients}
+            if len(named) == len(block.parameters):
                 matrices[block] = layout.to_matrix(named)
+            elif named:
+                self.warn(
+                    f"Of layer '{block.name}' only {sorted(named)} has a gradient, so it is used "
+                    "without curvature. If the rest was frozen, make a new optimizer."
+                )
         results: dict[LayerBlock, Tensor] = {}
         for moving in self._moving:
             results.update(
@@ -141,7 +249,7 @@ class CurvatureEstimator:
                 "is there another loss?"
             )
         return {
-            block.parameters[name]: value.to(block.weight.dtype)
+            block.parameters[name]: value
             for block, matrix in results.items()
             for name, value in self._layouts[block].from_matrix(matrix).items()
         }
@@ -159,11 +267,19 @@ class CurvatureEstimator:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers: factors, inverses, step, and the state of the randomness."""
+        generators = {device: g.get_state() for device, g in self._generators.items()}
+        return {
+            "steps": self.steps,
+            "armed": self.capture.armed,
+            "factors": self._factors_state(),
+            "generators": generators,
+        }
+
+    def _factors_state(self) -> dict[str, Any]:
         factors: dict[str, Any] = {}
         for moving in self._moving:
             factors.update(moving.state_dict())
-        generators = {device: g.get_state() for device, g in self._generators.items()}
-        return {"steps": self.steps, "factors": factors, "generators": generators}
+        return factors
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that isn't of this model.
@@ -190,7 +306,7 @@ class CurvatureEstimator:
         for device, generator_state in state["generators"].items():
             self._generator(torch.device(device)).set_state(generator_state.cpu())
         self.capture.discard()
-        self.capture.armed = self._due(self.factor_interval)
+        self.capture.armed = state["armed"]
 
     def _due(self, interval: int) -> bool:
         early, end = early_steps(interval)
@@ -199,8 +315,27 @@ class CurvatureEstimator:
     def _generator(self, device: torch.device) -> torch.Generator:
         key = str(device)
         if key not in self._generators:
-            self._generators[key] = torch.Generator(device).manual_seed(self._seed)
+            self._generators[key] = torch.Generator(device).manual_seed(self.options.seed)
         return self._generators[key]
+
+
+@contextmanager
+def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Take all of these for trainable, frozen ones too."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _fits(moving: MovingFactors, name: str, entry: Mapping[str, Tensor]) -> bool:
+    """Whether the factors saved for a layer are of the size that it has now."""
+    sizes = {block.name: block.input_dim + (block.bias is not None) for block in moving.blocks}
+    return sizes.get(name) == entry["input"].shape[-1]
 
 
 @lru_cache
@@ -223,8 +358,18 @@ def early_steps(interval: int) -> tuple[frozenset[int], int]:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no element is NaN or inf: as a rule, one number crosses to the host."""
-    norms = torch._foreach_norm(tensors)
-    if bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all()):
-        return True
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)  # a square may overflow
+    """Whether all elements and sums of their squares are finite: one number crosses to the host.
+
+    What can't be squared would spoil second moments and factors for thousands of steps. Half
+    precision is squared in float32.
+
+    Example:
+        >>> import torch
+        >>> all_finite([torch.ones(2)]), all_finite([torch.tensor([1.0, 1e30])])
+        (True, False)
+    """
+    norms: list[Tensor] = []
+    for dtype in {tensor.dtype for tensor in tensors}:
+        mine = [tensor for tensor in tensors if tensor.dtype == dtype]
+        norms += torch._foreach_norm(mine, 2, torch.promote_types(dtype, torch.float32))
+    return bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all())

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, get_args, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from kfac_tn.capture import Factors, Fisher
-from kfac_tn.curvature.estimator import CurvatureEstimator, all_finite
-from kfac_tn.layers import ApproximationChoice
+from kfac_tn.capture import Fisher
+from kfac_tn.curvature.estimator import CurvatureEstimator, CurvatureOptions, all_finite
+from kfac_tn.layers import ApproximationChoice, LayerBlock
 from kfac_tn.likelihood import Likelihood
-from kfac_tn.optim.coverage import Coverage, coverage
-from kfac_tn.optim.step_rules import StepRule, clip_kl, graft
+from kfac_tn.optim.adam import adam_updates, cast_moments
+from kfac_tn.optim.base import CurvatureUser
+from kfac_tn.optim.groups import check_group, default_groups
+from kfac_tn.optim.step_rules import Proposal, StepRule, StepRuleName, step_rule_of
+
+_COPIED = ("_model", "_loss_fn", "_options", "_rule", "_other_lr")
 
 
-class KFAC(Optimizer):
+class KFAC(CurvatureUser, Optimizer):
     r"""Kronecker-factored approximate curvature: a drop-in optimizer for any model.
 
     Every step t, for each parameter with gradient g:
@@ -96,6 +100,8 @@ class KFAC(Optimizer):
         ...     optimizer.step()
     """
 
+    _other_treatment = "Adam"
+
     def __init__(
         self,
         model: Module,
@@ -113,48 +119,60 @@ class KFAC(Optimizer):
         factor_decay: float = 0.9,
         factor_interval: int = 20,
         inverse_interval: int = 100,
-        step_rule: StepRule = "graft",
+        step_rule: StepRuleName | StepRule = "graft",
         kl_clip: float = 1e-3,
         other_lr: float | None = None,
         params: Iterable[dict[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
-        if step_rule not in get_args(StepRule):
-            raise ValueError(f"step_rule is {step_rule!r}: choose one of {get_args(StepRule)}.")
-        if not kl_clip > 0:
-            raise ValueError(f"kl_clip is {kl_clip}: it must be positive.")
+        self._rule = step_rule_of(step_rule, kl_clip)
         if other_lr is not None and params is not None:
             raise ValueError("other_lr and params exclude each other: set lr in the groups.")
-        estimator = CurvatureEstimator(
-            model,
-            loss_fn,
+        if other_lr is None and self._rule.natural:
+            other_lr = 1e-3
+        self._model, self._loss_fn, self._other_lr = model, loss_fn, other_lr
+        self._options = CurvatureOptions(
             approximation=approximation,
             fisher=fisher,
             mc_samples=mc_samples,
-            damping=damping,
             relative_damping=relative_damping,
-            decay=factor_decay,
+            factor_decay=factor_decay,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
             seed=seed,
         )
-        self._model = model
-        self._step_rule, self._kl_clip = step_rule, kl_clip
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "damping": damping,
+        }
         if params is None:
-            if other_lr is None and step_rule != "graft":
-                other_lr = 1e-3
-            params = _default_groups(estimator, other_lr)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        self._closed_groups = False
-        try:
-            super().__init__(params, defaults)
-            self._check_complete()
-        except Exception:
-            estimator.capture.close()
-            raise
-        self._closed_groups = True
-        self._estimator = estimator
+            params = default_groups(model, other_lr)
+        super().__init__(params, defaults)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Start to watch the model."""
+        self._index_groups()
+        missing = [
+            name
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and p not in self._group_of
+        ]
+        if missing:
+            raise ValueError(
+                f"The parameter groups miss trainable parameters {missing}: add them, or freeze "
+                "them with requires_grad_(False)."
+            )
+        self._estimator = CurvatureEstimator(
+            self._model,
+            self._loss_fn,
+            self._options,
+            damping=lambda block: self.param_groups[self._group(block)]["damping"],
+            group=self._group,
+        )
 
     # The user's side ---------------------------------------------------------------------------
 
@@ -181,40 +199,28 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients = {p: p.grad for p in parameters if p.grad is not None}
-        for parameter, gradient in gradients.items():
-            if gradient.is_sparse:
-                raise RuntimeError(
-                    f"The gradient of '{self._names[parameter]}' is sparse, which KFAC can't use: "
-                    "build its module with sparse=False."
-                )
-        for parameter, name in self._names.items():
-            if parameter.grad is not None and parameter not in self._trained:
-                self._estimator.warn(
-                    f"Parameter '{name}' was frozen when KFAC was made and isn't trained now: make "
-                    "a new optimizer."
-                )
+        gradients = self._gradients()
         if not gradients:
             self._estimator.capture.discard()
             return loss
-        if not all_finite(list(gradients.values())):
-            self._estimator.capture.discard()
-            self._estimator.warn("A gradient isn't finite (NaN or inf); its steps are left out.")
-            return loss
+        if self._estimator.cast():
+            cast_moments(self.state)
         self._estimator.advance()
-        moments, updates = self._adam(gradients)
+        moments, updates = adam_updates(self.param_groups, self.state, gradients)
         directions = self._estimator.precondition(moments)
-        self._scale(directions, moments, updates)
+        group_lrs = [float(group["lr"]) for group in self.param_groups]
+        lrs = {p: group_lrs[self._group_of[p]] for p in updates}
+        self._rule.scale(Proposal(directions, moments, updates, lrs))
+        self._moderate(updates, directions, lrs)
         updates.update(directions)
-        for group in self.param_groups:
+        for group, lr in zip(self.param_groups, group_lrs, strict=True):
             chosen = [p for p in group["params"] if p in updates]
             if not chosen:
                 continue
-            lr = float(group["lr"])
             if group["weight_decay"]:
                 torch._foreach_mul_(chosen, 1 - lr * group["weight_decay"])
             torch._foreach_add_(chosen, [updates[p] for p in chosen], alpha=-lr)
+        self._grow()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -225,32 +231,7 @@ class KFAC(Optimizer):
         """
         super().zero_grad(set_to_none)
         self._estimator.capture.discard()
-
-    def observe(self, outputs: Tensor, targets: Tensor, weight: float = 1.0) -> None:
-        """Show a loss that isn't computed by the loss module: after the model, before the step.
-
-        Args:
-            outputs: What the model returned, with its graph.
-            targets: What the loss compares them with.
-            weight: Factor of this loss in the objective, relative to other calls before the step.
-
-        Raises:
-            ValueError: If the loss has ``reduction="none"``.
-        """
-        self._estimator.capture.observe(outputs, targets, weight)
-
-    def coverage(self) -> Coverage:
-        """How each parameter is treated and why; prints as a table."""
-        estimator = self._estimator
-        return coverage(self._model, estimator.blocks, estimator.others, "Adam")
-
-    def factors(self) -> dict[str, Factors]:
-        """The moving averages of the Kronecker factors, by layer name; don't modify them."""
-        return self._estimator.factors()
-
-    def close(self) -> None:
-        """Remove the hooks from model and loss; later steps keep the curvature they have."""
-        self._estimator.capture.close()
+        self._grow()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.coverage()!r}"
@@ -284,119 +265,119 @@ class KFAC(Optimizer):
             if moment.shape != parameter.shape:
                 raise ValueError(
                     f"The state has moments of shape {list(moment.shape)} for parameter "
-                    f"'{self._names[parameter]}' of shape {list(parameter.shape)}: it is another "
+                    f"'{self._name(parameter)}' of shape {list(parameter.shape)}: it is another "
                     "model's."
                 )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
+        for parameter, index in zip(mine, saved, strict=True):
+            # torch casts to the parameter's dtype, and shares the rest with what was given.
+            entry = state_dict["state"].get(index, {})
+            self.state[parameter] = {name: value.clone() for name, value in entry.items()}
+        cast_moments(self.state)
         self._estimator.load_state_dict(curvature)
 
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            "KFAC is tied to its model by hooks and can't be copied or pickled: make a new one for "
-            "the copied model and load state_dict() into it."
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in _COPIED},
+            "_estimator": self._estimator.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the model of the copy; also how torch sets what ``load_state_dict`` read."""
+        curvature = state.pop("_estimator", None)
+        super().__setstate__(state)
+        if curvature is not None:
+            self._prepare()
+            self._estimator.load_state_dict(curvature)
 
     # Parameter groups --------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only during construction: the groups together hold every trainable parameter.
+        """Train further parameters of the model: those that a group of ``params`` left out, frozen.
 
         Raises:
-            ValueError: For a parameter of another model, or options out of range.
-            RuntimeError: After construction.
+            ValueError: For a parameter of another model, or options out of range; no group is added
+                then.
         """
-        if self._closed_groups:
-            raise RuntimeError(
-                "KFAC trains every parameter of its model from the start, so there is none to "
-                "add; give groups as KFAC(..., params=[...]), and make a new optimizer when the "
-                "model has changed (load_state_dict carries what fits)."
-            )
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        unknown = group.keys() - self.defaults.keys() - {"params", "param_names"}
-        if unknown:
-            raise ValueError(
-                f"Parameter groups have no option {sorted(unknown)}: only "
-                f"{sorted(self.defaults)} differ between groups."
-            )
-        for name, low, high in (
-            ("lr", 0.0, float("inf")),
-            ("eps", 0.0, float("inf")),
-            ("weight_decay", 0.0, float("inf")),
-        ):
-            if not low <= group[name] < high:
-                raise ValueError(f"{name} is {group[name]}: it must be in [{low}, {high}).")
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas are {group['betas']}: two are needed, both in [0, 1).")
-        for parameter in group["params"]:
-            if parameter not in self._names:
-                raise ValueError("A parameter group has a parameter that isn't the model's.")
+        try:
+            check_group(self.param_groups[-1], self.defaults, self._model)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if hasattr(self, "_estimator"):
+            self._index_groups()
+            self._grow()
 
-    def _check_complete(self) -> None:
-        self._trained = {p for group in self.param_groups for p in group["params"]}
-        missing = [n for p, n in self._names.items() if p.requires_grad and p not in self._trained]
-        if missing:
+    def _index_groups(self) -> None:
+        self._group_of = {
+            parameter: index
+            for index, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+        }
+
+    def _group(self, block: LayerBlock) -> int:
+        """The group whose damping a layer has."""
+        weight, *bias = (self._group_of[p] for p in block.parameters.values())
+        groups = self.param_groups
+        if bias and groups[bias[0]]["damping"] != groups[weight]["damping"]:
             raise ValueError(
-                f"The parameter groups miss trainable parameters {missing}: add them, or freeze "
-                "them with requires_grad_(False)."
+                f"Weight and bias of layer '{block.name}' are one block of the curvature, but in "
+                "groups with different damping: give both groups one damping."
             )
+        return weight
 
     # The parts of a step -----------------------------------------------------------------------
 
-    def _adam(
-        self, gradients: dict[Parameter, Tensor]
-    ) -> tuple[dict[Parameter, Tensor], dict[Parameter, Tensor]]:
-        """Update the moments; return the bias-corrected first ones and Adam's updates."""
-        moments: dict[Parameter, Tensor] = {}
-        updates: dict[Parameter, Tensor] = {}
-        for group in self.param_groups:
-            chosen = [p for p in group["params"] if p in gradients]
-            if not chosen:
-                continue
-            for p in chosen:
-                if not self.state[p]:
-                    self.state[p]["step"] = torch.zeros(())  # on the CPU: read without a sync
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            states = [self.state[p] for p in chosen]
-            grads = [gradients[p] for p in chosen]
-            first = [state["exp_avg"] for state in states]
-            second = [state["exp_avg_sq"] for state in states]
-            beta1, beta2 = group["betas"]
-            torch._foreach_add_([state["step"] for state in states], 1)
-            torch._foreach_lerp_(first, grads, 1 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-            steps = [int(state["step"]) for state in states]
-            corrected = torch._foreach_div(first, [1 - beta1**step for step in steps])
-            roots = torch._foreach_sqrt(second)
-            torch._foreach_div_(roots, [(1 - beta2**step) ** 0.5 for step in steps])
-            torch._foreach_add_(roots, group["eps"])
-            moments.update(zip(chosen, corrected, strict=True))
-            updates.update(zip(chosen, torch._foreach_div(corrected, roots), strict=True))
-        return moments, updates
+    def _gradients(self) -> dict[Parameter, Tensor]:
+        """What there is to make a step of; nothing if any of it isn't finite."""
+        gradients = {
+            p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        }
+        for parameter, gradient in gradients.items():
+            if gradient.is_sparse:
+                raise RuntimeError(
+                    f"The gradient of '{self._name(parameter)}' is sparse, which KFAC can't use: "
+                    "build its module with sparse=False."
+                )
+        self._check_unfrozen()
+        if len({group["damping"] for group in self.param_groups}) > 1:
+            for block in self._estimator.blocks:
+                self._group(block)
+        if gradients and not all_finite(list(gradients.values())):
+            self._estimator.warn("A gradient isn't finite (NaN or inf); its steps are left out.")
+            return {}
+        return gradients
 
-    def _scale(
+    def _check_unfrozen(self) -> None:
+        for parameter in self._estimator.uncovered():
+            if parameter.requires_grad and parameter not in self._group_of:
+                raise RuntimeError(
+                    f"Parameter '{self._name(parameter)}' was frozen (or not there) when KFAC was "
+                    "made, and is in no parameter group: "
+                    "optimizer.add_param_group({'params': [...]}) makes it train."
+                )
+
+    def _grow(self) -> None:
+        """Take up what was unfrozen."""
+        self._check_unfrozen()
+        self._estimator.grow()
+
+    def _name(self, parameter: Parameter) -> str:
+        return next(name for name, p in self._model.named_parameters() if p is parameter)
+
+    def _moderate(
         self,
-        directions: dict[Parameter, Tensor],
-        moments: dict[Parameter, Tensor],
         updates: dict[Parameter, Tensor],
+        directions: dict[Parameter, Tensor],
+        lrs: dict[Parameter, float],
     ) -> None:
-        """Apply the step rule to the directions, in place."""
-        values = list(directions.values())
-        if self._step_rule == "graft":
-            graft(values, [updates[p] for p in directions])
-        elif self._step_rule == "kl_clip":
-            lrs = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-            gradients = [moments[p] for p in directions]
-            clip_kl(values, gradients, [lrs[p] for p in directions], self._kl_clip)
-
-
-def _default_groups(estimator: CurvatureEstimator, other_lr: float | None) -> list[dict[str, Any]]:
-    """All in one group, or the parameters without Kronecker structure in one of their own."""
-    layers = [p for block in estimator.blocks for p in block.parameters.values()]
-    others = [other.parameter for other in estimator.others]
-    if other_lr is None or not others:
-        return [{"params": [*layers, *others]}]
-    groups: list[dict[str, Any]] = [{"params": layers}] if layers else []
-    return [*groups, {"params": others, "lr": other_lr}]
+        """Layers that have no curvature yet take Adam's update at Adam's learning rate."""
+        if self._other_lr is None or len(updates) == len(directions):
+            return
+        others = {other.parameter for other in self._estimator.others}
+        for parameter in updates.keys() - directions.keys() - others:
+            if lrs[parameter] > self._other_lr:
+                updates[parameter].mul_(self._other_lr / lrs[parameter])

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
-from kfac_tn.capture import Factors, Fisher
-from kfac_tn.curvature.estimator import CurvatureEstimator, all_finite
+from kfac_tn.capture import Fisher
+from kfac_tn.curvature.estimator import CurvatureEstimator, CurvatureOptions, all_finite
 from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
-from kfac_tn.optim.coverage import Coverage, coverage
-from kfac_tn.optim.step_rules import StepRule, clip_kl, graft
+from kfac_tn.optim.base import CurvatureUser
+from kfac_tn.optim.step_rules import KLClip, Proposal, StepRule, StepRuleName, step_rule_of
 
 
-class KFACPreconditioner:
+class KFACPreconditioner(CurvatureUser):
     """Replaces each layer's gradient by the damped inverse curvature times it.
 
     Between ``loss.backward()`` and the step of the optimizer one has; parameters without Kronecker
@@ -58,12 +57,14 @@ class KFACPreconditioner:
         ...     sgd.step()
     """
 
+    _other_treatment = "gradient as it is"
+
     def __init__(
         self,
         model: Module,
         loss_fn: Module | Likelihood,
         *,
-        step_rule: StepRule = "graft",
+        step_rule: StepRuleName | StepRule = "graft",
         kl_clip: float = 1e-3,
         lr: float | None = None,
         approximation: ApproximationChoice = "expand",
@@ -76,28 +77,29 @@ class KFACPreconditioner:
         inverse_interval: int = 100,
         seed: int = 0,
     ) -> None:
-        if step_rule not in get_args(StepRule):
-            raise ValueError(f"step_rule is {step_rule!r}: choose one of {get_args(StepRule)}.")
-        if not kl_clip > 0:
-            raise ValueError(f"kl_clip is {kl_clip}: it must be positive.")
-        if (step_rule == "kl_clip") != (lr is not None):
+        self._rule = step_rule_of(step_rule, kl_clip)
+        if isinstance(self._rule, KLClip) != (lr is not None):
             raise ValueError("step_rule='kl_clip' needs lr, and the other rules take none.")
-        self._estimator = CurvatureEstimator(
-            model,
-            loss_fn,
+        if not damping > 0:
+            raise ValueError(f"damping is {damping}: it must be positive.")
+        self.lr, self.damping = lr, damping
+        self._model, self._loss_fn = model, loss_fn
+        self._options = CurvatureOptions(
             approximation=approximation,
             fisher=fisher,
             mc_samples=mc_samples,
-            damping=damping,
             relative_damping=relative_damping,
-            decay=factor_decay,
+            factor_decay=factor_decay,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
             seed=seed,
         )
-        self.lr = lr
-        self._model = model
-        self._step_rule, self._kl_clip = step_rule, kl_clip
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._estimator = CurvatureEstimator(
+            self._model, self._loss_fn, self._options, damping=lambda block: self.damping
+        )
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -125,34 +127,15 @@ class KFACPreconditioner:
             if gradients:
                 self._estimator.warn("A gradient isn't finite (NaN or inf): skip its step.")
             return not gradients
+        self._estimator.cast()
         self._estimator.advance()
         directions = self._estimator.precondition(gradients)
-        values = list(directions.values())
-        references = [gradients[p] for p in directions]
-        if self._step_rule == "graft":
-            graft(values, references)
-        elif self.lr is not None:
-            clip_kl(values, references, [self.lr] * len(values), self._kl_clip)
+        lrs = dict.fromkeys(gradients, 1.0 if self.lr is None else self.lr)
+        self._rule.scale(Proposal(directions, gradients, gradients, lrs))
         for parameter, direction in directions.items():
             gradients[parameter].copy_(direction)
+        self._estimator.grow()
         return True
-
-    def observe(self, outputs: Tensor, targets: Tensor, weight: float = 1.0) -> None:
-        """Show a loss that isn't computed by the loss module; see ``KFAC.observe``."""
-        self._estimator.capture.observe(outputs, targets, weight)
-
-    def coverage(self) -> Coverage:
-        """How each parameter is treated and why; prints as a table."""
-        estimator = self._estimator
-        return coverage(self._model, estimator.blocks, estimator.others, "gradient as it is")
-
-    def factors(self) -> dict[str, Factors]:
-        """The moving averages of the Kronecker factors, by layer name; don't modify them."""
-        return self._estimator.factors()
-
-    def close(self) -> None:
-        """Remove the hooks from model and loss; later steps keep the curvature they have."""
-        self._estimator.capture.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers: ``torch.load(..., weights_only=True)`` reads it."""
@@ -166,11 +149,14 @@ class KFACPreconditioner:
         """
         self._estimator.load_state_dict(state_dict)
 
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            "KFACPreconditioner is tied to its model by hooks and can't be copied or pickled: make "
-            "a new one for the copied model and load state_dict() into it."
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""
+        return {**self.__dict__, "_estimator": self._estimator.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+        self._estimator.load_state_dict(state["_estimator"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n{self.coverage()!r}\n)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import warnings
 from itertools import pairwise
 
@@ -220,8 +219,9 @@ def test_default_groups():
     assert len(layers["params"] + others["params"]) == len(list(model.parameters()))
     frozen = Mixed()
     frozen.linear.requires_grad_(False)
-    (only,) = kfac_tn.KFAC(frozen, nn.CrossEntropyLoss(), other_lr=0.5).param_groups
-    assert only["lr"] == 0.5
+    layers, others = kfac_tn.KFAC(frozen, nn.CrossEntropyLoss(), other_lr=0.5).param_groups
+    assert {id(p) for p in layers["params"]} == {id(p) for p in frozen.linear.parameters()}
+    assert (layers["lr"], others["lr"]) == (1e-2, 0.5)
 
 
 def test_groups_with_options_of_their_own():
@@ -280,10 +280,11 @@ def test_wrong_groups_are_refused_and_leave_no_hooks(groups, message):
     assert not any(m._forward_hooks for m in [*model.modules(), loss_fn])
 
 
-def test_groups_cannot_be_added_later():
+def test_foreign_parameters_cannot_be_added_later():
     _, _, optimizer = make()
-    with pytest.raises(RuntimeError, match=r"params=\[...\]"):
+    with pytest.raises(ValueError, match="isn't the model's"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize(
@@ -555,23 +556,13 @@ def test_a_weight_used_functionally_is_trained_and_the_user_told_once():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_parameter_unfrozen_later_is_not_silently_left_out():
-    model = make_model()
-    model[0].requires_grad_(False)
-    model, loss_fn, optimizer = make(model)
-    train(optimizer, model, loss_fn, 1)
-    model[0].requires_grad_(True)
-    with pytest.warns(RuntimeWarning, match="was frozen.*new optimizer") as caught:
-        train(optimizer, model, loss_fn, 2, start=1)
-    assert len(caught) == 2  # weight and bias, once each
-
-
 def test_a_layer_frozen_later_stands_still():
     model, loss_fn, optimizer = make()
     train(optimizer, model, loss_fn, 1)
     model[0].weight.requires_grad_(False)
     before = model[0].weight.detach().clone(), model[0].bias.detach().clone()
-    train(optimizer, model, loss_fn, 2, start=1)
+    with pytest.warns(RuntimeWarning, match="without curvature"):
+        train(optimizer, model, loss_fn, 2, start=1)
     assert torch.equal(model[0].weight, before[0])
     assert not torch.equal(model[0].bias, before[1])
 
@@ -659,7 +650,10 @@ def test_an_infinite_input_that_the_model_forgives_does_not_poison_the_factors()
     ("tensors", "finite"),
     [
         ([torch.zeros(2), torch.zeros(0)], True),
-        ([torch.full((3,), 3e38)], True),  # its square isn't
+        ([torch.full((3,), 3e38)], False),  # its square isn't
+        ([torch.full((3,), 3e38, dtype=torch.bfloat16)], False),
+        ([torch.full((3,), 3e38, dtype=torch.float64)], True),
+        ([torch.ones(2), torch.full((3,), 1e200, dtype=torch.float64)], False),
         ([torch.tensor(6e4, dtype=torch.float16)], True),
         ([torch.zeros(2), torch.tensor([0.0, torch.nan])], False),
         ([torch.tensor(-torch.inf, dtype=torch.bfloat16), torch.zeros(1)], False),
@@ -864,10 +858,3 @@ def test_another_models_state_is_refused_and_nothing_changed(case):
         optimizer.load_state_dict(state)
     assert same(snapshot(model, optimizer), before)
     assert optimizer._estimator.steps == steps
-
-
-@pytest.mark.parametrize("copy_it", [copy.deepcopy, copy.copy, pickle.dumps])
-def test_optimizers_cannot_be_copied_and_say_what_to_do(copy_it):
-    _, _, optimizer = make()
-    with pytest.raises(TypeError, match="state_dict"):
-        copy_it(optimizer)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import io
-import pickle
 
 import pytest
 import torch
@@ -162,7 +160,8 @@ def test_layers_with_part_of_their_gradients_keep_these():
     model, loss_fn, preconditioner = make()
     before = gradients(model, loss_fn)
     model[3].bias.grad = None
-    preconditioner.step()
+    with pytest.warns(RuntimeWarning, match=r"'3' only \['3.weight'\] has a gradient"):
+        preconditioner.step()
     assert torch.equal(model[3].weight.grad, before["3.weight"])
     assert not torch.equal(model[0].weight.grad, before["0.weight"])
 
@@ -221,12 +220,6 @@ def test_another_models_state_is_refused():
     others.step()
     with pytest.raises(ValueError, match="unknown here"):
         preconditioner.load_state_dict(others.state_dict())
-
-
-@pytest.mark.parametrize("copy_it", [copy.deepcopy, copy.copy, pickle.dumps])
-def test_it_cannot_be_copied_and_says_what_to_do(copy_it):
-    with pytest.raises(TypeError, match="state_dict"):
-        copy_it(make()[2])
 
 
 def test_coverage_and_repr():

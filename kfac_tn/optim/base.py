@@ -1,0 +1,52 @@
+"""What the optimizer and the preconditioner have in common: a model, and its curvature."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NoReturn
+
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_tn.capture import Factors
+from kfac_tn.curvature.estimator import CurvatureEstimator
+from kfac_tn.optim.coverage import Coverage, coverage
+
+
+class CurvatureUser:
+    """Shows the curvature of a training run, and follows losses that no module computes."""
+
+    _model: Module
+    _estimator: CurvatureEstimator
+    _other_treatment: ClassVar[str]  # of parameters without Kronecker structure
+
+    def observe(self, outputs: Tensor, targets: Tensor, weight: float = 1.0) -> None:
+        """Show a loss that isn't computed by the loss module: after the model, before the step.
+
+        Args:
+            outputs: What the model returned, with its graph.
+            targets: What the loss compares them with.
+            weight: Factor of this loss in the objective, relative to other calls before the step.
+
+        Raises:
+            ValueError: If the loss has ``reduction="none"``.
+        """
+        self._estimator.capture.observe(outputs, targets, weight)
+
+    def coverage(self) -> Coverage:
+        """How each parameter is treated and why; prints as a table."""
+        estimator = self._estimator
+        return coverage(self._model, estimator.blocks, estimator.others, self._other_treatment)
+
+    def factors(self) -> dict[str, Factors]:
+        """The moving averages of the Kronecker factors, by layer name; don't modify them."""
+        return self._estimator.factors()
+
+    def close(self) -> None:
+        """Remove the hooks from model and loss; later steps keep the curvature they have."""
+        self._estimator.close()
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            f"A shallow copy of {type(self).__name__} would watch the same model twice: use "
+            "copy.deepcopy, which copies the model too, or state_dict()."
+        )
