@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
