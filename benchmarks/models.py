@@ -5,16 +5,19 @@
 For each model (`model_zoo.py`, batches of 32, Monte-Carlo Fisher with one sample), as multiples of
 forward + backward with gradients of all parameters:
 
-- step: a training step's forward + backward with the hooks armed, its extra backward pass and the
-  factors included. So the extra work is this minus 1. BackPACK's KFAC works in this way too.
+- step: a training step's forward + backward with the hooks armed, the extra backward pass and
+  averaging the factors over steps included. So the extra work is this minus 1. BackPACK's KFAC
+  works in this way too, without the averages.
 - pass: the curvature alone, as `compute_kfac` on one batch: forward, the Fisher's backward,
   factors; no gradients for a step. curvlinops and nngeometry work in this way.
 
 What a package can't do is left out for it, as far as it lets itself be told: curvlinops and
 nngeometry are given the linear layers and 2d convolutions only. What it refuses nevertheless is
-printed as refused, with what it says. The ways take turns in one process, each on a model of its
-own; times are medians. Memory is the largest that is allocated during
-the pass plus the parameters. It contains the factors that result; they are listed too.
+printed as refused, with what it says; so is a package that isn't installed
+(`pip install backpack-for-pytorch curvlinops-for-pytorch nngeometry`). The ways take turns in one
+process, each on a model of its own; times are medians. Memory is the largest that is allocated
+during the pass, plus the parameters. The factors that result are part of it, and listed too;
+averages that an optimizer keeps between steps are there before.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ from torch import nn
 
 import kfac_tn
 from kfac_tn.capture import Capture
-from kfac_tn.layers import partition
+from kfac_tn.curvature.moving import MovingFactors
+from kfac_tn.layers import LayerBlock, partition
 
 BASE = "forward + backward"
 
@@ -77,10 +81,12 @@ def _our_step(approximation: str) -> Callable[[Setting], Call]:
     def prepare(setting: Setting) -> Call:
         blocks, _ = partition(setting.model, approximation)
         capture = Capture(blocks, setting.loss_fn, "mc")
+        moving = {block: MovingFactors([block], decay=0.9) for block in blocks}
 
-        def call() -> object:
+        def call() -> None:
             setting.train()
-            return capture.take()
+            for block, factors in capture.take().factors.items():
+                moving[block].update({block: factors})
 
         return call
 
@@ -196,15 +202,15 @@ def measure(name: str, batch: int, budget: float, most: int, device: str) -> dic
     row["seconds"] = {way: statistics.median(t) for way, t in times.items()}
     row["turns"] = {way: len(t) for way, t in times.items()}
     row["bytes"] = memory
-    row["factor bytes"] = {}
-    for approximation in ("expand", "reduce"):
-        factors = calls[f"kfac_tn {approximation}, step"]().factors.values()
-        row["factor bytes"][approximation] = sum(
-            f.input.nbytes + f.grad_output.nbytes for f in factors
-        )
-    _, others = partition(setting.model)
+    blocks, others = partition(setting.model)
+    sizes = [(b.groups, n) for b in blocks for n in (_input_size(b), b.grad_output_dim)]
+    row["factor bytes"] = sum(4 * groups * n**2 for groups, n in sizes)
     row["without a block"] = sorted({other.reason.split()[0] for other in others})
     return row
+
+
+def _input_size(block: LayerBlock) -> int:
+    return block.input_dim + (block.bias is not None)
 
 
 def measure_all(options: argparse.Namespace) -> Iterator[dict]:
@@ -231,18 +237,19 @@ def bars(rows: list[dict]) -> list[tuple]:
     for row in rows:
         if row["model"] != "ResNet-18":
             continue
-        base, peak = row["seconds"][BASE], row["bytes"][BASE]
+        base, peak, held = row["seconds"][BASE], row["bytes"][BASE], row["factor bytes"]
         for approximation, bar in BARS.items():
             step, alone = (f"kfac_tn {approximation}, {what}" for what in ("step", "pass"))
             other = row["seconds"].get(f"curvlinops {approximation}, pass", float("nan")) / base
-            held = row["factor bytes"][approximation]
-            for what, value, limit in (
+            cases = [
                 (f"pass (curvlinops here: {other:.2f})", row["seconds"][alone] / base, bar),
                 ("extra time of a step", row["seconds"][step] / base - 1, bar),
                 ("whole step", row["seconds"][step] / base, bar),
                 ("peak memory of a step", row["bytes"][step] / peak, 1.2),
-                ("the same, without the factors", (row["bytes"][step] - held) / peak, 1.2),
-            ):
+            ]
+            if approximation == "expand":  # reduce never holds them
+                cases.append(("without the factors", (row["bytes"][step] - held) / peak, 1.2))
+            for what, value, limit in cases:
                 holds = "yes" if value <= limit else "**no**"
                 lines.append((f"{approximation}: {what}", f"<= {limit:g}", value, holds))
     return lines
@@ -259,10 +266,10 @@ def ratio_table(rows: list[dict], quantity: str) -> str:
             for way in WAYS
             if way != BASE
         ]
-        factors = [row["factor bytes"][a] / base for a in BARS] if quantity == "bytes" else []
+        factors = [row["factor bytes"] / base] if quantity == "bytes" else []
         lines.append([row["model"], shown, *cells, *factors])
     head = ["model", BASE, *(way for way in WAYS if way != BASE)]
-    head += [f"factors, {a}" for a in BARS] if quantity == "bytes" else []
+    head += ["all factors"] if quantity == "bytes" else []
     return markdown(head, lines)
 
 

@@ -30,6 +30,7 @@ from kfac_tn.likelihood import Likelihood, likelihood_of
 from kfac_tn.statistics import (
     Call,
     Factors,
+    Gram,
     Statistics,
     Sums,
     WeightedSum,
@@ -187,13 +188,14 @@ class Capture:
                 continue
             a = inputs.result(self._input_counts[block])
             if self.fisher == "forward-only":
-                b = torch.eye(block.grad_output_dim, dtype=a.dtype, device=a.device)
-                b = b.expand(block.groups, -1, -1)
+                like = a.rows if isinstance(a, Gram) else a
+                b = torch.eye(block.grad_output_dim, dtype=like.dtype, device=like.device)
+                factors[block] = Factors(a, b.expand(block.groups, -1, -1))
             else:
-                b = self._grad_output_sums[block].result(total_scale)
-            factors[block] = Factors(a, b)
+                factors[block] = Factors(a, self._grad_output_sums[block].result(total_scale))
         diagonals = {
-            parameter: total.result(total_scale) for parameter, total in self._diagonal_sums.items()
+            parameter: cast(Tensor, total.result(total_scale))
+            for parameter, total in self._diagonal_sums.items()
         }
         self._reset()
         return Statistics(factors, diagonals)

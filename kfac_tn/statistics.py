@@ -20,16 +20,78 @@ Sums: TypeAlias = "defaultdict[Key, WeightedSum]"
 
 
 @dataclass(frozen=True)
+class Gram:
+    """A factor that isn't written out yet: the sum over rows ``[N, G, d]`` of their products."""
+
+    rows: Tensor
+
+
 class Factors:
     """The two Kronecker factors of one block, of one step.
 
-    Attributes:
+    Args:
         input: A, ``[G, d_in, d_in]``; d_in counts the 1 of the bias if the block has one.
         grad_output: B, ``[G, d_out, d_out]``.
     """
 
-    input: Tensor
-    grad_output: Tensor
+    def __init__(self, input: Tensor | Gram, grad_output: Tensor | Gram) -> None:
+        self._both = [input, grad_output]
+
+    @property
+    def input(self) -> Tensor:
+        """A, ``[G, d_in, d_in]``."""
+        return self._matrix(0)
+
+    @property
+    def grad_output(self) -> Tensor:
+        """B, ``[G, d_out, d_out]``."""
+        return self._matrix(1)
+
+    def _matrix(self, which: int) -> Tensor:
+        factor = self._both[which]
+        if isinstance(factor, Gram):
+            factor = self._both[which] = functional.gram(factor.rows)
+        return factor
+
+    def diagonals(self) -> list[Tensor]:
+        """The diagonals of A and B; a factor is finite where they are: |F_ij|^2 <= F_ii F_jj."""
+        return [
+            factor.rows.square().sum(0)
+            if isinstance(factor, Gram)
+            else factor.diagonal(dim1=-2, dim2=-1)
+            for factor in self._both
+        ]
+
+    def new_zeros(self, count: int) -> tuple[Tensor, Tensor]:
+        """Buffers for ``count`` factors of this shape, ``[count, G, d, d]``: for A and for B."""
+
+        def zeros(factor: Tensor | Gram) -> Tensor:
+            like = factor.rows if isinstance(factor, Gram) else factor
+            groups, size = like.shape[-2:] if isinstance(factor, Gram) else like.shape[:2]
+            return like.new_zeros(count, groups, size, size)
+
+        return zeros(self._both[0]), zeros(self._both[1])
+
+    def average_into(self, input: Tensor, grad_output: Tensor, share: float) -> None:
+        """Move averages ``[G, d, d]`` by a share of the way to these factors, in place.
+
+        Large factors of few rows are never written out for it.
+
+        Example:
+            >>> a, b = torch.zeros(1, 2, 2), torch.zeros(1, 1, 1)
+            >>> factors = Factors(Gram(torch.tensor([[[1.0, 2.0]]])), torch.ones(1, 1, 1))
+            >>> factors.average_into(a, b, 0.5)
+            >>> a, b
+            (tensor([[[0.5000, 1.0000],
+                     [1.0000, 2.0000]]]), tensor([[[0.5000]]]))
+        """
+        for factor, average in zip(self._both, (input, grad_output), strict=True):
+            if isinstance(factor, Gram):
+                rows = factor.rows.to(average.dtype)
+                left, right = rows.permute(1, 2, 0), rows.transpose(0, 1)
+                average.baddbmm_(left, right, beta=1 - share, alpha=share)
+            else:
+                average.lerp_(factor.to(average.dtype), share)
 
 
 @dataclass(frozen=True)
@@ -100,30 +162,34 @@ class WeightedSum:
             self._first = value, weight, rows
             return
         if self._first is not None:
-            self._buffer, self._first = _term(*self._first), None
+            first, of_first, rows_first = self._first
+            self._first = None
+            self._buffer = (
+                functional.gram(_weighted(first, of_first)) if rows_first else first * of_first
+            )
         assert self._buffer is not None
         if rows:
-            value = (value * weight**0.5).to(self._buffer.dtype)
+            value = _weighted(value, weight).to(self._buffer.dtype)
             self._buffer.baddbmm_(value.permute(1, 2, 0), value.transpose(0, 1))
         elif isinstance(weight, Tensor):
             self._buffer.addcmul_(value, weight)
         else:
             self._buffer.add_(value, alpha=weight)
 
-    def result(self, total: Weight) -> Tensor:
+    def result(self, total: Weight) -> Tensor | Gram:
         """The sum divided by ``total``. It ends here: it can't be added to any more."""
         if self._buffer is not None:
             return self._buffer.div_(total)
         assert self._first is not None
         value, weight, rows = self._first
-        if not rows and isinstance(weight, int) and weight == total:
-            return value
-        return _term(value, weight / total, rows)
+        if rows:
+            return Gram(_weighted(value, weight / total))
+        return value if isinstance(weight, int) and weight == total else value * (weight / total)
 
 
-def _term(value: Tensor, weight: Weight, rows: bool) -> Tensor:
-    # Rows are small; both sides get the root, for a result as symmetric as the product is.
-    return functional.gram(value * weight**0.5) if rows else value * weight
+def _weighted(rows: Tensor, weight: Weight) -> Tensor:
+    """Rows whose products are weighted: the same on both sides, so that these stay symmetric."""
+    return rows * weight**0.5
 
 
 # Combining the calls of a module: to its weight they are further shared positions

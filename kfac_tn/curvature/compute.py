@@ -95,7 +95,7 @@ def compute_kfac(
     computed: dict[str, Block] = {}
     for block in blocks:
         factors = statistics.factors.get(block) or _zero(block)
-        _check_finite(block.name, factors.input, factors.grad_output)
+        _check_finite(block.name, *factors.diagonals())
         input_factor = factors.input
         if block.bias is not None and bias == "separate":
             input_factor = input_factor[:, :-1, :-1].contiguous()

@@ -215,7 +215,7 @@ class CurvatureEstimator:
 
     def finite(self, statistics: Statistics) -> Statistics:
         """The statistics, or none at all if any of them isn't finite."""
-        tensors = [t for f in statistics.factors.values() for t in (f.input, f.grad_output)]
+        tensors = [d for factors in statistics.factors.values() for d in factors.diagonals()]
         if tensors and not all_finite(tensors):
             self.warn("The curvature of a batch isn't finite (NaN or inf); it was left out.")
             return Statistics({}, {})

@@ -47,8 +47,7 @@ class MovingFactors:
             slot = self._slot[block]
             self.updates[slot] += 1
             share = (1 - self.decay) / (1 - self.decay ** self.updates[slot])
-            self.input[slot].lerp_(new.input.to(self.input.dtype), share)
-            self.grad_output[slot].lerp_(new.grad_output.to(self.grad_output.dtype), share)
+            new.average_into(self.input[slot], self.grad_output[slot], share)
 
     @property
     def lacks_inverse(self) -> bool:
@@ -137,10 +136,9 @@ class MovingFactors:
                 getattr(self, name)[slot].copy_(entry[name])
 
     def _allocate(self, like: Factors) -> None:
-        count = len(self.blocks)
-        for name, factor in (("input", like.input), ("grad_output", like.grad_output)):
-            setattr(self, name, factor.new_zeros(count, *factor.shape))
-            setattr(self, f"{name}_inverse", factor.new_zeros(count, *factor.shape))
+        self.input, self.grad_output = like.new_zeros(len(self.blocks))
+        self.input_inverse = torch.zeros_like(self.input)
+        self.grad_output_inverse = torch.zeros_like(self.grad_output)
 
 
 def invert(moving: Iterable[MovingFactors], damping: float, relative: bool) -> list[str]:
