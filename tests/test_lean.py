@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfac_tn
 from kfac_tn.capture import Capture
+from kfac_tn.curvature.moving import MovingFactors
 from kfac_tn.graph import differentiate, find
 from kfac_tn.layers import partition
 
@@ -227,6 +228,36 @@ def test_factors_are_not_copied(approximation, passes):
     products = {"expand": passes * alone, "reduce": 0}[approximation]
     sums = 0 if (approximation, passes) == ("expand", 1) else 1
     assert large_tensors(act) <= products + sums
+
+
+def test_averages_of_reduced_factors_are_moved_in_place():
+    """Nothing of a factor's size is made: rows are multiplied into the average."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(SIZE, 5, bias=False), nn.Linear(5, 3, bias=False))
+    loss_fn, x, y = nn.CrossEntropyLoss(), torch.rand(7, SIZE), torch.randint(3, (7,))
+    capture = watch(model, loss_fn, "mc", "reduce")
+    block = partition(model, "reduce")[0][0]
+    moving = MovingFactors([block], 0.9)
+
+    def act():
+        loss_fn(model(x), y).backward()
+        taken = capture.take().factors
+        (mine,) = (f for b, f in taken.items() if b.name == block.name)
+        moving.update({block: mine})
+        return mine
+
+    act()  # makes the averages
+    storage = moving.input.untyped_storage().data_ptr()
+    kept = act()
+    with Dispatched() as mode:
+        act()
+    made = {
+        result.untyped_storage().data_ptr()
+        for _, _, result in mode.calls
+        if isinstance(result, torch.Tensor) and result.numel() == SIZE**2
+    }
+    assert made == {storage}
+    torch.testing.assert_close(kept.input[0], x.T @ x / 7)
 
 
 def test_optimizer_steps_without_update_are_free_of_curvature():
