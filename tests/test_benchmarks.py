@@ -91,3 +91,14 @@ def test_models(tmp_path):
         assert not [way for way in row["refused"] if way.startswith("kfac_tn")]
         assert row["seconds"].keys() == row["bytes"].keys()
     assert "## Refused" in report
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+    rows, report = run("scaling.py", tmp_path)
+    assert {row["axis"] for row in rows} == {"batch", "channels", "kernel", "resolution"}
+    lines = [line.strip("| ").split(" | ") for line in report.splitlines() if "kfac_tn" in line]
+    table = [line for line in lines if len(line) == 7]
+    assert len(table) == 3 * 4
+    by_name = {tuple(line[:2]): line[4] for line in table}
+    assert by_name["output, expand: kfac_tn", "batch"] != by_name["expand: kfac_tn", "kernel"]
