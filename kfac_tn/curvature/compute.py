@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn.capture import Capture, Factors, Fisher
+from kfac_tn.curvature.block import Block, DiagonalBlock
 from kfac_tn.curvature.curvature import Curvature
-from kfac_tn.curvature.kronecker import Bias, Block, DiagonalBlock, KroneckerBlock, Layout
+from kfac_tn.curvature.eigen import Bias
+from kfac_tn.curvature.kronecker import KroneckerBlock
+from kfac_tn.curvature.layout import Layout
 from kfac_tn.layers import ApproximationChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast, get_args
+from os import PathLike
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Size, Tensor
 
-from kfac_tn.curvature.kronecker import Block, Damping, split_vector
+from kfac_tn.curvature.block import Block, Damping, Scalar
+from kfac_tn.curvature.layout import join_vector, split_vector
+from kfac_tn.curvature.storage import map_tensors, pack, unpack
 
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])
 
@@ -21,6 +24,10 @@ class Curvature:
     The scale is that of the loss as the user computes it. A vector is a dict by parameter name
     (each entry shaped like its parameter) or one flat vector ``[P]``, parameters in the order of
     ``model.named_parameters()``; results come in the same form.
+
+    All that isn't linear (inverse, roots, determinants, samples) goes by one eigendecomposition of
+    each block's Kronecker factors, made when it is first needed and kept. So inverses with many
+    dampings cost one.
 
     Attributes:
         blocks: By layer name for layers, by parameter name for parameters without Kronecker
@@ -36,50 +43,44 @@ class Curvature:
         tensor([1., 2., 6.])
         >>> curvature.inverse(damping=1.0) @ torch.tensor([1.0, 2.0, 3.0])
         tensor([0.5000, 1.0000, 1.0000])
+        >>> curvature.trace(), curvature.logdet(damping=1.0).exp()
+        (tensor(4.), tensor(12.))
+        >>> curvature.sample(damping=1.0, n=5)["weight"].shape
+        torch.Size([5, 1, 2])
     """
 
     blocks: dict[str, Block]
     shapes: dict[str, Size]
 
+    # Linear ---------------------------------------------------------------------------------------
+
     def __matmul__(self, v: Vector) -> Vector:
-        """Multiply with a vector (dict or flat).
+        """Multiply with a vector, or with the K columns of a matrix.
+
+        Args:
+            v: A flat vector ``[P]``, a matrix ``[P, K]``, or a dict by parameter name whose entries
+                are shaped like the parameters, or have one trailing axis of K columns more.
+
+        Returns:
+            The product, in the form of ``v``.
 
         Raises:
             ValueError: If names or shapes aren't those of the parameters.
         """
         if isinstance(v, Tensor):
-            size = sum(shape.numel() for shape in self.shapes.values())
-            if v.shape != (size,):
+            size = self._size()
+            if v.ndim not in (1, 2) or len(v) != size:
                 raise ValueError(
-                    f"A flat vector here has shape [{size}] (all parameters, in order), "
-                    f"not {list(v.shape)}."
+                    f"A flat vector here has shape [{size}] (all parameters, in order), a matrix "
+                    f"[{size}, K], not {list(v.shape)}."
                 )
-            product = self @ split_vector(v, self.shapes)
-            return torch.cat([entry.reshape(-1) for entry in product.values()])
-        self._check(v)
-        products: dict[str, Tensor] = {}
-        for block in self.blocks.values():
-            products.update(block @ v)
-        return cast(Vector, {name: products[name] for name in self.shapes})
-
-    def inverse(self, damping: float, split: Damping = "exact") -> Curvature:
-        """(curvature + damping I)^-1, block by block.
-
-        Args:
-            damping: Positive; in the units of the curvature.
-            split: ``"exact"``: what the formula says, by eigendecompositions of the factors.
-                ``"pi"``: the damping is divided between the factors of each Kronecker block
-                (Martens & Grosse 2015, Section 6.3), as optimizers do because it is cheaper.
-
-        Raises:
-            ValueError: If the damping isn't positive or ``split`` unknown.
-        """
-        if not damping > 0:
-            raise ValueError(f"damping is {damping}: it must be positive.")
-        if split not in get_args(Damping):
-            raise ValueError(f"split is {split!r}: choose one of {get_args(Damping)}.")
-        blocks = {name: block.inverse(damping, split) for name, block in self.blocks.items()}
-        return Curvature(blocks, self.shapes)
+            rows = v.T if v.ndim == 2 else v
+            product = join_vector(self._multiply(split_vector(rows, self.shapes)), self.shapes)
+            return product.T if v.ndim == 2 else product
+        if not self._has_columns(v):
+            return self._multiply(v)
+        products = self._multiply({name: entry.movedim(-1, 0) for name, entry in v.items()})
+        return {name: entry.movedim(0, -1) for name, entry in products.items()}
 
     def diagonal(self) -> dict[str, Tensor]:
         """The diagonal by parameter name, each entry shaped like its parameter."""
@@ -92,22 +93,246 @@ class Curvature:
         """The sum of all diagonal entries, a scalar."""
         return torch.stack([block.trace() for block in self.blocks.values()]).sum()
 
+    def frobenius_norm(self) -> Tensor:
+        """The root of the sum of all squared entries, a scalar."""
+        norms = [block.frobenius_norm() for block in self.blocks.values()]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
     def to_dense(self) -> Tensor:
         """The matrix ``[P, P]``, in the order of the flat vector: for small models and tests."""
         entry = next(iter(self.diagonal().values()))
-        size = sum(shape.numel() for shape in self.shapes.values())
-        eye = torch.eye(size, dtype=entry.dtype, device=entry.device)
-        return torch.stack([self @ row for row in eye], dim=1)
+        return self @ torch.eye(self._size(), dtype=entry.dtype, device=entry.device)
 
-    def _check(self, v: Mapping[str, Tensor]) -> None:
+    def __mul__(self, factor: Scalar) -> Curvature:
+        """Multiply with a number that isn't negative; the blocks are of the same kinds.
+
+        Raises:
+            ValueError: If it is negative, since the result would be no curvature.
+        """
+        if not factor >= 0:
+            raise ValueError(f"A curvature can't be multiplied by {factor}: it must be at least 0.")
+        return self._map(lambda block: block.scale(factor))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Curvature) -> Curvature:
+        """The exact sum of two curvatures with the same blocks.
+
+        Diagonal blocks add up to diagonal ones. A sum of Kronecker products is no Kronecker
+        product: such blocks become a ``SumBlock``, whose products, diagonal, trace, norm, scalings
+        and further sums are exact, and whose inverse, eigenvalues, determinants and samples are
+        refused.
+
+        Raises:
+            ValueError: If parameters or blocks differ.
+        """
+        if not isinstance(other, Curvature):
+            return NotImplemented
+        if self.shapes != other.shapes or self.blocks.keys() != other.blocks.keys():
+            differing = sorted(self.blocks.keys() ^ other.blocks.keys()) or sorted(
+                name
+                for name in self.shapes.keys() | other.shapes.keys()
+                if self.shapes.get(name) != other.shapes.get(name)
+            )
+            raise ValueError(
+                f"Only curvatures with the same blocks can be added; here {differing} differ."
+            )
+        blocks = {name: block.add(other.blocks[name]) for name, block in self.blocks.items()}
+        return Curvature(blocks, self.shapes)
+
+    def submatrix(self, names: Collection[str]) -> Curvature:
+        """The rows and columns of some parameters.
+
+        Args:
+            names: Of the parameters; their order is that of the model nonetheless.
+
+        Raises:
+            ValueError: For unknown names, or for only one of the weight and the bias of an
+                eigendecomposed block (EKFAC, or an inverse) with ``bias="joint"``.
+        """
+        unknown = sorted(set(names) - self.shapes.keys())
+        if isinstance(names, str) or unknown:
+            raise ValueError(
+                f"submatrix() takes a list of names of parameters, of {list(self.shapes)}; "
+                f"not {names if isinstance(names, str) else unknown}."
+            )
+        wanted = {
+            key: [name for name in block.names if name in names]
+            for key, block in self.blocks.items()
+        }
+        blocks = {key: self.blocks[key].restrict(mine) for key, mine in wanted.items() if mine}
+        shapes = {name: shape for name, shape in self.shapes.items() if name in names}
+        return Curvature(blocks, shapes)
+
+    # Functions of the eigenvalues -----------------------------------------------------------------
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues in ascending order, ``[P]``."""
+        values = [block.eigenvalues() for block in self.blocks.values()]
+        return torch.cat(values).sort().values
+
+    def inverse(self, damping: Scalar, split: Damping = "exact") -> Curvature:
+        """(curvature + damping I)^-1, block by block.
+
+        Args:
+            damping: Positive; in the units of the curvature.
+            split: ``"exact"``: what the formula says, by eigendecompositions of the factors.
+                ``"pi"``: the damping is divided between the factors of each Kronecker block
+                (Martens & Grosse 2015, Section 6.3), as optimizers do because it is cheaper;
+                diagonal blocks are damped exactly.
+
+        Raises:
+            ValueError: If the damping isn't positive, ``split`` unknown, or ``"pi"`` for blocks
+                that are no Kronecker products (EKFAC, inverses, sums).
+        """
+        _check_damping(damping, positive=True)
+        if split not in get_args(Damping):
+            raise ValueError(f"split is {split!r}: choose one of {get_args(Damping)}.")
+        return self._map(lambda block: block.inverse(damping, split))
+
+    def sqrt(self, damping: Scalar = 0.0) -> Curvature:
+        """The symmetric square root of curvature + damping I.
+
+        Args:
+            damping: Not negative. Default: 0.
+
+        Raises:
+            ValueError: If the damping is negative.
+        """
+        _check_damping(damping)
+        return self._map(
+            lambda block: block.map_eigenvalues(lambda values: (values + damping).sqrt())
+        )
+
+    def logdet(self, damping: Scalar = 0.0) -> Tensor:
+        """The logarithm of the determinant of curvature + damping I, a scalar.
+
+        Differentiable with respect to a damping that is a tensor.
+
+        Args:
+            damping: Not negative. Default: 0; then minus infinity where an eigenvalue is 0.
+
+        Raises:
+            ValueError: If the damping is negative.
+        """
+        _check_damping(damping)
+        logs = [(block.eigenvalues() + damping).log().sum() for block in self.blocks.values()]
+        return torch.stack(logs).sum()
+
+    def det(self, damping: Scalar = 0.0) -> Tensor:
+        """The determinant of curvature + damping I: over- or underflows where ``logdet`` doesn't.
+
+        Args:
+            damping: Not negative. Default: 0.
+
+        Raises:
+            ValueError: If the damping is negative.
+        """
+        return self.logdet(damping).exp()
+
+    def sample(
+        self, damping: Scalar, n: int | None = None, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Draw from the normal distribution N(0, (curvature + damping I)^-1).
+
+        With the curvature of a summed loss and the damping a prior's precision, that is the
+        Laplace approximation of the posterior, centered (MacKay 1992; Ritter et al. 2018).
+
+        Args:
+            damping: Positive; in the units of the curvature.
+            n: How many; by default one, without an axis for it.
+            generator: Source of randomness, on the curvature's device; by default the global one.
+
+        Returns:
+            By parameter name, ``[n, *shape]``.
+
+        Raises:
+            ValueError: If the damping isn't positive.
+        """
+        _check_damping(damping, positive=True)
+        root = self._map(
+            lambda block: block.map_eigenvalues(lambda values: (values + damping).rsqrt())
+        )
+        batch = () if n is None else (n,)
+        noise = {
+            name: torch.randn(
+                *batch, *entry.shape, dtype=entry.dtype, device=entry.device, generator=generator
+            )
+            for name, entry in self.diagonal().items()
+        }
+        return root._multiply(noise)
+
+    # Where it lives -------------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> Curvature:
+        """The curvature on another device or in another dtype: arguments as of ``Tensor.to``."""
+        return self._map(
+            lambda block: map_tensors(block, lambda tensor: tensor.to(*args, **kwargs))
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All blocks as plain containers of tensors, strings and numbers."""
+        return {
+            "blocks": {name: pack(block) for name, block in self.blocks.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Curvature:
+        """The curvature that ``state_dict`` was taken of."""
+        blocks = {name: unpack(block) for name, block in state["blocks"].items()}
+        return cls(blocks, {name: Size(shape) for name, shape in state["shapes"].items()})
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to a file, which ``load`` (or ``torch.load``, safely) reads."""
+        torch.save(self.state_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], map_location: Any = None) -> Curvature:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: The file.
+            map_location: The device to load to, as in ``torch.load``.
+        """
+        return cls.from_state_dict(torch.load(path, map_location, weights_only=True))
+
+    # Tools ----------------------------------------------------------------------------------------
+
+    def _map(self, function: Callable[[Block], Block]) -> Curvature:
+        blocks = {name: function(block) for name, block in self.blocks.items()}
+        return Curvature(blocks, self.shapes)
+
+    def _multiply(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Multiply with vectors whose entries are ``[*batch, *shape]``."""
+        products: dict[str, Tensor] = {}
+        for block in self.blocks.values():
+            products.update(block @ v)
+        return {name: products[name] for name in self.shapes}
+
+    def _size(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def _has_columns(self, v: Mapping[str, Tensor]) -> bool:
+        """Whether the entries have one axis more than the parameters."""
         if v.keys() != self.shapes.keys():
             raise ValueError(
                 "A vector needs one entry for each parameter: missing "
                 f"{sorted(self.shapes.keys() - v.keys())}, unknown "
                 f"{sorted(v.keys() - self.shapes.keys())}."
             )
+        first, shape = v[next(iter(self.shapes))], next(iter(self.shapes.values()))
+        columns = first.shape[-1:] if first.ndim == len(shape) + 1 else Size()
         for name, shape in self.shapes.items():
-            if v[name].shape != shape:
+            if v[name].shape != shape + columns:
                 raise ValueError(
-                    f"Entry '{name}' has shape {list(v[name].shape)}, its parameter {list(shape)}."
+                    f"Entry '{name}' has shape {list(v[name].shape)}, its parameter {list(shape)}: "
+                    "all entries need that of their parameter, or all one more axis of columns."
                 )
+        return bool(columns)
+
+
+def _check_damping(damping: Scalar, positive: bool = False) -> None:
+    if not (damping > 0 if positive else damping >= 0):
+        kind = "positive" if positive else "at least 0"
+        raise ValueError(f"damping is {damping}: it must be {kind}.")

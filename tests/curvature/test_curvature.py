@@ -8,7 +8,7 @@ from torch import nn
 
 import kfac_tn
 from kfac_tn import testing
-from kfac_tn.curvature.kronecker import DiagonalBlock
+from kfac_tn.curvature.block import DiagonalBlock
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 

@@ -8,13 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size
 
-from kfac_tn.curvature.kronecker import (
-    DiagonalBlock,
-    KroneckerBlock,
-    Layout,
-    mean_eigenvalue,
-    pi_split,
-)
+from kfac_tn.curvature.block import DiagonalBlock
+from kfac_tn.curvature.kronecker import KroneckerBlock, mean_eigenvalue, pi_split
+from kfac_tn.curvature.layout import Layout
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
