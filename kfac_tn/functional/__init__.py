@@ -16,7 +16,7 @@ ones float64. Everything is differentiable.
 Convolutions are evaluated as tensor networks (Dangel 2024, arXiv 2307.02275; `kfac_tn.tn`).
 """
 
-from kfac_tn.functional.common import APPROXIMATIONS, gram
+from kfac_tn.functional.common import APPROXIMATIONS
 from kfac_tn.functional.conv import (
     conv_average_input,
     conv_grad_output_factor,
@@ -29,6 +29,7 @@ from kfac_tn.functional.linear import (
     linear_input_factor,
     linear_sum_grad_output,
 )
+from kfac_tn.functional.products import gram
 
 __all__ = [
     "APPROXIMATIONS",

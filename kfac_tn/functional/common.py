@@ -1,53 +1,21 @@
-"""What the functions of this room share: what they accept, and in which precision they compute."""
+"""What the functions of this room share: what they accept, precision and memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 UNFOLD_BYTES = 64 * 2**20
 """Most bytes of unfolded input (or similar copies) held at once; larger batches go in chunks."""
 
+CACHE_BYTES = 4 * 2**20
+"""Most bytes of a copy on a CPU that is made to be read once, at best from the cache."""
+
 APPROXIMATIONS = ("expand", "reduce")
 """How a Kronecker factor treats shared positions."""
-
-
-def gram(rows: Tensor) -> Tensor:
-    """Sum over examples of the outer products of rows with themselves.
-
-    Args:
-        rows: `[N, groups, d]`.
-
-    Returns:
-        `[groups, d, d]`.
-
-    Raises:
-        ValueError: If `rows` has not three axes or is empty.
-
-    Example:
-        >>> gram(torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]]))
-        tensor([[[1., 2.],
-                 [2., 5.]]])
-    """
-    check(rows, "rows", "[N, groups, d]", 3, most=3)
-    rows = cast(rows)
-    with full_precision(rows):
-        return torch.bmm(rows.permute(1, 2, 0), rows.transpose(0, 1))
-
-
-def border(factor: Tensor, mean: Tensor) -> Tensor:
-    """The factor of vectors with a trailing 1, from that without and the vectors' mean."""
-    column = torch.cat([factor, mean.unsqueeze(-1)], -1)
-    row = append_one(mean).unsqueeze(-2)
-    return torch.cat([column, row], -2)
-
-
-def append_one(rows: Tensor) -> Tensor:
-    """Append a 1 to every row."""
-    return F.pad(rows, (0, 1), value=1.0)
 
 
 # ---- what is accepted ------------------------------------------------------------------------
@@ -81,8 +49,30 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def cast(tensor: Tensor) -> Tensor:
-    """Cast to the type to accumulate in."""
-    return tensor.to(accumulation_dtype(tensor))
+    """Cast to the type to accumulate in. A copy is contiguous: it needn't be laid out anew."""
+    dtype = accumulation_dtype(tensor)
+    if tensor.dtype == dtype:
+        return tensor
+    return tensor.to(dtype, memory_format=torch.contiguous_format)
+
+
+def split(tensor: Tensor, per_example: int) -> tuple[Tensor, ...]:
+    """Chunks of examples, such that copies of `per_example` elements each stay within bounds."""
+    limit = UNFOLD_BYTES
+    if tensor.device.type == "cpu":
+        limit = min(limit, CACHE_BYTES)
+    size = limit // (per_example * accumulation_dtype(tensor).itemsize)
+    return tensor.split(max(1, size))
+
+
+def cast_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Chunks of examples that may be `cast` one after the other; one if that copies nothing.
+
+    Reductions that accumulate in another type are no way around: on a CPU they copy it all.
+    """
+    if tensor.dtype == accumulation_dtype(tensor):
+        return (tensor,)
+    return split(tensor, tensor[0].numel())
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
@@ -91,3 +81,8 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def concatenate(chunks: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first axis; a single chunk isn't copied."""
+    return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
-from math import prod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kfac_tn import tn
 from kfac_tn.functional import common
 from kfac_tn.functional.common import (
     accumulation_dtype,
-    append_one,
-    border,
     cast,
+    cast_chunks,
     check,
     check_approximation,
+    concatenate,
     full_precision,
-    gram,
-    hashable,
+    split,
 )
+from kfac_tn.functional.networks import Geometry, evaluate, unfolded_numel
+from kfac_tn.functional.products import BLOCK, append_one, border, gram, sum_grams
 from kfac_tn.tn.conv import Ints, Padding
 
 
@@ -68,17 +66,8 @@ def conv_input_factor(
         tensor([[1., 1.],
                 [1., 1.]])
     """
-    geometry = (kernel_size, stride, padding, dilation, groups, padding_mode)
-    if check_approximation(approximation) == "reduce":
-        rows = conv_average_input(x, *geometry, bias=bias)
-        return gram(rows) / len(rows)
-    check(x, "x", "[N, C_in, *spatial]", 3)
-    spec = _spec(tuple(x.shape), *map(hashable, geometry))
-    with full_precision(x):
-        factor = _expand_input_factor(x, spec)
-    if not bias:
-        return factor
-    return border(factor, conv_average_input(x, *geometry).mean(0))
+    geometry = Geometry(kernel_size, stride, padding, dilation, groups, padding_mode)
+    return _input_factor(x, geometry, approximation, bias)
 
 
 def conv_average_input(
@@ -117,12 +106,8 @@ def conv_average_input(
         >>> conv_average_input(x, 2, stride=2, bias=True)  # means of 0, 2, 4, 6 and of 1, 3, 5, 7
         tensor([[[3., 4., 1.]]])
     """
-    check(x, "x", "[N, C_in, *spatial]", 3)
-    geometry = (kernel_size, stride, padding, dilation, groups, padding_mode)
-    network = _average_network(_spec(tuple(x.shape), *map(hashable, geometry)))
-    with full_precision(x):
-        rows = network.evaluate(input=cast(x))
-    return append_one(rows) if bias else rows
+    geometry = Geometry(kernel_size, stride, padding, dilation, groups, padding_mode)
+    return _average_input(x, geometry, bias)
 
 
 def conv_grad_output_factor(g: Tensor, groups: int = 1, approximation: str = "expand") -> Tensor:
@@ -150,9 +135,9 @@ def conv_grad_output_factor(g: Tensor, groups: int = 1, approximation: str = "ex
     """
     if check_approximation(approximation) == "reduce":
         return gram(conv_sum_grad_output(g, groups))
-    columns = _group_channels(g, groups)
+    _check_channels(g, groups)
     with full_precision(g):
-        return _expand_grad_output_factor(columns)
+        return _expand_grad_output_factor(g, groups)
 
 
 def conv_sum_grad_output(g: Tensor, groups: int = 1) -> Tensor:
@@ -173,101 +158,80 @@ def conv_sum_grad_output(g: Tensor, groups: int = 1) -> Tensor:
         tensor([[[9.],
                  [9.]]])
     """
-    columns = _group_channels(g, groups)
-    return columns.sum(-1, dtype=accumulation_dtype(g))
+    _check_channels(g, groups)
+    sums = concatenate([cast(chunk).flatten(2).sum(-1) for chunk in cast_chunks(g)])
+    return sums.unflatten(1, (groups, -1))
 
 
 # ---- how it is computed ----------------------------------------------------------------------
 
 
-def _expand_input_factor(x: Tensor, spec: tn.ConvSpec) -> Tensor:
+def _input_factor(x: Tensor, geometry: Geometry, approximation: str, bias: bool) -> Tensor:
+    if check_approximation(approximation) == "reduce":
+        rows = _average_input(x, geometry, bias)
+        return gram(rows).div_(len(rows))
+    check(x, "x", "[N, C_in, *spatial]", 3)
+    with full_precision(x):
+        factor = _expand_input_factor(x, geometry)
+    return border(factor, _average_input(x, geometry, False).mean(0)) if bias else factor
+
+
+def _average_input(x: Tensor, geometry: Geometry, bias: bool) -> Tensor:
+    check(x, "x", "[N, C_in, *spatial]", 3)
+    with full_precision(x):
+        chunks = [evaluate("average", cast(chunk), geometry) for chunk in cast_chunks(x)]
+    rows = concatenate(chunks)
+    return append_one(rows) if bias else rows
+
+
+def _expand_input_factor(x: Tensor, geometry: Geometry) -> Tensor:
     """Average of the factors of chunks whose unfolded input stays within `common.UNFOLD_BYTES`."""
-    count = len(x)
-    unfolded = (
-        prod(x.shape[1:2] + spec.kernel_size + spec.output_size) * accumulation_dtype(x).itemsize
-    )
+    unfolded = unfolded_numel(x, geometry) * accumulation_dtype(x).itemsize
     size = max(1, common.UNFOLD_BYTES // unfolded)
-    if size >= count:
-        return _expand_network(spec).evaluate(input=cast(x))
-    factors = (
-        _expand_network(_resize(spec, len(chunk))).evaluate(input=cast(chunk))
-        * (len(chunk) / count)
-        for chunk in x.split(size)
-    )
-    total = next(factors)
-    for factor in factors:
-        total += factor
+    if size >= len(x):
+        return evaluate("expand", cast(x), geometry)
+    chunks = x.split(size)
+    total = evaluate("expand", cast(chunks[0]), geometry) * (size / len(x))
+    for chunk in chunks[1:]:
+        total.add_(evaluate("expand", cast(chunk), geometry), alpha=len(chunk) / len(x))
     return total
 
 
-def _expand_grad_output_factor(g: Tensor) -> Tensor:
-    """Sum over examples and positions, `[N, groups, C, R]`, without a transposed copy of it all.
+def _expand_grad_output_factor(g: Tensor, groups: int) -> Tensor:
+    """Sum over examples and positions, without a transposed copy of it all.
 
-    Few channels: one product per example and group, summed after; its results are smaller than `g`.
-    Many: one product per group, over chunks of examples laid out side by side.
+    One product per example where its result is smaller than what it is made from; else one for a
+    chunk of examples that are laid side by side. They are already if channels come last; that is
+    of no use to a product over groups of few channels.
     """
-    _, groups, channels, positions = g.shape
-    per_example = groups * channels * min(channels, positions) * accumulation_dtype(g).itemsize
-    total: Tensor | None = None
-    for chunk in g.split(max(1, common.UNFOLD_BYTES // per_example)):
-        chunk = cast(chunk)
-        if channels <= positions:
-            columns = chunk.reshape(-1, channels, positions)
-            products = torch.bmm(columns, columns.mT)
-            factor = products.reshape(-1, groups, channels, channels).sum(0)
-        else:
-            columns = chunk.permute(1, 2, 0, 3).reshape(groups, channels, -1)
-            factor = torch.bmm(columns, columns.mT)
-        total = factor if total is None else total.add_(factor)
-    assert total is not None  # `g` is not empty
+    channels, positions = g.shape[1] // groups, g[0, 0].numel()
+    if g.stride(0) == positions * g.stride(-1) and (groups == 1 or channels >= 16):
+        chunks = cast_chunks(g)
+    elif channels <= positions and channels < 2 * BLOCK:
+        return _sum_of_products(split(g, g.shape[1] * (positions + channels)), groups)
+    else:
+        chunks = split(g, g[0].numel())
+
+    def side_by_side(chunk: Tensor) -> Tensor:
+        return cast(chunk.unflatten(1, (groups, channels)).movedim(0, 2)).flatten(2)
+
+    return sum_grams(chunks, side_by_side)
+
+
+def _sum_of_products(chunks: Sequence[Tensor], groups: int) -> Tensor:
+    """Sum over chunks of each example's product, which isn't larger than the example itself."""
+
+    def factor(chunk: Tensor) -> Tensor:
+        columns = cast(chunk).reshape(len(chunk) * groups, chunk.shape[1] // groups, -1)
+        return torch.bmm(columns, columns.mT).unflatten(0, (-1, groups)).sum(0)
+
+    total = factor(chunks[0])
+    for chunk in chunks[1:]:
+        total += factor(chunk)
     return total
 
 
-def _group_channels(g: Tensor, groups: int) -> Tensor:
-    """View `[N, C_out, *spatial]` as `[N, groups, C_out / groups, positions]`."""
+def _check_channels(g: Tensor, groups: int) -> None:
     check(g, "g", "[N, C_out, *spatial]", 3)
     if groups < 1 or g.shape[1] % groups:
         raise ValueError(f"groups={groups} must divide the {g.shape[1]} channels of g")
-    return g.reshape(len(g), groups, g.shape[1] // groups, -1)
-
-
-@lru_cache(maxsize=1024)
-def _spec(
-    shape: tuple[int, ...],
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Padding,
-    dilation: Ints,
-    groups: int,
-    padding_mode: str,
-) -> tn.ConvSpec:
-    dimensions = len(shape) - 2
-    kernel = (kernel_size,) * dimensions if isinstance(kernel_size, int) else kernel_size
-    if len(kernel) != dimensions or min(kernel) < 1:
-        raise ValueError(
-            f"kernel_size={kernel_size} must be one positive number, or one for each of the "
-            f"{dimensions} spatial dimensions of x of shape {shape}"
-        )
-    if groups < 1 or shape[1] % groups:
-        raise ValueError(f"groups={groups} must divide the {shape[1]} channels of x")
-    # The number of output channels plays no role here: one per group.
-    weight_shape = (groups, shape[1] // groups, *kernel)
-    return tn.ConvSpec(
-        shape, weight_shape, stride, padding, dilation, groups, padding_mode=padding_mode
-    )
-
-
-@lru_cache(maxsize=1024)
-def _resize(spec: tn.ConvSpec, count: int) -> tn.ConvSpec:
-    """The same convolution of a batch of another size."""
-    return replace(spec, input_shape=(count, *spec.input_shape[1:]))
-
-
-@lru_cache(maxsize=1024)
-def _expand_network(spec: tn.ConvSpec) -> tn.Network:
-    return tn.kfac_expand_input_factor(spec).simplify()
-
-
-@lru_cache(maxsize=1024)
-def _average_network(spec: tn.ConvSpec) -> tn.Network:
-    return tn.average_unfolded_input(spec).simplify()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kfac_tn.functional.common import (
-    accumulation_dtype,
-    append_one,
-    border,
     cast,
+    cast_chunks,
     check,
     check_approximation,
-    gram,
+    concatenate,
+    full_precision,
+    split,
 )
+from kfac_tn.functional.products import append_one, border, gram, sum_grams
 
 
 def linear_input_factor(x: Tensor, approximation: str = "expand", bias: bool = False) -> Tensor:
@@ -31,18 +33,19 @@ def linear_input_factor(x: Tensor, approximation: str = "expand", bias: bool = F
         ValueError: If `x` has fewer than two axes or is empty.
 
     Example:
-        >>> import torch
         >>> linear_input_factor(torch.tensor([[1.0], [3.0]]), bias=True)
         tensor([[[5., 2.],
                  [2., 1.]]])
     """
     if check_approximation(approximation) == "reduce":
         rows = linear_average_input(x, bias)
-        return gram(rows) / len(rows)
+        return gram(rows).div_(len(rows))
     check(x, "x", "[N, *shared, d_in]", 2)
-    rows = cast(x.reshape(-1, 1, x.shape[-1]))
-    factor = gram(rows) / len(rows)
-    return border(factor, rows.mean(0)) if bias else factor
+    count, size = x[..., 0].numel(), x.shape[-1]
+    if bias and count < size:  # then the factor is larger than `x`: better copy that
+        return _gram_of_positions(append_one(x)).div_(count)
+    factor = _gram_of_positions(x).div_(count)
+    return border(factor, _mean_of_positions(x)) if bias else factor
 
 
 def linear_average_input(x: Tensor, bias: bool = False) -> Tensor:
@@ -59,12 +62,11 @@ def linear_average_input(x: Tensor, bias: bool = False) -> Tensor:
         ValueError: As `linear_input_factor`.
 
     Example:
-        >>> import torch
         >>> linear_average_input(torch.tensor([[[1.0], [3.0]]]), bias=True)
         tensor([[[2., 1.]]])
     """
     check(x, "x", "[N, *shared, d_in]", 2)
-    rows = x.reshape(len(x), -1, x.shape[-1]).mean(1, keepdim=True, dtype=accumulation_dtype(x))
+    rows = _sum_positions(x) / x[0, ..., 0].numel()
     return append_one(rows) if bias else rows
 
 
@@ -82,7 +84,6 @@ def linear_grad_output_factor(g: Tensor, approximation: str = "expand") -> Tenso
         ValueError: If `g` has fewer than two axes or is empty.
 
     Example:
-        >>> import torch
         >>> linear_grad_output_factor(torch.ones(2, 3, 1)).item()
         6.0
         >>> linear_grad_output_factor(torch.ones(2, 3, 1), approximation="reduce").item()
@@ -91,7 +92,7 @@ def linear_grad_output_factor(g: Tensor, approximation: str = "expand") -> Tenso
     if check_approximation(approximation) == "reduce":
         return gram(linear_sum_grad_output(g))
     check(g, "g", "[N, *shared, d_out]", 2)
-    return gram(g.reshape(-1, 1, g.shape[-1]))
+    return _gram_of_positions(g)
 
 
 def linear_sum_grad_output(g: Tensor) -> Tensor:
@@ -107,9 +108,41 @@ def linear_sum_grad_output(g: Tensor) -> Tensor:
         ValueError: As `linear_grad_output_factor`.
 
     Example:
-        >>> import torch
         >>> linear_sum_grad_output(torch.ones(1, 3, 2))
         tensor([[[3., 3.]]])
     """
     check(g, "g", "[N, *shared, d_out]", 2)
-    return g.reshape(len(g), -1, g.shape[-1]).sum(1, keepdim=True, dtype=accumulation_dtype(g))
+    return _sum_positions(g)
+
+
+# ---- how it is computed ----------------------------------------------------------------------
+
+
+def _gram_of_positions(x: Tensor) -> Tensor:
+    """Sum of outer products of all vectors `[..., d]`: `[1, d, d]`."""
+    with full_precision(x):
+        return sum_grams(_chunks(x), lambda chunk: _rows(chunk).mT.unsqueeze(0))
+
+
+def _mean_of_positions(x: Tensor) -> Tensor:
+    """Mean of all vectors `[..., d]`: `[1, d]`."""
+    total = torch.stack([_rows(chunk).sum(0) for chunk in _chunks(x)]).sum(0, keepdim=True)
+    return total / x[..., 0].numel()
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Chunks whose positions are put in a row one chunk at a time, should that take a copy."""
+    return cast_chunks(x.flatten(0, -2)) if x.is_contiguous() else split(x, x[0].numel())
+
+
+def _rows(chunk: Tensor) -> Tensor:
+    return cast(chunk).reshape(-1, chunk.shape[-1])
+
+
+def _sum_positions(x: Tensor) -> Tensor:
+    """Sum over all axes but the first and the last: `[N, 1, d]`."""
+    shared = list(range(1, x.ndim - 1))
+    if not shared:
+        return cast(x).unsqueeze(1)
+    sums = concatenate([cast(chunk).sum(shared) for chunk in cast_chunks(x)])
+    return sums.unsqueeze(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TypeVar
@@ -24,6 +24,11 @@ class Structure:
         nodes: The tensors. Their order has no meaning for the result.
         output: Axes of the result. Each index occurs once, and in some node.
         sizes: Pairs of index and size, sorted by index, of exactly the indices of the nodes.
+        size: Size of each index. This and what follows is derived, and computed once: at
+            construction, where `torch.compile` doesn't look (it knows no `cached_property`'s lock).
+        output_indices: The indices of the result, slowest first.
+        shape: Shape of the result.
+        operands: Shape of each operand, by name.
 
     Raises:
         ValueError: If sizes are missing or contradict a constant's shape, an index occurs twice in
@@ -34,8 +39,17 @@ class Structure:
     nodes: tuple[Node, ...]
     output: Axes
     sizes: tuple[tuple[str, int], ...]
+    size: dict[str, int] = field(init=False, repr=False, compare=False)
+    output_indices: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    operands: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        def derive(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        derive("size", dict(self.sizes))
+        derive("output_indices", tuple(index for axis in self.output for index in axis))
         held = {index for node in self.nodes for index in node.indices}
         if missing := held ^ set(self.size):
             raise ValueError(f"sizes must name the indices of the nodes exactly: see {missing}")
@@ -53,6 +67,8 @@ class Structure:
                 expected = tuple(node.symbol.shape)
             if shape != expected:
                 raise ValueError(f"{node} has shape {shape}, expected {expected}")
+        derive("shape", self.shape_of(self.output))
+        derive("operands", {operand.name: shape for operand, shape in shapes.items()})
 
     @classmethod
     def build(
@@ -72,30 +88,6 @@ class Structure:
         held = {index for node in nodes for index in node.indices}
         kept = tuple(sorted((index, size) for index, size in sizes.items() if index in held))
         return cls(nodes, tuple(tuple(axis) for axis in output if axis), kept)
-
-    @cached_property
-    def size(self) -> dict[str, int]:
-        """Size of each index."""
-        return dict(self.sizes)
-
-    @cached_property
-    def output_indices(self) -> tuple[str, ...]:
-        """The indices of the result, slowest first."""
-        return tuple(index for axis in self.output for index in axis)
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the result."""
-        return self.shape_of(self.output)
-
-    @cached_property
-    def operands(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each operand, by name."""
-        return {
-            node.symbol.name: self.shape_of(node.axes)
-            for node in self.nodes
-            if isinstance(node.symbol, Operand)
-        }
 
     def shape_of(self, axes: Axes) -> tuple[int, ...]:
         """Shape of a tensor with the given axes."""

@@ -123,7 +123,10 @@ def test_chunks_change_nothing(monkeypatch, budget):
     torch.testing.assert_close(functional.conv_grad_output_factor(g), B, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 5), (3, 8, 1, 2), (2, 4, 3, 3, 3)])
+SHAPES = [(3, 8, 5), (3, 8, 1, 2), (2, 4, 3, 3, 3), (3, 64, 2, 3), (40, 512, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 def test_conv_grad_output_factor(shape, groups, approximation):
@@ -139,12 +142,18 @@ def test_conv_grad_output_factor(shape, groups, approximation):
     torch.testing.assert_close(factor, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("shared", [(), (3,), (2, 3)])
+LINEAR_SHAPES = [(4, 5), (4, 3, 5), (7, 2, 3, 5), (4, 3, 50), (50, 4, 300), (150, 256), (3, 300)]
+
+
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_factors(shared, approximation, bias):
-    x = torch.rand(4, *shared, 5, dtype=torch.float64)
-    columns = x.reshape(4, 1, -1, 5).mT
+def test_linear_factors(shape, contiguous, approximation, bias):
+    x = torch.rand(shape, dtype=torch.float64)
+    if not contiguous:
+        x = x.mT.contiguous().mT
+    columns = x.reshape(len(x), 1, -1, shape[-1]).mT
     factor = functional.linear_input_factor(x, approximation, bias)
     expected = reference(columns, approximation, bias)
     torch.testing.assert_close(factor, expected, rtol=1e-12, atol=0)
@@ -195,9 +204,45 @@ def test_autocast_lowers_nothing():
             torch.testing.assert_close(factor, without, rtol=0, atol=0)
 
 
-def test_differentiable():
+@pytest.mark.parametrize("block", [functional.products.BLOCK, 2])
+def test_differentiable(monkeypatch, block):
+    monkeypatch.setattr(functional.products, "BLOCK", block)
     x = torch.rand(2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tuple(everything(x)), x)
+
+
+@pytest.mark.parametrize("rows", [130, 600])
+@pytest.mark.parametrize("size", [256, 300, 512])
+def test_gram_in_blocks_is_the_plain_one_and_symmetric(rows, size):
+    x = torch.rand(rows, 2, size, dtype=torch.float64)
+    gram = functional.gram(x)
+    expected = torch.einsum("nga,ngb->gab", x, x)
+    torch.testing.assert_close(gram, expected, rtol=1e-12, atol=0)
+    assert (gram[:, :100, -100:] == gram[:, -100:, :100].mT).all()
+
+
+COMPILED = {
+    "conv_input_factor": lambda x, a: functional.conv_input_factor(
+        x, [3, 2], stride=2, padding=[1, 0], groups=2, approximation=a, bias=True
+    ),
+    "conv_grad_output_factor": lambda x, a: functional.conv_grad_output_factor(x, 2, a),
+    "linear_input_factor": lambda x, a: functional.linear_input_factor(x, a, bias=True),
+    "linear_grad_output_factor": functional.linear_grad_output_factor,
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("approximation", functional.APPROXIMATIONS)
+def test_compiled_in_one_graph_before_anything_is_cached(name, approximation, monkeypatch):
+    """Also for other numbers of examples, for which the compiler has symbols, and in chunks."""
+    torch.compiler.reset()
+    functional.networks._network.cache_clear()
+    compiled = torch.compile(COMPILED[name], backend="eager", fullgraph=True)
+    for count in (2, 3, 5):
+        x = torch.rand(count, 4, 6, 7, dtype=torch.float64)
+        actual = compiled(x, approximation)
+        torch.testing.assert_close(actual, COMPILED[name](x, approximation), rtol=1e-12, atol=0)
+        monkeypatch.setattr(functional.common, "UNFOLD_BYTES", 4000)
 
 
 def test_inputs_are_left_alone():

@@ -39,6 +39,16 @@ def test_compiled_in_one_graph(builder, backend):
     torch.testing.assert_close(function(operands), expected)  # what tracing cached is real
 
 
+def test_compiled_before_anything_else_is_asked_of_the_network():
+    operands = operands_of(VJP)
+    fresh = tn.Network.build(VJP.nodes, VJP.output, VJP.size)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda operands: fresh.evaluate(**operands), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(operands), VJP.evaluate(**operands))
+
+
 def test_compiled_under_transforms():
     operands = operands_of(VJP)
     function = lambda weight, g: VJP.evaluate(weight=weight, grad_output=g)  # noqa: E731

@@ -1,0 +1,110 @@
+"""The networks behind the functions of convolutions: one for each kind and shape, made once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_tn import tn
+from kfac_tn.functional.common import hashable
+from kfac_tn.tn.conv import Ints, Padding
+from kfac_tn.tn.plan import Plan, plan, run
+
+_BUILDERS = {
+    "average": tn.average_unfolded_input,
+    "expand": tn.kfac_expand_input_factor,
+    "unfold": tn.unfold_input,
+}
+
+
+class Geometry(NamedTuple):
+    """What users say of a convolution: all but its numbers of examples and channels."""
+
+    kernel_size: Ints
+    stride: Ints
+    padding: Padding
+    dilation: Ints
+    groups: int
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: Ints = 0
+
+
+def evaluate(kind: str, x: Tensor, geometry: Geometry) -> Tensor:
+    """Evaluate what a convolution makes of its input alone.
+
+    Args:
+        kind: `"average"`, `"expand"` or `"unfold"`.
+        x: Input, `[N, C_in, *spatial]`.
+        geometry: The convolution.
+
+    Raises:
+        ValueError: If this is no convolution of `x`.
+    """
+    key = _key(x, geometry)
+    if torch.compiler.is_compiling():
+        # The compiler sees the steps alone, and takes the plan for a constant.
+        return run(_compiled_plan(kind, x.dtype, x.device, *key), {"input": x})
+    return _network(kind, *key).evaluate(input=x)
+
+
+def unfolded_numel(x: Tensor, geometry: Geometry) -> int:
+    """Number of elements of one example's unfolded input."""
+    return _unfolded_numel(*_key(x, geometry))
+
+
+def _key(x: Tensor, geometry: Geometry) -> tuple[Any, ...]:
+    """Shape and options, to be looked up in a cache.
+
+    A plan is for one shape. Where a compiler has symbols for sizes, a length makes them numbers.
+    """
+    shape = [len(range(size)) for size in x.shape] if torch.compiler.is_compiling() else x.shape
+    return (tuple(shape), *map(hashable, geometry))
+
+
+@torch.compiler.assume_constant_result
+def _compiled_plan(kind: str, dtype: torch.dtype, device: torch.device, *key: Any) -> Plan:
+    return plan(_network(kind, *key), dtype, device)
+
+
+@torch.compiler.assume_constant_result
+def _unfolded_numel(*key: Any) -> int:
+    spec = _spec(*key)
+    return spec.input_shape[1] * prod(spec.kernel_size) * prod(spec.output_size)
+
+
+@lru_cache(maxsize=1024)
+def _network(kind: str, *key: Any) -> tn.Network:
+    return _BUILDERS[kind](_spec(*key)).simplify()
+
+
+@lru_cache(maxsize=1024)
+def _spec(shape: tuple[int, ...], *options: Any) -> tn.ConvSpec:
+    geometry = Geometry(*options)
+    kernel_size, groups = geometry.kernel_size, geometry.groups
+    dimensions = len(shape) - 2
+    kernel = (kernel_size,) * dimensions if isinstance(kernel_size, int) else kernel_size
+    if len(kernel) != dimensions or min(kernel) < 1:
+        raise ValueError(
+            f"kernel_size={kernel_size} must be one positive number, or one for each of the "
+            f"{dimensions} spatial dimensions of x of shape {shape}"
+        )
+    if groups < 1 or shape[1] % groups:
+        raise ValueError(f"groups={groups} must divide the {shape[1]} channels of x")
+    # The number of output channels plays no role here: one per group.
+    channels = (shape[1], 1) if geometry.transposed else (groups, shape[1] // groups)
+    return tn.ConvSpec(
+        shape,
+        (*channels, *kernel),
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        groups,
+        geometry.transposed,
+        geometry.output_padding,
+        geometry.padding_mode,
+    )
