@@ -55,7 +55,16 @@ def test_turns_are_shared(measuring, monkeypatch):
 def run(script, output, *arguments):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     subprocess.run(
-        [sys.executable, f"benchmarks/{script}", "--quick", "--output", str(output), *arguments],
+        [
+            sys.executable,
+            f"benchmarks/{script}",
+            "--quick",
+            "--threads",
+            "1",
+            "--output",
+            str(output),
+            *arguments,
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "MPLBACKEND": "agg"},
         check=True,
