@@ -1,4 +1,4 @@
-"""Kronecker factors of one layer, as pure functions of tensors.
+"""Kronecker factors, per-example gradients and diagonals of one layer, as functions of tensors.
 
 Scale. With `a` the vectors that a weight matrix multiplies and `g` the back-propagated columns of
 the loss Hessian's root, over `N` examples and `R` shared positions (of a convolution: its outputs):
@@ -23,6 +23,22 @@ from kfac_tn.functional.conv import (
     conv_input_factor,
     conv_sum_grad_output,
 )
+from kfac_tn.functional.conv_transpose import (
+    conv_transpose_average_input,
+    conv_transpose_grad_output_factor,
+    conv_transpose_input_factor,
+    conv_transpose_sum_grad_output,
+)
+from kfac_tn.functional.gradients import (
+    conv_bias_diagonal,
+    conv_per_example_weight_gradient,
+    conv_transpose_per_example_weight_gradient,
+    conv_transpose_weight_diagonal,
+    conv_weight_diagonal,
+    linear_bias_diagonal,
+    linear_per_example_weight_gradient,
+    linear_weight_diagonal,
+)
 from kfac_tn.functional.linear import (
     linear_average_input,
     linear_grad_output_factor,
@@ -34,12 +50,24 @@ from kfac_tn.functional.products import gram
 __all__ = [
     "APPROXIMATIONS",
     "conv_average_input",
+    "conv_bias_diagonal",
     "conv_grad_output_factor",
     "conv_input_factor",
+    "conv_per_example_weight_gradient",
     "conv_sum_grad_output",
+    "conv_transpose_average_input",
+    "conv_transpose_grad_output_factor",
+    "conv_transpose_input_factor",
+    "conv_transpose_per_example_weight_gradient",
+    "conv_transpose_sum_grad_output",
+    "conv_transpose_weight_diagonal",
+    "conv_weight_diagonal",
     "gram",
     "linear_average_input",
+    "linear_bias_diagonal",
     "linear_grad_output_factor",
     "linear_input_factor",
+    "linear_per_example_weight_gradient",
     "linear_sum_grad_output",
+    "linear_weight_diagonal",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from kfac_tn.functional.common import (
     full_precision,
     split,
 )
-from kfac_tn.functional.networks import Geometry, evaluate, unfolded_numel
+from kfac_tn.functional.networks import Geometry, evaluate, spatial_sizes
 from kfac_tn.functional.products import BLOCK, append_one, border, gram, sum_grams
 from kfac_tn.tn.conv import Ints, Padding
 
@@ -67,7 +68,7 @@ def conv_input_factor(
                 [1., 1.]])
     """
     geometry = Geometry(kernel_size, stride, padding, dilation, groups, padding_mode)
-    return _input_factor(x, geometry, approximation, bias)
+    return input_factor(x, geometry, approximation, bias)
 
 
 def conv_average_input(
@@ -107,7 +108,7 @@ def conv_average_input(
         tensor([[[3., 4., 1.]]])
     """
     geometry = Geometry(kernel_size, stride, padding, dilation, groups, padding_mode)
-    return _average_input(x, geometry, bias)
+    return average_input(x, geometry, bias)
 
 
 def conv_grad_output_factor(g: Tensor, groups: int = 1, approximation: str = "expand") -> Tensor:
@@ -166,17 +167,19 @@ def conv_sum_grad_output(g: Tensor, groups: int = 1) -> Tensor:
 # ---- how it is computed ----------------------------------------------------------------------
 
 
-def _input_factor(x: Tensor, geometry: Geometry, approximation: str, bias: bool) -> Tensor:
+def input_factor(x: Tensor, geometry: Geometry, approximation: str, bias: bool) -> Tensor:
+    """Input factor, as `conv_input_factor`, also of transposed convolutions."""
     if check_approximation(approximation) == "reduce":
-        rows = _average_input(x, geometry, bias)
+        rows = average_input(x, geometry, bias)
         return gram(rows).div_(len(rows))
     check(x, "x", "[N, C_in, *spatial]", 3)
     with full_precision(x):
         factor = _expand_input_factor(x, geometry)
-    return border(factor, _average_input(x, geometry, False).mean(0)) if bias else factor
+    return border(factor, average_input(x, geometry, False).mean(0)) if bias else factor
 
 
-def _average_input(x: Tensor, geometry: Geometry, bias: bool) -> Tensor:
+def average_input(x: Tensor, geometry: Geometry, bias: bool) -> Tensor:
+    """Rows of KFAC-reduce, as `conv_average_input`, also of transposed convolutions."""
     check(x, "x", "[N, C_in, *spatial]", 3)
     with full_precision(x):
         chunks = [evaluate("average", cast(chunk), geometry) for chunk in cast_chunks(x)]
@@ -186,7 +189,8 @@ def _average_input(x: Tensor, geometry: Geometry, bias: bool) -> Tensor:
 
 def _expand_input_factor(x: Tensor, geometry: Geometry) -> Tensor:
     """Average of the factors of chunks whose unfolded input stays within `common.UNFOLD_BYTES`."""
-    unfolded = unfolded_numel(x, geometry) * accumulation_dtype(x).itemsize
+    kernel, output = spatial_sizes(x, geometry)
+    unfolded = x.shape[1] * prod(kernel) * prod(output) * accumulation_dtype(x).itemsize
     size = max(1, common.UNFOLD_BYTES // unfolded)
     if size >= len(x):
         return evaluate("expand", cast(x), geometry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +51,24 @@ def evaluate(kind: str, x: Tensor, geometry: Geometry) -> Tensor:
     return _network(kind, *key).evaluate(input=x)
 
 
-def unfolded_numel(x: Tensor, geometry: Geometry) -> int:
-    """Number of elements of one example's unfolded input."""
-    return _unfolded_numel(*_key(x, geometry))
+def spatial_sizes(x: Tensor, geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of a convolution's kernel and output.
+
+    Raises:
+        ValueError: If this is no convolution of `x`.
+    """
+    return _spatial_sizes(*_key(x, geometry))
+
+
+def adjoint(x: Tensor, geometry: Geometry) -> tuple[Geometry, tuple[int, ...]]:
+    """The convolution that takes a transposed one's output to its input, in the same weight.
+
+    Returns:
+        The convolution, and the sizes to which the output is to be cut off before: what output
+        padding adds beyond the padding is none of its input.
+    """
+    kernel, stride, padding, dilation, sizes = _adjoint(*_key(x, geometry))
+    return Geometry(kernel, stride, padding, dilation, geometry.groups), sizes
 
 
 def _key(x: Tensor, geometry: Geometry) -> tuple[Any, ...]:
@@ -72,9 +86,22 @@ def _compiled_plan(kind: str, dtype: torch.dtype, device: torch.device, *key: An
 
 
 @torch.compiler.assume_constant_result
-def _unfolded_numel(*key: Any) -> int:
+def _spatial_sizes(*key: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     spec = _spec(*key)
-    return spec.input_shape[1] * prod(spec.kernel_size) * prod(spec.output_size)
+    return spec.kernel_size, spec.output_size
+
+
+@torch.compiler.assume_constant_result
+def _adjoint(*key: Any) -> tuple[Any, ...]:
+    spec = _spec(*key)
+    extras: Any = spec.output_padding  # normalised: one per dimension
+    needed = [
+        (before, after - extra)
+        for (before, after), extra in zip(spec.paddings, extras, strict=True)
+    ]
+    sizes = (size + min(0, last) for size, (_, last) in zip(spec.output_size, needed, strict=True))
+    padding = tuple((before, max(0, last)) for before, last in needed)
+    return spec.kernel_size, spec.strides, padding, spec.dilations, tuple(sizes)
 
 
 @lru_cache(maxsize=1024)

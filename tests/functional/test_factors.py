@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kfac_tn import functional
+from kfac_tn.functional import common, networks, products
 
 torch.set_num_threads(1)
 MODES = ("zeros", "circular", "reflect", "replicate")
@@ -118,7 +119,7 @@ def test_chunks_change_nothing(monkeypatch, budget):
     g = torch.rand(7, 8, 2, 2, dtype=torch.float64)
     A = functional.conv_input_factor(x, 3, groups=2)
     B = functional.conv_grad_output_factor(g)
-    monkeypatch.setattr(functional.common, "UNFOLD_BYTES", budget)
+    monkeypatch.setattr(common, "UNFOLD_BYTES", budget)
     torch.testing.assert_close(functional.conv_input_factor(x, 3, groups=2), A, rtol=1e-12, atol=0)
     torch.testing.assert_close(functional.conv_grad_output_factor(g), B, rtol=1e-12, atol=0)
 
@@ -204,9 +205,9 @@ def test_autocast_lowers_nothing():
             torch.testing.assert_close(factor, without, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("block", [functional.products.BLOCK, 2])
+@pytest.mark.parametrize("block", [products.BLOCK, 2])
 def test_differentiable(monkeypatch, block):
-    monkeypatch.setattr(functional.products, "BLOCK", block)
+    monkeypatch.setattr(products, "BLOCK", block)
     x = torch.rand(2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tuple(everything(x)), x)
 
@@ -236,13 +237,13 @@ COMPILED = {
 def test_compiled_in_one_graph_before_anything_is_cached(name, approximation, monkeypatch):
     """Also for other numbers of examples, for which the compiler has symbols, and in chunks."""
     torch.compiler.reset()
-    functional.networks._network.cache_clear()
+    networks._network.cache_clear()
     compiled = torch.compile(COMPILED[name], backend="eager", fullgraph=True)
     for count in (2, 3, 5):
         x = torch.rand(count, 4, 6, 7, dtype=torch.float64)
         actual = compiled(x, approximation)
         torch.testing.assert_close(actual, COMPILED[name](x, approximation), rtol=1e-12, atol=0)
-        monkeypatch.setattr(functional.common, "UNFOLD_BYTES", 4000)
+        monkeypatch.setattr(common, "UNFOLD_BYTES", 4000)
 
 
 def test_inputs_are_left_alone():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from kfac_tn import functional
 from kfac_tn.functional.common import CACHE_BYTES
@@ -10,19 +9,7 @@ from kfac_tn.functional.common import CACHE_BYTES
 MiB = 2**20
 
 
-def peak_bytes(function):
-    """Most bytes allocated at once while a function runs, temporaries inside of torch included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        function()
-    events = profiled.profiler.kineto_results.events()
-    held = peak = 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
-def test_the_measure_sees_temporaries():
+def test_the_measure_sees_temporaries(peak_bytes):
     x = torch.rand(MiB // 4)
     assert peak_bytes(lambda: x * 2) == pytest.approx(MiB, rel=0.01)
     assert peak_bytes(lambda: (x * 2).add_(x * 3).sum()) == pytest.approx(2 * MiB, rel=0.01)
@@ -44,7 +31,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 2, "depthwise"])
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
-def test_conv_grad_output_factor(shape, layout, dtype, groups, approximation):
+def test_conv_grad_output_factor(peak_bytes, shape, layout, dtype, groups, approximation):
     g = LAYOUTS[layout](torch.rand(shape)).to(dtype)
     groups = shape[1] if groups == "depthwise" else groups
     result = groups * (shape[1] // groups) ** 2 * 4
@@ -64,7 +51,7 @@ LINEAR_SHAPES = [(4096, 512), (64, 128, 768), (256, 17, 3, 64), (3, 5)]
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
-def test_linear_factors(shape, contiguous, bias, dtype, approximation):
+def test_linear_factors(peak_bytes, shape, contiguous, bias, dtype, approximation):
     x = torch.rand(shape).to(dtype)
     if not contiguous:
         x = x.mT.contiguous().mT
@@ -79,7 +66,7 @@ def test_linear_factors(shape, contiguous, bias, dtype, approximation):
 @pytest.mark.parametrize("groups", [1, 2, 64])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
-def test_conv_average_input(kernel_size, mode, groups, dtype):
+def test_conv_average_input(peak_bytes, kernel_size, mode, groups, dtype):
     x = torch.rand(32, 64, 28, 28).to(dtype)
     options = {"padding": kernel_size // 2, "groups": groups, "padding_mode": mode}
     rows = 32 * 64 * kernel_size**2 * 4
