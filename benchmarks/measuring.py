@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from compare_optimizers import describe_machine  # noqa: E402
+from compare_optimizers import describe_machine, shuffled_batches  # noqa: E402, F401
 
 SHORTEST = 2e-3  # seconds of a timing; faster calls are repeated within one
 

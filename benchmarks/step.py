@@ -1,34 +1,32 @@
-"""What a training step costs with KFAC, beside AdamW, on the models of the main example.
+"""What a training step costs with KFAC, beside AdamW, amortized over its intervals.
 
-    python benchmarks/step.py            # writes benchmarks/results/step.md and step.json
+    python benchmarks/step.py            # writes benchmarks/results/step.{md,json,png}
 
-Both optimizers train their own copy of a model in one process, in alternating blocks of as many
-steps as KFAC's inverse interval: so a block holds all the work that the intervals amortize
-(statistics, inverses), and whatever else the machine does meets both alike. The ratio is the median
-over pairs of blocks of one repetition. Memory is what the optimizer keeps between steps.
+The models of the main example (`examples/problems.py`, batches of 256), and a small ViT and GPT
+(`model_zoo.py`, batches of 8, random data). The optimizers train each their own copy of a model in
+one process, in alternating blocks of as many steps as KFAC's inverse interval: so a block holds all
+the work that the intervals amortize (statistics, inverses), and whatever else the machine does
+meets all alike. The ratio is the median over pairs of blocks of one repetition. The state is what
+the optimizer keeps between steps.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import statistics
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from measuring import machine, markdown, parser, shuffled_batches, write
+from model_zoo import PROBLEMS as MODELS
+from problems import PROBLEMS, load_images
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kfac_tn
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from compare_optimizers import describe_machine, shuffled_batches  # noqa: E402
-from problems import PROBLEMS, Problem, load_images  # noqa: E402
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, nn.Module], Optimizer]] = {
     "AdamW": lambda model, loss_fn: torch.optim.AdamW(model.parameters(), lr=1e-3),
@@ -37,21 +35,54 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, nn.Module], Optimizer]] = {
 }
 
 
-class Training:
-    """One optimizer on one problem; counts the seconds of whole steps and of ``step()`` alone."""
+@dataclass(frozen=True)
+class Task:
+    """A model, its loss and endless batches."""
 
-    def __init__(self, problem: Problem, name: str, batch_size: int):
+    title: str
+    build: Callable[[], nn.Module]
+    loss: Callable[[], nn.Module]
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+def tasks(quick: bool) -> list[Task]:
+    """What is trained."""
+    images = load_images("digits")
+    found = []
+    for build in PROBLEMS.values():
+        problem = build(images, "digits")
+        found.append(
+            Task(
+                problem.title,
+                problem.build,
+                problem.loss,
+                lambda problem=problem: shuffled_batches(*problem.train, 256, seed=0),
+            )
+        )
+    for name in ("ViT", "GPT"):
+        model, draw = MODELS[name]
+        batch = draw(2 if quick else 8)
+        found.append(
+            Task(name, model, nn.CrossEntropyLoss, lambda batch=batch: itertools.repeat(batch))
+        )
+    return found
+
+
+class Training:
+    """One optimizer on one task; counts the seconds of whole steps and of ``step()`` alone."""
+
+    def __init__(self, task: Task, name: str, device: str):
         torch.manual_seed(0)
-        self.model, self.loss_fn = problem.build(), problem.loss()
+        self.device = device
+        self.model, self.loss_fn = task.build().to(device), task.loss()
         self.optimizer = OPTIMIZERS[name](self.model, self.loss_fn)
-        self.batches: Iterator[tuple[Tensor, Tensor]]
-        self.batches = shuffled_batches(*problem.train, batch_size, seed=0)
+        self.batches = task.batches()
 
     def run(self, steps: int) -> tuple[float, float]:
         """Milliseconds per step: of everything, and of ``optimizer.step()``."""
         whole = own = 0.0
         for _ in range(steps):
-            x, y = next(self.batches)
+            x, y = (part.to(self.device) for part in next(self.batches))
             start = perf_counter()
             self.optimizer.zero_grad()
             self.loss_fn(self.model(x), y).backward()
@@ -60,6 +91,16 @@ class Training:
             end = perf_counter()
             whole, own = whole + end - start, own + end - before
         return 1e3 * whole / steps, 1e3 * own / steps
+
+    def skip_start(self) -> None:
+        """Leave out KFAC's first steps, in which curvature is renewed more often: set the counter.
+
+        How often over a whole training depends on its length.
+        """
+        state = self.optimizer.state_dict()
+        if "curvature" in state:
+            state["curvature"]["steps"] = 1000
+            self.optimizer.load_state_dict(state)
 
     def state_bytes(self) -> int:
         """Bytes of all tensors in the optimizer's state."""
@@ -73,20 +114,24 @@ def _bytes(state: object) -> int:
     return sum(map(_bytes, values)) if isinstance(state, dict | list | tuple) else 0
 
 
-def measure(problem: Problem, batch_size: int, block: int, repetitions: int) -> list[dict]:
+def measure(task: Task, block: int, budget: float, most: int, device: str) -> list[dict]:
     """A row for each optimizer: medians over the repetitions."""
-    trainings = {name: Training(problem, name, batch_size) for name in OPTIMIZERS}
-    for training in trainings.values():  # the first steps are denser in statistics: amortized away
-        training.run(block)
+    start = perf_counter()
+    trainings = {name: Training(task, name, device) for name in OPTIMIZERS}
+    for training in trainings.values():
+        training.run(3)
+        training.skip_start()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in trainings}
-    for _ in range(repetitions):
+    for repetition in range(most):
+        if repetition and (perf_counter() - start) * (1 + 1 / repetition) > budget:
+            break
         for name, training in trainings.items():
             times[name].append(training.run(block))
     reference = [whole for whole, _ in times["AdamW"]]
     parameters = _bytes([*trainings["AdamW"].model.parameters()])
     return [
         {
-            "problem": problem.title,
+            "problem": task.title,
             "optimizer": name,
             "ms per step": statistics.median(whole for whole, _ in times[name]),
             "of it in step()": statistics.median(own for _, own in times[name]),
@@ -94,40 +139,55 @@ def measure(problem: Problem, batch_size: int, block: int, repetitions: int) -> 
                 whole / base for (whole, _), base in zip(times[name], reference, strict=True)
             ),
             "state, in parameters": training.state_bytes() / parameters,
+            "blocks": len(times[name]),
         }
         for name, training in trainings.items()
     ]
 
 
+def plot(rows: list[dict], path: Path) -> None:
+    """The ratios, a group of bars for each problem."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    titles = list(dict.fromkeys(row["problem"] for row in rows))
+    figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    for index, name in enumerate(OPTIMIZERS):
+        values = [row["ratio to AdamW"] for row in rows if row["optimizer"] == name]
+        ax.bar([n + 0.27 * (index - 1) for n in range(len(titles))], values, 0.25, label=name)
+    ax.set_xticks(range(len(titles)), [title.replace(", ", ",\n") for title in titles])
+    ax.set_ylabel("time of a step / AdamW's")
+    ax.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--block", type=int, default=100, help="steps before the next one's turn")
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
+    options_of = parser(__doc__, limit_seconds=400, quick="short blocks, small batches")
+    options_of.add_argument("--block", type=int, default=100, help="steps before the next's turn")
+    options_of.set_defaults(repetitions=15)
+    options = options_of.parse_args()
+    if options.quick:
+        options.block, options.limit_seconds = 5, 10
     torch.set_num_threads(options.threads)
-    images = load_images("digits")
     rows: list[dict] = []
-    for build in PROBLEMS.values():
-        problem = build(images, "digits")
-        rows += measure(problem, options.batch_size, options.block, options.repetitions)
+    end, todo = perf_counter() + options.limit_seconds, tasks(options.quick)
+    for index, task in enumerate(todo):
+        budget = (end - perf_counter()) / (len(todo) - index)
+        rows += measure(task, options.block, budget, options.repetitions, options.device)
+        print(markdown(rows[-1], [row.values() for row in rows[-len(OPTIMIZERS) :]]), flush=True)
     setting = (
-        f"Batches of {options.batch_size}, medians of {options.repetitions} interleaved blocks of "
-        f"{options.block} steps; {describe_machine()}."
+        f"Medians of up to {options.repetitions} interleaved blocks of {options.block} steps, "
+        f"float32 on {options.device}; {machine(options.device)}."
     )
-    head = list(rows[0])
-    cells = [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells])
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "step.md").write_text(f"# Cost of a step\n\n{setting}\n\n{table}\n")
-    record = {"setting": setting, "rows": rows}
-    (options.output / "step.json").write_text(json.dumps(record, indent=1))
-    print(f"{setting}\n\n{table}")
+    table = markdown(rows[0], [row.values() for row in rows])
+    write(options.output, "step", setting, rows, f"# Cost of a step\n\n{setting}\n\n{table}")
+    plot(rows, options.output / "step.png")
 
 
 if __name__ == "__main__":

@@ -111,3 +111,12 @@ def test_scaling(tmp_path):
     assert len(table) == 3 * 4
     by_name = {tuple(line[:2]): line[4] for line in table}
     assert by_name["output, expand: kfac_tn", "batch"] != by_name["expand: kfac_tn", "kernel"]
+
+
+@pytest.mark.slow
+def test_step(tmp_path):
+    rows, _ = run("step.py", tmp_path)
+    assert len(rows) == 4 * 3
+    for row in rows:
+        assert row["optimizer"] != "AdamW" or row["ratio to AdamW"] == 1
+        assert row["ms per step"] > row["of it in step()"] > 0
