@@ -3,6 +3,7 @@
 from kfac_tn import functional, likelihood, tn
 from kfac_tn.curvature.compute import compute_kfac
 from kfac_tn.curvature.curvature import Curvature
+from kfac_tn.curvature.ekfac import compute_ekfac
 from kfac_tn.layers import register_layer
 from kfac_tn.likelihood import register_likelihood
 from kfac_tn.optim import KFAC, KFACPreconditioner
@@ -13,6 +14,7 @@ __all__ = [
     "KFAC",
     "Curvature",
     "KFACPreconditioner",
+    "compute_ekfac",
     "compute_kfac",
     "functional",
     "likelihood",

@@ -180,8 +180,7 @@ class Capture:
     def take(self) -> Statistics:
         """Return the factors of all passes since the last call, and forget them."""
         self._finish()
-        scales = torch.stack([one_pass.scale for one_pass in self._passes.values()] or [_ONE])
-        total_scale = scales.max() if self.likelihood.reduction == "sum" else scales.sum()
+        total_scale = self._total_scale()
         factors = {}
         for block, inputs in self._input_sums.items():
             if self.fisher != "forward-only" and block not in self._grad_output_sums:
@@ -199,6 +198,11 @@ class Capture:
         }
         self._reset()
         return Statistics(factors, diagonals)
+
+    def _total_scale(self) -> Tensor:
+        """By what the sums over passes are divided."""
+        scales = torch.stack([one_pass.scale for one_pass in self._passes.values()] or [_ONE])
+        return scales.max() if self.likelihood.reduction == "sum" else scales.sum()
 
     # Hooks -------------------------------------------------------------------------------------
 
@@ -320,10 +324,14 @@ class Capture:
 
             gradients = differentiate(outputs, column, found, receive, self.diagonals)
             one_pass.calls.update((call, None) for call, _ in received)
-            add_grad_outputs(self._grad_output_sums, received, scale)
+            self._add_column(received, scale)
             for parameter, gradient in zip(self.diagonals, gradients, strict=True):
                 if gradient is not None:
                     self._diagonal_sums[parameter].add(gradient.square(), scale)
+
+    def _add_column(self, received: list[tuple[Call, Tensor]], scale: Tensor) -> None:
+        """Add the statistics of a column's gradients at the calls that it reached."""
+        add_grad_outputs(self._grad_output_sums, received, scale)
 
     def _listen(self, outputs: Tensor, targets: Tensor, scale: Tensor, task: int) -> None:
         """Take the gradients of the user's own pass, as it arrives at each layer's output."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -80,25 +81,13 @@ def compute_kfac(
             f"{[other.name for other in others]} (requires_grad_(False)) or choose another Fisher."
         )
     capture = Capture(blocks, loss_fn, fisher, mc_samples, others, lambda device: generator)
-    try:
-        batches = 0
-        for inputs, targets in loader:
-            batches += 1
-            with torch.inference_mode(False), torch.enable_grad():
-                outputs = model(inputs)
-                weight: Tensor | float = 1.0
-                if capture.likelihood.reduction == "mean":
-                    weight = capture.likelihood.num_terms(outputs.detach(), targets)
-                capture.observe(outputs, targets, weight)
+    with closing(capture):
+        go_through(model, loader, capture)
         statistics = capture.take()
-    finally:
-        capture.close()
-    if batches == 0:
-        raise ValueError("The loader is empty: at least one batch is needed.")
     computed: dict[str, Block] = {}
     for block in blocks:
         factors = statistics.factors.get(block) or _zero(block)
-        _check_finite(block.name, *factors.diagonals())
+        check_finite(block.name, *factors.diagonals())
         input_factor = factors.input
         if block.bias is not None and bias == "separate":
             input_factor = input_factor[:, :-1, :-1].contiguous()
@@ -109,10 +98,25 @@ def compute_kfac(
         values = statistics.diagonals.get(other.parameter)
         if values is None:
             values = torch.zeros_like(other.parameter, dtype=_accurate(other.parameter))
-        _check_finite(other.name, values)
+        check_finite(other.name, values)
         computed[other.name] = DiagonalBlock(other.name, values.detach())
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     return Curvature(computed, shapes)
+
+
+def go_through(model: Module, loader: Iterable[tuple[Tensor, Tensor]], capture: Capture) -> None:
+    """Show a capture all batches, each with its weight in the loss on the whole set."""
+    batches = 0
+    for inputs, targets in loader:
+        batches += 1
+        with torch.inference_mode(False), torch.enable_grad():
+            outputs = model(inputs)
+            weight: Tensor | float = 1.0
+            if capture.likelihood.reduction == "mean":
+                weight = capture.likelihood.num_terms(outputs.detach(), targets)
+            capture.observe(outputs, targets, weight)
+    if batches == 0:
+        raise ValueError("The loader is empty: at least one batch is needed.")
 
 
 def layout_of(block: LayerBlock) -> Layout:
@@ -133,7 +137,8 @@ def _accurate(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _check_finite(name: str, *tensors: Tensor) -> None:
+def check_finite(name: str, *tensors: Tensor) -> None:
+    """Refuse NaN and inf."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ValueError(
             f"The curvature of '{name}' isn't finite: look for NaN or inf in the data, the "

@@ -43,3 +43,17 @@ class LayerFamily(ABC):
     @abstractmethod
     def sum_grad_output(self, module: Module, g: Tensor) -> Tensor:
         """KFAC-reduce: the sum of g over positions, one row per example, ``[N, G, d_out]``."""
+
+    def input_rows(self, module: Module, x: Tensor, bias: bool) -> Tensor:
+        """The a of all examples and positions, ``[G, N, R, d_in]``: only EKFAC asks for them."""
+        raise NotImplementedError(_NO_ROWS.format(type(self).__name__, type(module).__name__))
+
+    def grad_output_rows(self, module: Module, g: Tensor) -> Tensor:
+        """The g of all examples and positions, ``[G, N, R, d_out]``: only EKFAC asks for them."""
+        raise NotImplementedError(_NO_ROWS.format(type(self).__name__, type(module).__name__))
+
+
+_NO_ROWS = (
+    "{0}, which describes layers of type {1}, doesn't say what each example contributes: implement "
+    "its methods input_rows and grad_output_rows, or use KFAC instead of EKFAC."
+)

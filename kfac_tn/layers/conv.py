@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn import functional
+from kfac_tn.functional.rows import conv_grad_output_rows, conv_input_rows
 from kfac_tn.layers.base import LayerFamily
 
 
@@ -39,6 +40,12 @@ class ConvFamily(LayerFamily):
 
     def sum_grad_output(self, module: Any, g: Tensor) -> Tensor:  # noqa: D102
         return functional.conv_sum_grad_output(_batched(module, g), groups=module.groups)
+
+    def input_rows(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
+        return conv_input_rows(_batched(module, x), bias=bias, **_hyper_parameters(module))
+
+    def grad_output_rows(self, module: Any, g: Tensor) -> Tensor:  # noqa: D102
+        return conv_grad_output_rows(_batched(module, g), groups=module.groups)
 
 
 def _hyper_parameters(module: Any) -> dict[str, Any]:

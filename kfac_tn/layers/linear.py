@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn import functional
+from kfac_tn.functional.rows import linear_grad_output_rows, linear_input_rows
 from kfac_tn.layers.base import LayerFamily
 
 
@@ -36,6 +37,12 @@ class LinearFamily(LayerFamily):
 
     def sum_grad_output(self, module: Module, g: Tensor) -> Tensor:  # noqa: D102
         return functional.linear_sum_grad_output(_batched(g))
+
+    def input_rows(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
+        return linear_input_rows(_batched(x), bias)
+
+    def grad_output_rows(self, module: Module, g: Tensor) -> Tensor:  # noqa: D102
+        return linear_grad_output_rows(_batched(g))
 
 
 def _batched(x: Tensor) -> Tensor:
