@@ -254,6 +254,19 @@ class CurvatureEstimator:
             for name, value in self._layouts[block].from_matrix(matrix).items()
         }
 
+    def quadratic_forms(self, vectors: Mapping[Parameter, Tensor]) -> dict[str, Tensor]:
+        """``v^T (B (x) A) v`` of every layer that has factors, all of it in ``vectors``: scalars."""
+        forms: dict[str, Tensor] = {}
+        for moving in self._moving:
+            for block in moving.blocks:
+                factors = moving.factors(block)
+                named = {n: vectors[p] for n, p in block.parameters.items() if p in vectors}
+                if factors is None or len(named) < len(block.parameters):
+                    continue
+                matrix = self._layouts[block].to_matrix(named).to(factors.input.dtype)
+                forms[block.name] = (factors.grad_output @ matrix @ factors.input * matrix).sum()
+        return forms
+
     def factors(self) -> dict[str, Factors]:
         """The averaged factors of every layer that has some, by layer name."""
         found = {b.name: moving.factors(b) for moving in self._moving for b in moving.blocks}

@@ -10,6 +10,7 @@ from torch.nn import Module
 from kfac_tn.capture import Factors
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.optim.coverage import Coverage, coverage
+from kfac_tn.optim.replay import Replay
 
 
 class CurvatureUser:
@@ -17,6 +18,7 @@ class CurvatureUser:
 
     _model: Module
     _estimator: CurvatureEstimator
+    _replay: Replay | None = None
     _other_treatment: ClassVar[str]  # of parameters without Kronecker structure
 
     def observe(self, outputs: Tensor, targets: Tensor, weight: float = 1.0) -> None:
@@ -44,6 +46,8 @@ class CurvatureUser:
     def close(self) -> None:
         """Remove the hooks from model and loss; later steps keep the curvature they have."""
         self._estimator.close()
+        if self._replay is not None:
+            self._replay.close()
 
     def __copy__(self) -> NoReturn:
         raise TypeError(

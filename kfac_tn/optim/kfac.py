@@ -16,10 +16,12 @@ from kfac_tn.layers import ApproximationChoice, LayerBlock
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.adam import adam_updates, cast_moments
 from kfac_tn.optim.base import CurvatureUser
+from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, predicted_change
 from kfac_tn.optim.groups import check_group, default_groups
+from kfac_tn.optim.replay import Replay
 from kfac_tn.optim.step_rules import Proposal, StepRule, StepRuleName, step_rule_of
 
-_COPIED = ("_model", "_loss_fn", "_options", "_rule", "_other_lr")
+_COPIED = ("_model", "_loss_fn", "_options", "_rule", "_damping_rule", "_following", "_other_lr")
 
 
 class KFAC(CurvatureUser, Optimizer):
@@ -66,7 +68,9 @@ class KFAC(CurvatureUser, Optimizer):
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"``.
         mc_samples: Samples of the targets for ``"mc"``.
         damping: Added to each block B (x) A, divided between its factors (Martens & Grosse 2015,
-            Section 6.3).
+            Section 6.3). A number, a function of the number of steps taken, or a rule of
+            ``kfac_tn.optim.damping_rules``, such as ``LevenbergMarquardt()``. It acts on the option
+            of that name of the parameter groups that have none of their own.
         relative_damping: Whether the damping is in units of each block's mean eigenvalue
             tr(A) tr(B) / (d_in d_out), so that one value serves layers and losses of every scale,
             or absolute.
@@ -79,7 +83,7 @@ class KFAC(CurvatureUser, Optimizer):
         other_lr: Learning rate of the parameters without Kronecker structure, in a parameter group
             of their own; by default ``lr`` for ``"graft"``, else 1e-3.
         params: Parameter groups with options of their own (``lr``, ``betas``, ``eps``,
-            ``weight_decay``), as in ``torch.optim``; together they hold every trainable parameter.
+            ``weight_decay``, ``damping``), as in ``torch.optim``; together they hold every trainable parameter.
             By default one group, or two with ``other_lr``.
         seed: Of the samples of ``"mc"``; the global random state isn't touched.
 
@@ -114,7 +118,7 @@ class KFAC(CurvatureUser, Optimizer):
         approximation: ApproximationChoice = "expand",
         fisher: Fisher = "mc",
         mc_samples: int = 1,
-        damping: float = 1e-3,
+        damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
         factor_decay: float = 0.9,
         factor_interval: int = 20,
@@ -126,6 +130,7 @@ class KFAC(CurvatureUser, Optimizer):
         seed: int = 0,
     ) -> None:
         self._rule = step_rule_of(step_rule, kl_clip)
+        self._damping_rule = damping_rule_of(damping)
         if other_lr is not None and params is not None:
             raise ValueError("other_lr and params exclude each other: set lr in the groups.")
         if other_lr is None and self._rule.natural:
@@ -146,8 +151,9 @@ class KFAC(CurvatureUser, Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "damping": damping,
+            "damping": self._damping_rule.initial,
         }
+        self._following: list[int] = []
         if params is None:
             params = default_groups(model, other_lr)
         super().__init__(params, defaults)
@@ -173,6 +179,13 @@ class KFAC(CurvatureUser, Optimizer):
             damping=lambda block: self.param_groups[self._group(block)]["damping"],
             group=self._group,
         )
+        if self._damping_rule.needs_batch:
+            try:
+                self._replay = Replay(self._model, self._loss_fn)
+            except ValueError:
+                self.close()
+                raise
+        self._arm_replay()
 
     # The user's side ---------------------------------------------------------------------------
 
@@ -201,10 +214,15 @@ class KFAC(CurvatureUser, Optimizer):
                 loss = closure()
         gradients = self._gradients()
         if not gradients:
-            self._estimator.capture.discard()
+            self._discard()
             return loss
         if self._estimator.cast():
             cast_moments(self.state)
+        taken = self._estimator.steps
+        self._damping_rule.before_step(taken, [self.param_groups[i] for i in self._following])
+        before = None
+        if self._damping_rule.wants_ratio(taken):
+            before = self._before_measuring(gradients)
         self._estimator.advance()
         moments, updates = adam_updates(self.param_groups, self.state, gradients)
         directions = self._estimator.precondition(moments)
@@ -220,6 +238,9 @@ class KFAC(CurvatureUser, Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(chosen, 1 - lr * group["weight_decay"])
             torch._foreach_add_(chosen, [updates[p] for p in chosen], alpha=-lr)
+        if before is not None:
+            self._adapt_damping(gradients, before, closure)
+        self._arm_replay()
         self._grow()
         return loss
 
@@ -230,7 +251,7 @@ class KFAC(CurvatureUser, Optimizer):
         right before ``backward()``; not between ``observe`` and ``backward()``.
         """
         super().zero_grad(set_to_none)
-        self._estimator.capture.discard()
+        self._discard()
         self._grow()
 
     def __repr__(self) -> str:
@@ -275,6 +296,7 @@ class KFAC(CurvatureUser, Optimizer):
             self.state[parameter] = {name: value.clone() for name, value in entry.items()}
         cast_moments(self.state)
         self._estimator.load_state_dict(curvature)
+        self._arm_replay()
 
     def __getstate__(self) -> dict[str, Any]:
         """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""
@@ -291,6 +313,7 @@ class KFAC(CurvatureUser, Optimizer):
         if curvature is not None:
             self._prepare()
             self._estimator.load_state_dict(curvature)
+            self._arm_replay()
 
     # Parameter groups --------------------------------------------------------------------------
 
@@ -301,12 +324,15 @@ class KFAC(CurvatureUser, Optimizer):
             ValueError: For a parameter of another model, or options out of range; no group is added
                 then.
         """
+        follows = "damping" not in param_group
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], self.defaults, self._model)
         except ValueError:
             self.param_groups.pop()
             raise
+        if follows:
+            self._following.append(len(self.param_groups) - 1)
         if hasattr(self, "_estimator"):
             self._index_groups()
             self._grow()
@@ -367,6 +393,36 @@ class KFAC(CurvatureUser, Optimizer):
 
     def _name(self, parameter: Parameter) -> str:
         return next(name for name, p in self._model.named_parameters() if p is parameter)
+
+    def _discard(self) -> None:
+        """Forget what was seen since the last step."""
+        self._estimator.capture.discard()
+        if self._replay is not None:
+            self._replay.discard()
+
+    def _arm_replay(self) -> None:
+        if self._replay is not None:
+            self._replay.discard()
+            self._replay.armed = self._damping_rule.wants_ratio(self._estimator.steps)
+
+    def _before_measuring(self, gradients: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:
+        assert self._replay is not None
+        self._replay.check()
+        return {p: p.clone() for p in gradients}
+
+    def _adapt_damping(
+        self,
+        gradients: dict[Parameter, Tensor],
+        before: dict[Parameter, Tensor],
+        closure: Callable[[], float] | None,
+    ) -> None:
+        """Compare the loss after the step with the one that the quadratic model predicts."""
+        assert self._replay is not None
+        steps = {p: p - start for p, start in before.items()}
+        predicted = float(predicted_change(self._estimator, gradients, steps))
+        change = self._replay.change(self._estimator.capture, closure)
+        ratio = change / predicted if predicted < 0 else -1.0
+        self._damping_rule.after_step(ratio, [self.param_groups[i] for i in self._following])
 
     def _moderate(
         self,

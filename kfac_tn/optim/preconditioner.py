@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kfac_tn.curvature.estimator import CurvatureEstimator, CurvatureOptions, al
 from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
+from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of
 from kfac_tn.optim.step_rules import KLClip, Proposal, StepRule, StepRuleName, step_rule_of
 
 
@@ -33,7 +35,8 @@ class KFACPreconditioner(CurvatureUser):
         approximation: See ``KFAC``, as for all that follow.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
-        damping: Added to each block.
+        damping: Added to each block: a number or a function of the step; set
+            ``preconditioner.damping`` to change it.
         relative_damping: Whether in units of each block's mean eigenvalue.
         factor_decay: Decay of the factors' moving averages.
         factor_interval: Steps between statistics.
@@ -70,7 +73,7 @@ class KFACPreconditioner(CurvatureUser):
         approximation: ApproximationChoice = "expand",
         fisher: Fisher = "mc",
         mc_samples: int = 1,
-        damping: float = 1e-3,
+        damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
         factor_decay: float = 0.9,
         factor_interval: int = 20,
@@ -80,9 +83,13 @@ class KFACPreconditioner(CurvatureUser):
         self._rule = step_rule_of(step_rule, kl_clip)
         if isinstance(self._rule, KLClip) != (lr is not None):
             raise ValueError("step_rule='kl_clip' needs lr, and the other rules take none.")
-        if not damping > 0:
-            raise ValueError(f"damping is {damping}: it must be positive.")
-        self.lr, self.damping = lr, damping
+        self._damping_rule = damping_rule_of(damping)
+        if self._damping_rule.needs_batch:
+            raise ValueError(
+                "The preconditioner doesn't take the steps, so it can't measure them: give a number "
+                "or a function of the step as damping, or use KFAC."
+            )
+        self.lr, self.damping = lr, self._damping_rule.initial
         self._model, self._loss_fn = model, loss_fn
         self._options = CurvatureOptions(
             approximation=approximation,
@@ -127,6 +134,9 @@ class KFACPreconditioner(CurvatureUser):
             if gradients:
                 self._estimator.warn("A gradient isn't finite (NaN or inf): skip its step.")
             return not gradients
+        group = {"damping": self.damping}
+        self._damping_rule.before_step(self._estimator.steps, [group])
+        self.damping = group["damping"]
         self._estimator.cast()
         self._estimator.advance()
         directions = self._estimator.precondition(gradients)
@@ -139,7 +149,7 @@ class KFACPreconditioner(CurvatureUser):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers: ``torch.load(..., weights_only=True)`` reads it."""
-        return self._estimator.state_dict()
+        return {**self._estimator.state_dict(), "damping": self.damping}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken.
@@ -148,6 +158,7 @@ class KFACPreconditioner(CurvatureUser):
             ValueError: If the state is of a model with other layers.
         """
         self._estimator.load_state_dict(state_dict)
+        self.damping = state_dict["damping"]
 
     def __getstate__(self) -> dict[str, Any]:
         """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""

@@ -1,0 +1,263 @@
+"""The batch of a step, kept to compute the loss or its curvature once more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.utils.hooks import RemovableHandle
+
+from kfac_tn.capture import Capture
+from kfac_tn.hooks import WeakHook
+
+
+@dataclass
+class _Batch:
+    """One call of the model, and of the loss on what it returned."""
+
+    args: tuple
+    kwargs: dict
+    autocast: tuple[bool, torch.dtype]
+    random_states: list[Tensor]
+    output: Tensor | None = None  # until the loss is seen
+    shape: torch.Size | None = None  # in which the loss got it
+    loss_args: tuple = ()
+    loss_kwargs: Mapping[str, Any] | None = None
+    loss: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class Replay:
+    """Records what model and loss are called with, in steps in which it is armed.
+
+    The objective is taken to be the loss (for several calls: their mean or sum, as the loss reduces,
+    weighted as in the user's objective). A factor of all of it cancels, be it a gradient scaler's.
+    Random numbers, buffers and autocast are as in the recorded call, and afterwards as before.
+
+    Args:
+        model: The model.
+        loss_fn: The loss module, called on what the model returns, or on a view of another shape.
+
+    Raises:
+        ValueError: For a loss without a module, or with ``reduction="none"``.
+    """
+
+    def __init__(self, model: Module, loss_fn: object) -> None:
+        if not isinstance(loss_fn, Module) or getattr(loss_fn, "reduction", "none") == "none":
+            raise ValueError(
+                "This rule computes the loss once more, so it needs a loss module with reduction "
+                "'mean' or 'sum'."
+            )
+        self.armed = True
+        self.forward_mode = True
+        self._model, self._loss_fn = model, loss_fn
+        self._batches: list[_Batch] = []
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(cast(Any, WeakHook(self, "_before")), with_kwargs=True),
+            model.register_forward_hook(cast(Any, WeakHook(self, "_after"))),
+            loss_fn.register_forward_hook(
+                cast(Any, WeakHook(self, "_after_loss")), with_kwargs=True
+            ),
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks, and forget."""
+        for handle in self._handles:
+            handle.remove()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was seen since the last step."""
+        self._batches = []
+
+    def check(self) -> None:
+        """Make sure that there is a batch.
+
+        Raises:
+            RuntimeError: If the loss was computed from something else than the model's output.
+        """
+        self._batches = [batch for batch in self._batches if batch.weight is not None]
+        if not self._batches:
+            raise RuntimeError(
+                "This rule computes the loss once more, which it can't: the loss module wasn't "
+                "called on the model's output itself (or a view of it with another shape). Call "
+                "loss_fn(model(x), y), or choose step_rule='graft' and a fixed damping."
+            )
+
+    def change(self, capture: Capture, closure: Callable[[], float] | None = None) -> float:
+        """How much the objective has changed since the batch was recorded.
+
+        By the user's closure if there is one: it knows the whole objective.
+        """
+        before = self._total([cast(Tensor, batch.loss) for batch in self._batches])
+        if closure is None:
+            return float(self.loss(capture) - before)
+        with torch.enable_grad(), self._undisturbed(capture), self._as_recorded(self._batches[0]):
+            return float(closure()) - float(before)
+
+    def loss(self, capture: Capture) -> Tensor:
+        """The objective at the parameters as they are now."""
+        losses = []
+        with torch.no_grad(), self._undisturbed(capture):
+            for batch in self._batches:
+                with self._as_recorded(batch):
+                    outputs = self._model(*batch.args, **batch.kwargs).reshape(batch.shape)
+                    losses.append(self._loss_of(batch, outputs))
+        return self._total(losses)
+
+    def gram(self, vectors: Sequence[Mapping[Parameter, Tensor]], capture: Capture) -> Tensor:
+        """``v_i^T G v_j`` with the exact GGN of the objective, ``[V, V]``.
+
+        Needs products with the Jacobian alone (Martens & Grosse 2015, Appendix C), by forward mode;
+        by two backward passes for models with an operation that lacks it.
+        """
+        grams = []
+        with self._undisturbed(capture):
+            for batch in self._batches:
+                with self._as_recorded(batch):
+                    outputs, tangents = self._push_forward(batch, vectors)
+                with torch.enable_grad():
+                    outputs = outputs.detach().requires_grad_()
+                    loss = self._loss_of(batch, outputs)
+                    (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+                    rows = []
+                    for tangent in tangents:
+                        (row,) = torch.autograd.grad(gradient, outputs, tangent, retain_graph=True)
+                        rows.append(torch.stack([(row * other).sum() for other in tangents]))
+                grams.append(torch.stack(rows))
+        return self._total(grams)
+
+    # Hooks -------------------------------------------------------------------------------------
+
+    def _before(self, module: Module, args: tuple, kwargs: dict) -> None:
+        if module is not self._model or not self.armed or not torch.is_grad_enabled():
+            return
+        device = next(self._model.parameters()).device
+        kind = device.type
+        states = [torch.get_rng_state()]
+        if kind != "cpu":
+            states.append(torch.get_device_module(kind).get_rng_state(device))
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self._batches.append(_Batch(args, kwargs, autocast, states))
+
+    def _after(self, module: Module, args: tuple, output: Any) -> None:
+        if module is self._model and self.armed and self._batches and isinstance(output, Tensor):
+            self._batches[-1].output = output
+
+    def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
+        if not self.armed or not torch.is_grad_enabled() or not isinstance(loss, Tensor):
+            return
+        values = dict(kwargs)
+        outputs = args[0] if args else values.pop("input")
+        for batch in self._batches:
+            if batch.output is not None and _is_view(outputs, batch.output):
+                batch.output, batch.shape = None, outputs.shape
+                batch.loss_args, batch.loss_kwargs = args[1:], values
+                batch.loss = loss.detach()
+                if loss.requires_grad:
+                    loss.register_hook(lambda gradient, batch=batch: _weigh(batch, gradient))
+                return
+
+    # Tools -------------------------------------------------------------------------------------
+
+    def _loss_of(self, batch: _Batch, outputs: Tensor) -> Tensor:
+        return self._loss_fn(outputs, *batch.loss_args, **(batch.loss_kwargs or {}))
+
+    def _total(self, values: Sequence[Tensor]) -> Tensor:
+        weights = torch.stack([cast(Tensor, batch.weight) for batch in self._batches])
+        whole = weights.max() if self._loss_fn.reduction == "sum" else weights.sum()
+        return sum((w / whole * v for w, v in zip(weights, values, strict=True)), torch.zeros(()))
+
+    def _push_forward(
+        self, batch: _Batch, vectors: Sequence[Mapping[Parameter, Tensor]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        model = getattr(self._model, "_orig_mod", self._model)  # what torch.compile wraps
+        names = {p: name for name, p in model.named_parameters()}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+        def call(parameters: dict[str, Tensor]) -> Tensor:
+            random = [state.clone() for state in batch.random_states]
+            _set_random(random, next(model.parameters()).device)
+            everything = {**{n: b.clone() for n, b in buffers.items()}, **parameters}
+            outputs = torch.func.functional_call(model, everything, batch.args, batch.kwargs)
+            return outputs.reshape(batch.shape)
+
+        at = {names[p]: p.detach() for p in vectors[0]}
+        named = [{names[p]: v.to(p.dtype) for p, v in vector.items()} for vector in vectors]
+        if self.forward_mode:
+            try:
+                with torch.no_grad():
+                    pushed = [torch.func.jvp(call, (at,), (tangent,)) for tangent in named]
+                return pushed[0][0], [tangent for _, tangent in pushed]
+            except (NotImplementedError, RuntimeError):
+                self.forward_mode = False
+        with torch.enable_grad():
+            primals = {name: value.clone().requires_grad_() for name, value in at.items()}
+            outputs = call(primals)
+            dummy = torch.zeros_like(outputs, requires_grad=True)
+            inputs = list(primals.values())
+            pulled = torch.autograd.grad(
+                outputs, inputs, dummy, create_graph=True, materialize_grads=True
+            )
+            tangents = [
+                torch.autograd.grad(
+                    pulled, dummy, [tangent[name] for name in primals], retain_graph=True
+                )[0]
+                for tangent in named
+            ]
+        return outputs.detach(), tangents
+
+    @contextmanager
+    def _undisturbed(self, capture: Capture) -> Iterator[None]:
+        """Nobody else notices: hooks off, buffers and randomness as before, nothing compiled."""
+        armed, self.armed = self.armed, False
+        capture_armed, capture.armed = capture.armed, False
+        device = next(self._model.parameters()).device
+        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        devices = [device] if device.type != "cpu" else []
+        with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            kind = device.type if devices else "cuda"
+            stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+            try:
+                yield
+            finally:
+                self.armed, capture.armed = armed, capture_armed
+                with torch.no_grad():
+                    for buffer, before in buffers:
+                        buffer.copy_(before)
+
+    @contextmanager
+    def _as_recorded(self, batch: _Batch) -> Iterator[None]:
+        device = next(self._model.parameters()).device
+        _set_random(batch.random_states, device)
+        enabled, dtype = batch.autocast
+        with torch.autocast(device.type, dtype, enabled=enabled):
+            yield
+
+
+def _set_random(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.get_device_module(device.type).set_rng_state(states[1], device)
+
+
+def _weigh(batch: _Batch, gradient: Tensor) -> None:
+    """A hook on the loss: the factor that it has in the objective, added up over backward calls."""
+    seen = gradient.detach().float().sum()
+    batch.weight = seen if batch.weight is None else batch.weight + seen
+
+
+def _is_view(tensor: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is another, or has its elements in the same order in another shape."""
+    if tensor is base:
+        return True
+    whole = tensor.is_contiguous() and base.is_contiguous() and tensor.numel() == base.numel()
+    return whole and tensor.data_ptr() == base.data_ptr()
