@@ -15,6 +15,7 @@ from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Capture, Factors, Fisher, Statistics
 from kfac_tn.curvature.compute import layout_of
+from kfac_tn.curvature.kronecker import mean_eigenvalue
 from kfac_tn.curvature.moving import MovingFactors, invert
 from kfac_tn.layers import ApproximationChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
@@ -254,8 +255,22 @@ class CurvatureEstimator:
             for name, value in self._layouts[block].from_matrix(matrix).items()
         }
 
+    def dampings(self) -> dict[Parameter, Tensor]:
+        """What is added to the curvature of a layer, not relative: ``[G]``, by parameter."""
+        result: dict[Parameter, Tensor] = {}
+        for moving in self._moving:
+            for block in moving.blocks:
+                factors = moving.factors(block)
+                if factors is None:
+                    continue
+                scale = mean_eigenvalue(factors.input) * mean_eigenvalue(factors.grad_output)
+                relative = self.options.relative_damping
+                value = self._damping(block) * (scale if relative else torch.ones_like(scale))
+                result.update(dict.fromkeys(block.parameters.values(), value))
+        return result
+
     def quadratic_forms(self, vectors: Mapping[Parameter, Tensor]) -> dict[str, Tensor]:
-        """``v^T (B (x) A) v`` of every layer that has factors, all of it in ``vectors``: scalars."""
+        """``v^T (B (x) A) v`` of every layer that has factors and is in ``vectors``: scalars."""
         forms: dict[str, Tensor] = {}
         for moving in self._moving:
             for block in moving.blocks:

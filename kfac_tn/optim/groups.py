@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch.nn import Module
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 
-from kfac_tn.curvature.estimator import trainable
-from kfac_tn.layers import partition
+from kfac_tn.curvature.estimator import CurvatureEstimator, trainable
+from kfac_tn.layers import LayerBlock, partition
 
 
 def default_groups(model: Module, other_lr: float | None) -> list[dict[str, Any]]:
@@ -50,3 +51,87 @@ def check_group(group: dict[str, Any], options: Collection[str], model: Module) 
         raise ValueError(f"betas are {group['betas']}: two are needed, both in [0, 1).")
     if not set(group["params"]) <= set(model.parameters()):
         raise ValueError("A parameter group has a parameter that isn't the model's.")
+
+
+class GroupedOptimizer(Optimizer):
+    """Parameter groups that together hold all that is trainable in one model."""
+
+    _model: Module
+    _estimator: CurvatureEstimator
+
+    def __init__(self, params: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        self._following: list[int] = []  # groups that have no damping of their own
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train further parameters of the model: those that a group of ``params`` left out, frozen.
+
+        Raises:
+            ValueError: For a parameter of another model, or options out of range; no group is added
+                then.
+        """
+        follows = "damping" not in param_group
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], self.defaults, self._model)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if follows:
+            self._following.append(len(self.param_groups) - 1)
+        if hasattr(self, "_estimator"):
+            self._index_groups()
+            self._grow()
+
+    def _index_groups(self) -> None:
+        """Note who is where.
+
+        Raises:
+            ValueError: If a trainable parameter is nowhere.
+        """
+        self._group_of = {
+            parameter: index
+            for index, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+        }
+        missing = [
+            name
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and p not in self._group_of
+        ]
+        if missing:
+            raise ValueError(
+                f"The parameter groups miss trainable parameters {missing}: add them, or freeze "
+                "them with requires_grad_(False)."
+            )
+
+    def _following_groups(self) -> list[dict[str, Any]]:
+        return [self.param_groups[index] for index in self._following]
+
+    def _group(self, block: LayerBlock) -> int:
+        """The group whose damping a layer has."""
+        weight, *bias = (self._group_of[p] for p in block.parameters.values())
+        groups = self.param_groups
+        if bias and groups[bias[0]]["damping"] != groups[weight]["damping"]:
+            raise ValueError(
+                f"Weight and bias of layer '{block.name}' are one block of the curvature, but in "
+                "groups with different damping: give both groups one damping."
+            )
+        return weight
+
+    def _check_unfrozen(self) -> None:
+        for parameter in self._estimator.uncovered():
+            if parameter.requires_grad and parameter not in self._group_of:
+                raise RuntimeError(
+                    f"Parameter '{self._name(parameter)}' was frozen (or not there) when KFAC was "
+                    "made, and is in no parameter group: "
+                    "optimizer.add_param_group({'params': [...]}) makes it train."
+                )
+
+    def _grow(self) -> None:
+        """Take up what was unfrozen."""
+        self._check_unfrozen()
+        self._estimator.grow()
+
+    def _name(self, parameter: Parameter) -> str:
+        return next(name for name, p in self._model.named_parameters() if p is parameter)

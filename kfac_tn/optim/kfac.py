@@ -8,23 +8,32 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.optim import Optimizer
 
 from kfac_tn.capture import Fisher
 from kfac_tn.curvature.estimator import CurvatureEstimator, CurvatureOptions, all_finite
-from kfac_tn.layers import ApproximationChoice, LayerBlock
+from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.adam import adam_updates, cast_moments
 from kfac_tn.optim.base import CurvatureUser
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, predicted_change
-from kfac_tn.optim.groups import check_group, default_groups
+from kfac_tn.optim.groups import GroupedOptimizer, default_groups
+from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
 from kfac_tn.optim.replay import Replay
-from kfac_tn.optim.step_rules import Proposal, StepRule, StepRuleName, step_rule_of
+from kfac_tn.optim.step_rules import Proposal, StepRule, TrustRegion
 
-_COPIED = ("_model", "_loss_fn", "_options", "_rule", "_damping_rule", "_following", "_other_lr")
+_COPIED = (
+    "_model",
+    "_loss_fn",
+    "_options",
+    "_rule",
+    "_damping_rule",
+    "_following",
+    "_other_lr",
+    "_trust_region",
+)
 
 
-class KFAC(CurvatureUser, Optimizer):
+class KFAC(CurvatureUser, GroupedOptimizer):
     r"""Kronecker-factored approximate curvature: a drop-in optimizer for any model.
 
     Every step t, for each parameter with gradient g:
@@ -57,8 +66,9 @@ class KFAC(CurvatureUser, Optimizer):
         loss_fn: The loss module that the training loop calls (``CrossEntropyLoss``, ``MSELoss``,
             ``BCEWithLogitsLoss`` or one with the ``kfac_tn.likelihood.Likelihood`` protocol). With
             a functional loss, give its module here and call ``observe(outputs, targets)``.
-        lr: Learning rate, of Adam's size for ``"graft"``. Natural-gradient steps (the other two
-            rules) want larger ones, such as 0.03 to 0.3.
+        lr: Learning rate, of Adam's size for ``"graft"``. Natural-gradient steps (``"kl_clip"`` and
+            ``"fixed"``) want larger ones, such as 0.03 to 0.3. Default: 1e-2, for ``"quadratic"``
+            1.
         betas: Decay of the gradient's first and second moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled (Loshchilov & Hutter 2019); per step ``lr * weight_decay``.
@@ -78,13 +88,17 @@ class KFAC(CurvatureUser, Optimizer):
         factor_interval: Steps between updates of A and B.
         inverse_interval: Steps between inversions.
         step_rule: ``"graft"``; ``"kl_clip"``: d, shrunk such that lr^2 d^T m stays below
-            ``kl_clip`` (over all layers together); ``"fixed"``: d as it is.
+            ``kl_clip`` (over all layers together); ``"fixed"``: d as it is; ``"quadratic"``:
+            learning rate and momentum from the exact GGN on the batch. Or a rule of
+            ``kfac_tn.optim.step_rules``.
         kl_clip: The limit of the rule of that name.
+        trust_region: A limit on lr^2 d^T F d of the step that the rule makes, above which it is
+            shrunk; by default there is none.
         other_lr: Learning rate of the parameters without Kronecker structure, in a parameter group
             of their own; by default ``lr`` for ``"graft"``, else 1e-3.
         params: Parameter groups with options of their own (``lr``, ``betas``, ``eps``,
-            ``weight_decay``, ``damping``), as in ``torch.optim``; together they hold every trainable parameter.
-            By default one group, or two with ``other_lr``.
+            ``weight_decay``, ``damping``), as in ``torch.optim``; together they hold every
+            trainable parameter. By default one group, or two with ``other_lr``.
         seed: Of the samples of ``"mc"``; the global random state isn't touched.
 
     Raises:
@@ -110,7 +124,7 @@ class KFAC(CurvatureUser, Optimizer):
         self,
         model: Module,
         loss_fn: Module | Likelihood,
-        lr: float = 1e-2,
+        lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -125,12 +139,14 @@ class KFAC(CurvatureUser, Optimizer):
         inverse_interval: int = 100,
         step_rule: StepRuleName | StepRule = "graft",
         kl_clip: float = 1e-3,
+        trust_region: float | None = None,
         other_lr: float | None = None,
         params: Iterable[dict[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
         self._rule = step_rule_of(step_rule, kl_clip)
         self._damping_rule = damping_rule_of(damping)
+        self._trust_region = None if trust_region is None else TrustRegion(trust_region)
         if other_lr is not None and params is not None:
             raise ValueError("other_lr and params exclude each other: set lr in the groups.")
         if other_lr is None and self._rule.natural:
@@ -147,13 +163,12 @@ class KFAC(CurvatureUser, Optimizer):
             seed=seed,
         )
         defaults = {
-            "lr": lr,
+            "lr": self._rule.lr if lr is None else lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "damping": self._damping_rule.initial,
         }
-        self._following: list[int] = []
         if params is None:
             params = default_groups(model, other_lr)
         super().__init__(params, defaults)
@@ -162,16 +177,6 @@ class KFAC(CurvatureUser, Optimizer):
     def _prepare(self) -> None:
         """Start to watch the model."""
         self._index_groups()
-        missing = [
-            name
-            for name, p in self._model.named_parameters()
-            if p.requires_grad and p not in self._group_of
-        ]
-        if missing:
-            raise ValueError(
-                f"The parameter groups miss trainable parameters {missing}: add them, or freeze "
-                "them with requires_grad_(False)."
-            )
         self._estimator = CurvatureEstimator(
             self._model,
             self._loss_fn,
@@ -179,7 +184,7 @@ class KFAC(CurvatureUser, Optimizer):
             damping=lambda block: self.param_groups[self._group(block)]["damping"],
             group=self._group,
         )
-        if self._damping_rule.needs_batch:
+        if self._damping_rule.needs_batch or self._rule.needs_batch:
             try:
                 self._replay = Replay(self._model, self._loss_fn)
             except ValueError:
@@ -219,16 +224,23 @@ class KFAC(CurvatureUser, Optimizer):
         if self._estimator.cast():
             cast_moments(self.state)
         taken = self._estimator.steps
-        self._damping_rule.before_step(taken, [self.param_groups[i] for i in self._following])
-        before = None
-        if self._damping_rule.wants_ratio(taken):
-            before = self._before_measuring(gradients)
+        self._damping_rule.before_step(taken, self._following_groups())
+        if self._replay is not None and self._replay.armed:
+            self._replay.check()
+        measured = self._damping_rule.wants_ratio(taken)
+        before = {p: p.clone() for p in gradients} if measured else None
         self._estimator.advance()
         moments, updates = adam_updates(self.param_groups, self.state, gradients)
-        directions = self._estimator.precondition(moments)
+        slopes = gradients if self._rule.own_momentum else moments
+        directions = self._estimator.precondition(slopes)
         group_lrs = [float(group["lr"]) for group in self.param_groups]
         lrs = {p: group_lrs[self._group_of[p]] for p in updates}
-        self._rule.scale(Proposal(directions, moments, updates, lrs))
+        replay = self._replay if self._rule.wants_batch(taken) else None
+        proposal = Proposal(directions, slopes, updates, lrs, self._estimator, self.state, replay)
+        if self._trust_region is None:
+            self._rule.scale(proposal)
+        else:
+            self._trust_region.scale(proposal, self._rule)
         self._moderate(updates, directions, lrs)
         updates.update(directions)
         for group, lr in zip(self.param_groups, group_lrs, strict=True):
@@ -264,7 +276,11 @@ class KFAC(CurvatureUser, Optimizer):
 
         Tensors and plain numbers only: ``torch.load(..., weights_only=True)`` reads it.
         """
-        return {**super().state_dict(), "curvature": self._estimator.state_dict()}
+        return {
+            **super().state_dict(),
+            "curvature": self._estimator.state_dict(),
+            "rule": self._rule.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; hyper-parameters of the groups included.
@@ -289,13 +305,15 @@ class KFAC(CurvatureUser, Optimizer):
                     f"'{self._name(parameter)}' of shape {list(parameter.shape)}: it is another "
                     "model's."
                 )
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
+        ours = ("curvature", "rule")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})
         for parameter, index in zip(mine, saved, strict=True):
             # torch casts to the parameter's dtype, and shares the rest with what was given.
             entry = state_dict["state"].get(index, {})
             self.state[parameter] = {name: value.clone() for name, value in entry.items()}
         cast_moments(self.state)
         self._estimator.load_state_dict(curvature)
+        self._rule.load_state_dict(state_dict["rule"])
         self._arm_replay()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,46 +332,6 @@ class KFAC(CurvatureUser, Optimizer):
             self._prepare()
             self._estimator.load_state_dict(curvature)
             self._arm_replay()
-
-    # Parameter groups --------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train further parameters of the model: those that a group of ``params`` left out, frozen.
-
-        Raises:
-            ValueError: For a parameter of another model, or options out of range; no group is added
-                then.
-        """
-        follows = "damping" not in param_group
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1], self.defaults, self._model)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        if follows:
-            self._following.append(len(self.param_groups) - 1)
-        if hasattr(self, "_estimator"):
-            self._index_groups()
-            self._grow()
-
-    def _index_groups(self) -> None:
-        self._group_of = {
-            parameter: index
-            for index, group in enumerate(self.param_groups)
-            for parameter in group["params"]
-        }
-
-    def _group(self, block: LayerBlock) -> int:
-        """The group whose damping a layer has."""
-        weight, *bias = (self._group_of[p] for p in block.parameters.values())
-        groups = self.param_groups
-        if bias and groups[bias[0]]["damping"] != groups[weight]["damping"]:
-            raise ValueError(
-                f"Weight and bias of layer '{block.name}' are one block of the curvature, but in "
-                "groups with different damping: give both groups one damping."
-            )
-        return weight
 
     # The parts of a step -----------------------------------------------------------------------
 
@@ -377,23 +355,6 @@ class KFAC(CurvatureUser, Optimizer):
             return {}
         return gradients
 
-    def _check_unfrozen(self) -> None:
-        for parameter in self._estimator.uncovered():
-            if parameter.requires_grad and parameter not in self._group_of:
-                raise RuntimeError(
-                    f"Parameter '{self._name(parameter)}' was frozen (or not there) when KFAC was "
-                    "made, and is in no parameter group: "
-                    "optimizer.add_param_group({'params': [...]}) makes it train."
-                )
-
-    def _grow(self) -> None:
-        """Take up what was unfrozen."""
-        self._check_unfrozen()
-        self._estimator.grow()
-
-    def _name(self, parameter: Parameter) -> str:
-        return next(name for name, p in self._model.named_parameters() if p is parameter)
-
     def _discard(self) -> None:
         """Forget what was seen since the last step."""
         self._estimator.capture.discard()
@@ -403,12 +364,9 @@ class KFAC(CurvatureUser, Optimizer):
     def _arm_replay(self) -> None:
         if self._replay is not None:
             self._replay.discard()
-            self._replay.armed = self._damping_rule.wants_ratio(self._estimator.steps)
-
-    def _before_measuring(self, gradients: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:
-        assert self._replay is not None
-        self._replay.check()
-        return {p: p.clone() for p in gradients}
+            taken = self._estimator.steps
+            wanted = self._damping_rule.wants_ratio(taken) or self._rule.wants_batch(taken)
+            self._replay.armed = wanted
 
     def _adapt_damping(
         self,
@@ -422,7 +380,7 @@ class KFAC(CurvatureUser, Optimizer):
         predicted = float(predicted_change(self._estimator, gradients, steps))
         change = self._replay.change(self._estimator.capture, closure)
         ratio = change / predicted if predicted < 0 else -1.0
-        self._damping_rule.after_step(ratio, [self.param_groups[i] for i in self._following])
+        self._damping_rule.after_step(ratio, self._following_groups())
 
     def _moderate(
         self,

@@ -14,7 +14,8 @@ from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of
-from kfac_tn.optim.step_rules import KLClip, Proposal, StepRule, StepRuleName, step_rule_of
+from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
+from kfac_tn.optim.step_rules import KLClip, Proposal, StepRule
 
 
 class KFACPreconditioner(CurvatureUser):
@@ -81,13 +82,15 @@ class KFACPreconditioner(CurvatureUser):
         seed: int = 0,
     ) -> None:
         self._rule = step_rule_of(step_rule, kl_clip)
+        if self._rule.needs_batch:
+            raise ValueError("This step rule needs the whole optimizer: use KFAC.")
         if isinstance(self._rule, KLClip) != (lr is not None):
             raise ValueError("step_rule='kl_clip' needs lr, and the other rules take none.")
         self._damping_rule = damping_rule_of(damping)
         if self._damping_rule.needs_batch:
             raise ValueError(
-                "The preconditioner doesn't take the steps, so it can't measure them: give a number "
-                "or a function of the step as damping, or use KFAC."
+                "The preconditioner doesn't take the steps, so it can't measure them: give a "
+                "number or a function of the step as damping, or use KFAC."
             )
         self.lr, self.damping = lr, self._damping_rule.initial
         self._model, self._loss_fn = model, loss_fn
@@ -141,7 +144,7 @@ class KFACPreconditioner(CurvatureUser):
         self._estimator.advance()
         directions = self._estimator.precondition(gradients)
         lrs = dict.fromkeys(gradients, 1.0 if self.lr is None else self.lr)
-        self._rule.scale(Proposal(directions, gradients, gradients, lrs))
+        self._rule.scale(Proposal(directions, gradients, gradients, lrs, self._estimator))
         for parameter, direction in directions.items():
             gradients[parameter].copy_(direction)
         self._estimator.grow()

@@ -36,7 +36,7 @@ class _Batch:
 class Replay:
     """Records what model and loss are called with, in steps in which it is armed.
 
-    The objective is taken to be the loss (for several calls: their mean or sum, as the loss reduces,
+    The objective is taken to be the loss (of several calls the mean or sum, as the loss reduces,
     weighted as in the user's objective). A factor of all of it cancels, be it a gradient scaler's.
     Random numbers, buffers and autocast are as in the recorded call, and afterwards as before.
 
@@ -99,7 +99,7 @@ class Replay:
         if closure is None:
             return float(self.loss(capture) - before)
         with torch.enable_grad(), self._undisturbed(capture), self._as_recorded(self._batches[0]):
-            return float(closure()) - float(before)
+            return float(torch.as_tensor(closure()).detach() - before)
 
     def loss(self, capture: Capture) -> Tensor:
         """The objective at the parameters as they are now."""
@@ -193,7 +193,7 @@ class Replay:
         if self.forward_mode:
             try:
                 with torch.no_grad():
-                    pushed = [torch.func.jvp(call, (at,), (tangent,)) for tangent in named]
+                    pushed = [torch.func.jvp(call, (at,), (tangent,))[:2] for tangent in named]
                 return pushed[0][0], [tangent for _, tangent in pushed]
             except (NotImplementedError, RuntimeError):
                 self.forward_mode = False
@@ -251,7 +251,8 @@ def _set_random(states: list[Tensor], device: torch.device) -> None:
 
 def _weigh(batch: _Batch, gradient: Tensor) -> None:
     """A hook on the loss: the factor that it has in the objective, added up over backward calls."""
-    seen = gradient.detach().float().sum()
+    accurate = torch.promote_types(gradient.dtype, torch.float32)
+    seen = gradient.detach().to(accurate).sum()
     batch.weight = seen if batch.weight is None else batch.weight + seen
 
 

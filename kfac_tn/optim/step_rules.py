@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-StepRuleName: TypeAlias = Literal["graft", "kl_clip", "fixed"]
+from kfac_tn.curvature.estimator import CurvatureEstimator
+from kfac_tn.optim.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -24,27 +25,43 @@ class Proposal:
         gradients: Of all parameters: (moving averages of) the loss's gradients.
         references: Of all parameters: the update of a method whose step size is known to be good.
         lrs: Learning rates of all parameters.
+        estimator: The curvature.
+        states: What an optimizer keeps for each parameter; a rule may add to it.
+        replay: The batch of this step, if the rule wants it.
     """
 
     directions: dict[Parameter, Tensor]
     gradients: Mapping[Parameter, Tensor]
     references: Mapping[Parameter, Tensor]
     lrs: Mapping[Parameter, float]
+    estimator: CurvatureEstimator
+    states: MutableMapping[Any, dict[str, Any]] = field(default_factory=dict)
+    replay: Replay | None = None
 
 
 class StepRule(ABC):
     """Scales the directions of a proposal, in place.
 
     Attributes:
-        natural: Whether the directions keep their own length, which wants other learning rates than
-            the updates of a first-order method.
+        lr: The learning rate that it wants by default.
+        natural: Whether it wants learning rates that aren't Adam's, so that parameters without
+            curvature need one of their own.
+        own_momentum: Whether directions are of the gradient as it is, not of its moving average.
+        needs_batch: Whether it ever computes with the batch.
     """
 
+    lr = 1e-2
     natural = True
+    own_momentum = False
+    needs_batch = False
+
+    def wants_batch(self, step: int) -> bool:
+        """Whether this step's batch is needed; steps are counted from 0."""
+        return False
 
     @abstractmethod
-    def scale(self, proposal: Proposal) -> None:
-        """Change ``proposal.directions`` in place."""
+    def scale(self, proposal: Proposal) -> Tensor:
+        """Change ``proposal.directions`` in place; return the factors, ``[directions]`` or one."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers that a run needs to continue."""
@@ -57,18 +74,31 @@ class StepRule(ABC):
 class Fixed(StepRule):
     """The direction as it is."""
 
-    def scale(self, proposal: Proposal) -> None:  # noqa: D102
-        pass
+    def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
+        return torch.ones(())
 
 
 class Graft(StepRule):
-    """The direction of KFAC, for each parameter with the norm of the reference; see ``graft``."""
+    """The direction of KFAC, for each parameter with the norm of another update; see ``graft``.
 
-    natural = False
+    Args:
+        to: ``"adam"``, or ``"sgd"``: the bias-corrected moving average of the gradient, whose
+            learning rates are those of SGD with momentum 0 (the average has weights of sum 1).
 
-    def scale(self, proposal: Proposal) -> None:  # noqa: D102
+    Raises:
+        ValueError: For another name.
+    """
+
+    def __init__(self, to: str = "adam") -> None:
+        if to not in ("adam", "sgd"):
+            raise ValueError(f"Grafting to {to!r} is unknown: choose 'adam' or 'sgd'.")
+        self.to = to
+        self.natural = to == "sgd"
+
+    def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
         directions = proposal.directions
-        graft(list(directions.values()), [proposal.references[p] for p in directions])
+        references = proposal.references if self.to == "adam" else proposal.gradients
+        return graft(list(directions.values()), [references[p] for p in directions])
 
 
 class KLClip(StepRule):
@@ -86,32 +116,15 @@ class KLClip(StepRule):
             raise ValueError(f"kl_clip is {limit}: it must be positive.")
         self.limit = limit
 
-    def scale(self, proposal: Proposal) -> None:  # noqa: D102
+    def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
         directions = proposal.directions
         gradients = [proposal.gradients[p] for p in directions]
         lrs = [proposal.lrs[p] for p in directions]
-        clip_kl(list(directions.values()), gradients, lrs, self.limit)
+        return clip_kl(list(directions.values()), gradients, lrs, self.limit)
 
 
-def step_rule_of(choice: StepRuleName | StepRule, kl_clip: float) -> StepRule:
-    """The rule of that name, or the rule itself.
-
-    Raises:
-        ValueError: For an unknown name, or a limit that isn't positive.
-    """
-    rules = {"graft": Graft(), "kl_clip": KLClip(kl_clip), "fixed": Fixed()}
-    if isinstance(choice, StepRule):
-        return choice
-    if choice not in rules:
-        raise ValueError(
-            f"step_rule is {choice!r}: choose one of {get_args(StepRuleName)}, or give a rule of "
-            "kfac_tn.optim.step_rules."
-        )
-    return rules[choice]
-
-
-def graft(directions: list[Tensor], references: list[Tensor]) -> None:
-    """Give each direction, in place, the Euclidean norm of its reference.
+def graft(directions: list[Tensor], references: list[Tensor]) -> Tensor:
+    """Give each direction, in place, the Euclidean norm of its reference; return the factors.
 
     The direction of one method with the step size of another (Agarwal et al. 2020, arXiv
     2002.11803), for each parameter. A direction that is zero stays so.
@@ -119,22 +132,23 @@ def graft(directions: list[Tensor], references: list[Tensor]) -> None:
     Example:
         >>> import torch
         >>> direction = torch.tensor([3.0, 4.0])
-        >>> graft([direction], [torch.tensor([0.0, 1.0])])
+        >>> _ = graft([direction], [torch.tensor([0.0, 1.0])])
         >>> direction
         tensor([0.6000, 0.8000])
     """
     if not directions:
-        return
+        return torch.ones(())
     wanted = torch.stack(torch._foreach_norm(references))
     given = torch.stack(torch._foreach_norm(directions))
     scales = torch.where(given > 0, wanted / given, torch.zeros_like(given))
     torch._foreach_mul_(directions, list(scales.unbind()))
+    return scales
 
 
 def clip_kl(
     directions: list[Tensor], gradients: list[Tensor], lrs: list[float], limit: float
-) -> None:
-    """Shrink all directions, in place, such that the step's quadratic KL estimate has a limit.
+) -> Tensor:
+    """Shrink all directions, in place, such that the step's KL estimate has a limit.
 
     With d = F^-1 g a step -lr d changes the model's distribution by about lr^2 d^T g (twice its KL
     divergence); one factor min(1, sqrt(limit / sum lr^2 d^T g)) for all keeps that below the limit
@@ -143,15 +157,58 @@ def clip_kl(
     Example:
         >>> import torch
         >>> direction = torch.tensor([2.0])
-        >>> clip_kl([direction], [torch.tensor([2.0])], lrs=[1.0], limit=1.0)
+        >>> _ = clip_kl([direction], [torch.tensor([2.0])], lrs=[1.0], limit=1.0)
         >>> direction
         tensor([1.])
     """
     if not directions:
-        return
+        return torch.ones(())
     products = torch._foreach_mul(directions, gradients)
     change = torch.stack(
         [lr**2 * product.sum() for lr, product in zip(lrs, products, strict=True)]
     ).sum()
     scale = torch.where(change > limit, (limit / change).sqrt(), torch.ones_like(change))
     torch._foreach_mul_(directions, scale)
+    return scale
+
+
+class TrustRegion:
+    """A limit on how far one step changes the model's distribution, for whatever rule scales it.
+
+    A direction d = F^-1 m scaled by s changes it by about lr^2 s^2 d^T m (twice the KL divergence,
+    damping included), summed over parameters: that costs no product with F. Above the limit all
+    directions are shrunk by one factor, as in ``clip_kl``. After a rule that adds momentum to the
+    directions, F is the product of the Kronecker factors.
+
+    Args:
+        limit: Of that sum.
+
+    Raises:
+        ValueError: If it isn't positive.
+    """
+
+    def __init__(self, limit: float) -> None:
+        if not limit > 0:
+            raise ValueError(f"trust_region is {limit}: it must be positive.")
+        self.limit = limit
+
+    def scale(self, proposal: Proposal, rule: StepRule) -> Tensor:
+        """Apply the rule, and shrink what it made where that is too far."""
+        directions = proposal.directions
+        if not directions:
+            return rule.scale(proposal)
+        values = list(directions.values())
+        lrs = torch.tensor([proposal.lrs[p] for p in directions]).square()
+        if rule.own_momentum:
+            scales = rule.scale(proposal)
+            scaled = {p: proposal.lrs[p] * d for p, d in directions.items()}
+            forms = proposal.estimator.quadratic_forms(scaled)
+            change = torch.stack(list(forms.values())).sum()
+        else:
+            products = torch._foreach_mul(values, [proposal.gradients[p] for p in directions])
+            sums = torch.stack([product.sum() for product in products])
+            scales = rule.scale(proposal)
+            change = (lrs.to(sums) * scales.to(sums).square() * sums).sum()
+        factor = torch.where(change > self.limit, (self.limit / change).sqrt(), 1.0)
+        torch._foreach_mul_(values, factor)
+        return scales * factor.to(scales.device)
