@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_tn.curvature.estimator import early_steps
-from kfac_tn.optim.step_rules import Fixed, Graft, KLClip, Proposal, StepRule
+from kfac_tn.optim.step_rules import Fixed, Graft, KLClip, Proposal, StepRule, limit_norm
 
 StepRuleName: TypeAlias = Literal["graft", "kl_clip", "fixed", "quadratic"]
 
@@ -26,19 +26,27 @@ class QuadraticModel(StepRule):
         interval: Steps between computations of alpha and mu, which take two products with the
             Jacobian; more often at the beginning. They are kept in between.
         momentum: Whether to use u'; else mu is 0.
+        relative_norm: Limit on the norm of the step over that of the parameters, all layers
+            together, above which the step is shrunk. Early in training the GGN of a deep network is
+            so small that the model's minimum is far outside of where the model holds: without this
+            limit the loss of a CNN can rise by powers of ten in the first step. None: no limit.
 
     Raises:
-        ValueError: If the interval isn't a positive whole number.
+        ValueError: If the interval isn't a positive whole number, or the limit not positive.
     """
 
     lr = 1.0
     own_momentum = True
     needs_batch = True
 
-    def __init__(self, interval: int = 1, momentum: bool = True) -> None:
+    def __init__(
+        self, interval: int = 1, momentum: bool = True, relative_norm: float | None = 0.1
+    ) -> None:
+        if relative_norm is not None and not relative_norm > 0:
+            raise ValueError(f"relative_norm is {relative_norm}: it must be positive.")
         if interval < 1 or interval != int(interval):
             raise ValueError(f"interval is {interval}: it must be a positive whole number.")
-        self.interval, self.momentum = interval, momentum
+        self.interval, self.momentum, self.relative_norm = interval, momentum, relative_norm
         self.coefficients = torch.zeros(2, dtype=torch.float64)
 
     def wants_batch(self, step: int) -> bool:  # noqa: D102
@@ -65,6 +73,9 @@ class QuadraticModel(StepRule):
         alpha, mu = self.coefficients.unbind()
         for p, d in directions.items():
             d.mul_(alpha.to(d)).add_(before[p] * mu.to(d))
+        if self.relative_norm is not None:
+            limit_norm(directions, proposal.lrs, self.relative_norm)
+        for p, d in directions.items():
             states[p]["previous"] = d.clone()
         return torch.ones(())
 

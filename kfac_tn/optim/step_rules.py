@@ -172,6 +172,30 @@ def clip_kl(
     return scale
 
 
+def limit_norm(
+    directions: Mapping[Parameter, Tensor], lrs: Mapping[Parameter, float], limit: float
+) -> None:
+    """Shrink directions, in place, to a norm of the step of ``limit`` times the parameters'.
+
+    One factor for all, from the norms of all together.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> direction = torch.tensor([0.0, 10.0])
+        >>> limit_norm({w: direction}, {w: 0.5}, limit=0.1)
+        >>> direction
+        tensor([0., 1.])
+    """
+    values, parameters = list(directions.values()), [p.detach() for p in directions]
+    factors = torch.tensor([lrs[p] for p in directions])
+    given = torch.stack(torch._foreach_norm(values)) * factors.to(values[0])
+    size = torch.stack(torch._foreach_norm(parameters)).norm().to(given)
+    norm = given.norm()
+    scale = torch.where(norm > limit * size, limit * size / norm, 1.0)
+    torch._foreach_mul_(values, scale)
+
+
 class TrustRegion:
     """A limit on how far one step changes the model's distribution, for whatever rule scales it.
 

@@ -141,7 +141,7 @@ def dense_ggn(model, loss_fn, x, y, names):
 def test_the_quadratic_model_is_minimized(momentum, relative, forward_mode):
     """Against the dense GGN: no other step in the span of direction and momentum is better."""
     model, loss_fn = Noisy(), nn.CrossEntropyLoss()
-    rule = QuadraticModel(momentum=momentum)
+    rule = QuadraticModel(momentum=momentum, relative_norm=None)
     options = {**EAGER, "damping": 0.05, "relative_damping": relative}
     optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, **options)
     optimizer._replay.forward_mode = forward_mode
@@ -185,7 +185,8 @@ def test_a_linear_model_is_solved_in_one_step():
     torch.manual_seed(0)
     model, loss_fn = nn.Linear(3, 2).double(), nn.MSELoss()
     x, y = torch.rand(8, 3).double(), torch.rand(8, 2).double()
-    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule="quadratic", damping=1e-12, **EAGER)
+    rule = QuadraticModel(relative_norm=None)
+    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, damping=1e-12, **EAGER)
     loss_fn(model(x), y).backward()
     optimizer.step()
     full = torch.cat([x, torch.ones(8, 1).double()], 1)
@@ -283,7 +284,8 @@ def test_the_trust_region_keeps_its_limit(rule):
     for limit in (None, 1e6, 1e-4):
         torch.manual_seed(0)
         model, loss_fn = nn.Linear(3, 3, bias=False).double(), nn.CrossEntropyLoss()
-        options = {**EAGER, "damping": 1e-9, "step_rule": rule, "lr": 1.0, "kl_clip": 1.0}
+        chosen = QuadraticModel(relative_norm=None) if rule == "quadratic" else rule
+        options = {**EAGER, "damping": 1e-9, "step_rule": chosen, "lr": 1.0, "kl_clip": 1.0}
         optimizer = kfac_tn.KFAC(model, loss_fn, trust_region=limit, **options)
         before = model.weight.detach().clone()
         take_step(model, loss_fn, optimizer)
@@ -329,6 +331,7 @@ def test_grafting_to_sgd_takes_the_norm_of_the_averaged_gradient():
     ("make", "message"),
     [
         (lambda: QuadraticModel(interval=0), "interval is 0"),
+        (lambda: QuadraticModel(relative_norm=0.0), "relative_norm is 0.0"),
         (lambda: TrustRegion(0.0), "trust_region is 0.0"),
         (lambda: Graft("muon"), "'muon' is unknown"),
     ],
