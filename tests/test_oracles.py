@@ -21,8 +21,11 @@ def dense_kfac(model, loss_fn, data, **options):
     return kfac_tn.compute_kfac(model, loss_fn, data, **options).to_dense()
 
 
+@pytest.mark.parametrize("algorithm", [None, *kfac_tn.tn.ALGORITHMS])
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_oracles_1_to_4_and_8_kfac_is_the_ggn(setting):
+def test_oracles_1_to_4_and_8_kfac_is_the_ggn(setting, algorithm, monkeypatch):
+    if algorithm is not None:  # wherever it applies
+        monkeypatch.setenv("KFAC_TN_ALGORITHM", algorithm)
     ggn = dense_ggn(setting.model, setting.loss_fn, setting.x, setting.y)
     data = [(setting.x, setting.y)]
     kfac = dense_kfac(setting.model, setting.loss_fn, data, approximation=setting.approximation)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
-from kfac_tn.functional import common
 from kfac_tn.functional.common import (
-    accumulation_dtype,
     cast,
     cast_chunks,
     check,
@@ -19,7 +16,7 @@ from kfac_tn.functional.common import (
     full_precision,
     split,
 )
-from kfac_tn.functional.networks import Geometry, evaluate, spatial_sizes
+from kfac_tn.functional.networks import Geometry, evaluate
 from kfac_tn.functional.products import BLOCK, append_one, border, gram, sum_grams
 from kfac_tn.tn.conv import Ints, Padding
 
@@ -188,14 +185,12 @@ def average_input(x: Tensor, geometry: Geometry, bias: bool) -> Tensor:
 
 
 def _expand_input_factor(x: Tensor, geometry: Geometry) -> Tensor:
-    """Average of the factors of chunks whose unfolded input stays within `common.UNFOLD_BYTES`."""
-    kernel, output = spatial_sizes(x, geometry)
-    unfolded = x.shape[1] * prod(kernel) * prod(output) * accumulation_dtype(x).itemsize
-    size = max(1, common.UNFOLD_BYTES // unfolded)
-    if size >= len(x):
-        return evaluate("expand", cast(x), geometry)
-    chunks = x.split(size)
-    total = evaluate("expand", cast(chunks[0]), geometry) * (size / len(x))
+    """Average of the factors of chunks that are cast one after the other."""
+    chunks = cast_chunks(x)
+    total = evaluate("expand", cast(chunks[0]), geometry)
+    if len(chunks) == 1:
+        return total
+    total = total * (len(chunks[0]) / len(x))
     for chunk in chunks[1:]:
         total.add_(evaluate("expand", cast(chunk), geometry), alpha=len(chunk) / len(x))
     return total

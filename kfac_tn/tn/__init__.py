@@ -43,8 +43,10 @@ from kfac_tn.tn.operations import (
     weight_vjp,
 )
 from kfac_tn.tn.pattern import IndexPattern
+from kfac_tn.tn.planner import ALGORITHMS
 
 __all__ = [
+    "ALGORITHMS",
     "ConvSpec",
     "Delta",
     "IndexPattern",

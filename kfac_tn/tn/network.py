@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfac_tn.tn.names import add_sizes, fresh
 from kfac_tn.tn.node import Axes, Delta, Node, Ones, Operand, Scalar, format_axes, rename_axes
 from kfac_tn.tn.structure import Structure
 
 if TYPE_CHECKING:
+    from kfac_tn.tn.plan import Recipe
     from kfac_tn.tn.rewrite import Explanation
 
 PLAIN = (Tensor, Parameter)
@@ -65,7 +67,7 @@ class Network(Structure):
         self.check_known(names)
         sizes: dict[str, int] = {}
         for index, size in self.sizes:
-            _add_sizes(sizes, {names.get(index, index): size})
+            add_sizes(sizes, {names.get(index, index): size})
         nodes = (node.rename(names) for node in self.nodes)
         return Network.build(nodes, rename_axes(self.output, names), sizes)
 
@@ -106,7 +108,7 @@ class Network(Structure):
             ValueError: If an index has no size, or another one than in the network.
         """
         nodes = (*self.nodes, Node(Operand(name), axes))
-        return Network.build(nodes, self.output, _add_sizes(dict(self.size), sizes or {}))
+        return Network.build(nodes, self.output, add_sizes(dict(self.size), sizes or {}))
 
     def contract_with(
         self, name: str, *output: tuple[str, ...], leading: Mapping[str, int] | None = None
@@ -163,8 +165,8 @@ class Network(Structure):
             names = other._fit(self, axes)
             inner = [index for index in other.size if index not in names]
             clashing = [index for index in inner if index in sizes]
-            fresh = dict(zip(clashing, _fresh(clashing, {*sizes, *inner}), strict=True))
-            names |= {index: (fresh.get(index, index),) for index in inner}
+            new = dict(zip(clashing, fresh(clashing, {*sizes, *inner}), strict=True))
+            names |= {index: (new.get(index, index),) for index in inner}
             sizes |= {names[index][0]: other.size[index] for index in inner}
             nodes = [node.expand(names) for node in other.nodes]
         return Network.build((*self.nodes[:at], *nodes, *self.nodes[at + 1 :]), self.output, sizes)
@@ -204,7 +206,7 @@ class Network(Structure):
                 those of the nodes that are left.
         """
         at = self.find(name)
-        copies = dict(zip(split, _fresh(split, self.size), strict=True))
+        copies = dict(zip(split, fresh(split, self.size), strict=True))
         deltas = [Node(Delta(self.size[i]), ((i,), (copies[i],))) for i in split]
         sizes = {**self.size, **{copies[i]: self.size[i] for i in split}}
         return Network.build((*self.nodes[:at], *self.nodes[at + 1 :], *deltas), output, sizes)
@@ -230,7 +232,7 @@ class Network(Structure):
         shared = [index for index in removed.indices if index in self.output_indices]
         lost = [i for i in removed.indices if i not in shared and len(self.holders(i)) == 1]
         ones = [Node(Ones(self.size[index]), ((index,),)) for index in lost]
-        copies = dict(zip(shared, _fresh(shared, self.size), strict=True))
+        copies = dict(zip(shared, fresh(shared, self.size), strict=True))
         output = (*self.output, *rename_axes(removed.axes, copies))
         return self.with_nodes((*self.nodes, *ones)).without(name, *output, split=shared)
 
@@ -252,8 +254,8 @@ class Network(Structure):
         self.check_known(share)
         other.check_known(share)
         own = [index for index in other.size if index not in share]
-        second = other.rename(dict(zip(own, _fresh(own, self.size), strict=True)))
-        sizes = _add_sizes(dict(self.size), second.size)
+        second = other.rename(dict(zip(own, fresh(own, self.size), strict=True)))
+        sizes = add_sizes(dict(self.size), second.size)
         return Network.build((*self.nodes, *second.nodes), output, sizes)
 
     # ---- evaluation: the work is done further down the house, in `rewrite` and `plan` -----------
@@ -291,7 +293,26 @@ class Network(Structure):
 
         return cost(self).peak_memory
 
-    def evaluate(self, *, memory_limit: Any = None, **operands: Tensor) -> Tensor:
+    def plan(self, algorithm: str | None = None, device_type: str = "cpu") -> Recipe:
+        """Find the steps of an evaluation, as they are for float32.
+
+        Args:
+            algorithm: As for `evaluate`.
+            device_type: `"cpu"` (default) or `"cuda"`.
+
+        Returns:
+            The steps; its `explain()` says why these, and what others are estimated to cost.
+
+        Raises:
+            ValueError: As `evaluate`.
+        """
+        from kfac_tn.tn.plan import recipe
+
+        return recipe(self, device_type=device_type, algorithm=algorithm)
+
+    def evaluate(
+        self, *, memory_limit: Any = None, algorithm: Any = None, **operands: Tensor
+    ) -> Tensor:
         """Compute the result, as written: call `simplify` first for speed.
 
         The contraction is planned once per network, dtype and device. Differentiable, also by
@@ -302,11 +323,15 @@ class Network(Structure):
         Args:
             memory_limit: An integer: most elements to hold at once, counted as `peak_memory`. Where
                 more would be needed, the network is evaluated in pieces. Default: no limit.
+            algorithm: A string: one of `kfac_tn.tn.ALGORITHMS`, instead of the one estimated to be
+                fastest. Default: what the environment variable `KFAC_TN_ALGORITHM` names, for all
+                networks that it applies to, else the fastest.
             operands: The tensors, by name, all of one dtype and device.
 
         Raises:
             ValueError: If operands are missing, unknown, or differ from the network in shape, or
-                from each other in dtype or device; or if `memory_limit` can't be met.
+                from each other in dtype or device; if `memory_limit` can't be met; or if the
+                algorithm is unknown or doesn't apply.
         """
         from kfac_tn.tn.plan import foreign_plan, plan, run
 
@@ -314,9 +339,13 @@ class Network(Structure):
         if memory_limit is not None:
             from kfac_tn.tn.pieces import evaluate_in_pieces
 
-            return evaluate_in_pieces(self, operands, memory_limit)
+            return evaluate_in_pieces(self, operands, memory_limit, algorithm)
         plain = all(type(tensor) in PLAIN for tensor in operands.values())
-        steps = plan(self, dtype, device) if plain else foreign_plan(self, operands)
+        steps = (
+            plan(self, dtype, device, algorithm)
+            if plain
+            else foreign_plan(self, operands, algorithm)
+        )
         return run(steps, operands)
 
     def einsum(self, **operands: Tensor) -> tuple[str, list[Tensor], tuple[int, ...]]:
@@ -393,22 +422,3 @@ class Network(Structure):
         from kfac_tn.tn.draw import to_tikz
 
         return to_tikz(self, simplified=simplified, standalone=standalone)
-
-
-def _fresh(indices: Iterable[str], taken: Iterable[str]) -> list[str]:
-    """Prime index names until they differ from those taken, and from one another."""
-    fresh: list[str] = []
-    for index in indices:
-        name = index + "'"
-        while name in taken or name in fresh:
-            name += "'"
-        fresh.append(name)
-    return fresh
-
-
-def _add_sizes(sizes: dict[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    """Add sizes of indices, which must not contradict those that are there."""
-    for index, size in more.items():
-        if sizes.setdefault(index, size) != size:
-            raise ValueError(f"index {index!r} has sizes {sizes[index]} and {size}")
-    return sizes

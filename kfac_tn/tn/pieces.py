@@ -11,11 +11,14 @@ from torch import Tensor
 
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.node import Operand
-from kfac_tn.tn.plan import cost
+from kfac_tn.tn.plan import Recipe, contraction, recipe
 
 
 def evaluate_in_pieces(
-    network: Network, operands: Mapping[str, Tensor], memory_limit: int
+    network: Network,
+    operands: Mapping[str, Tensor],
+    memory_limit: int,
+    algorithm: str | None = None,
 ) -> Tensor:
     """Evaluate a network, in pieces if it would take too much memory at once.
 
@@ -27,6 +30,7 @@ def evaluate_in_pieces(
         operands: Its operands.
         memory_limit: Most elements to be held at once, counted as `Network.peak_memory`. Tensors
             that autograd keeps for the backward pass are not counted.
+        algorithm: As for `Network.evaluate`.
 
     Returns:
         The result.
@@ -34,9 +38,9 @@ def evaluate_in_pieces(
     Raises:
         ValueError: If no index can be divided far enough.
     """
-    index, size = _division(network, memory_limit)
+    index, size = _division(network, memory_limit, algorithm)
     if index is None:
-        return network.evaluate(**operands)
+        return _evaluate(network, operands, algorithm)
     axes = {n.symbol.name: n.axes for n in network.nodes if isinstance(n.symbol, Operand)}
     summed = index not in network.output_indices
     total: Tensor | None = None
@@ -49,7 +53,7 @@ def evaluate_in_pieces(
             else tensor
             for name, tensor in operands.items()
         }
-        result = _resize(network, index, count).evaluate(**piece)
+        result = _evaluate(_resize(network, index, count), piece, algorithm)
         if summed:
             total = result if total is None else total + result
         else:
@@ -57,10 +61,21 @@ def evaluate_in_pieces(
     return torch.cat(results, network.output.index((index,))) if total is None else total
 
 
+def _recipe(network: Network, algorithm: str | None) -> Recipe:
+    """Steps whose memory is known step by step, unless an algorithm is wanted."""
+    return contraction(network) if algorithm is None else recipe(network, algorithm=algorithm)
+
+
+def _evaluate(network: Network, operands: Mapping[str, Tensor], algorithm: str | None) -> Tensor:
+    return network.evaluate(algorithm=_recipe(network, algorithm).algorithm, **operands)
+
+
 @lru_cache(maxsize=512)
-def _division(network: Network, memory_limit: int) -> tuple[str | None, int]:
+def _division(
+    network: Network, memory_limit: int, algorithm: str | None = None
+) -> tuple[str | None, int]:
     """The index along which the fewest pieces are needed, and its size in a piece."""
-    least = cost(network).peak_memory
+    least = _recipe(network, algorithm).cost.peak_memory
     if least <= memory_limit:
         return None, 0
     results = 2 * prod(network.shape)  # of the pieces so far, and of them all
@@ -71,7 +86,8 @@ def _division(network: Network, memory_limit: int) -> tuple[str | None, int]:
         size = full
         while size > 1:
             size = -(-size // 2)
-            peak = cost(_resize(network, index, size)).peak_memory + results
+            piece = _recipe(_resize(network, index, size), algorithm)
+            peak = piece.cost.peak_memory + results
             least = min(least, peak)
             if peak <= memory_limit:
                 best = min(filter(None, (best, (-(-full // size), index, size))))

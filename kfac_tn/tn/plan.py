@@ -15,6 +15,7 @@ calls cheap, and lets `torch.compile` take the plan for a constant and see the s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,16 +26,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kfac_tn.tn.machine import machine
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.node import Constant
-from kfac_tn.tn.planner import STRATEGIES, Instruction, Planner, Source
+from kfac_tn.tn.planner import ALGORITHMS, CONTRACTIONS, Instruction, Source, draft
 from kfac_tn.tn.steps import COMPUTE
 
-FLOPS_PER_ELEMENT = 16
-"""Multiplications that take as long as to read or write an element in memory."""
-
-FLOPS_PER_LAUNCH = 500_000
-"""Multiplications that take as long as to begin an operation on tensors, whatever their size."""
+ALGORITHM = "KFAC_TN_ALGORITHM"
+"""Environment variable with the name of the algorithm to take wherever it applies."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,14 @@ class Cost:
         peak_memory: Largest number of elements held at once, besides operands and constants.
         moved: Number of elements that are read or written by all steps that are no views.
         launches: Number of operations on tensors.
+        seconds: Estimated time, by the constants of `kfac_tn.tn.machine`.
     """
 
     flops: int
     peak_memory: int
     moved: int
     launches: int
-
-    @property
-    def time(self) -> int:
-        """Estimated time, in multiplications."""
-        work = self.flops + FLOPS_PER_ELEMENT * self.moved
-        return work + FLOPS_PER_LAUNCH * self.launches
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,18 +62,55 @@ class Recipe:
     Every tensor on the way has a slot.
 
     Attributes:
+        algorithm: Name of the algorithm that it follows.
         operands: Slot, name and shape (one axis per index) of each operand.
         constants: What is in a slot before the first step.
         instructions: The steps in their order.
         result: Slot of the result.
         cost: What an evaluation costs.
+        others: The recipes of other algorithms that apply, estimated to take longer.
     """
 
+    algorithm: str
     operands: tuple[tuple[int, str, tuple[int, ...]], ...]
     constants: tuple[tuple[int, Constant | Source], ...]
     instructions: tuple[Instruction, ...]
     result: int
-    cost: Cost = Cost(0, 0, 0, 0)
+    cost: Cost
+    others: tuple[Recipe, ...] = ()
+
+    def explain(self) -> str:
+        """Say which algorithm was chosen, what each is estimated to cost, and the steps.
+
+        Returns:
+            A table of all algorithms that apply, the chosen one first, and the steps. Times are
+            estimates from the constants of `kfac_tn.tn.machine`: they are there to be compared.
+
+        Example:
+            >>> from kfac_tn import tn
+            >>> spec = tn.ConvSpec((8, 64, 28, 28), (64, 64, 3, 3), padding=1)
+            >>> network = tn.kfac_expand_input_factor(spec).simplify()
+            >>> print(network.plan().explain().splitlines()[1].split()[0])
+            cells
+        """
+        head = ("algorithm", "estimate", "flops", "moved", "launches", "peak memory")
+        rows = [
+            (
+                recipe.algorithm,
+                f"{1e3 * recipe.cost.seconds:.3f} ms",
+                f"{recipe.cost.flops:,}",
+                f"{recipe.cost.moved:,}",
+                f"{recipe.cost.launches:,}",
+                f"{recipe.cost.peak_memory:,}",
+            )
+            for recipe in (self, *sorted(self.others, key=lambda other: other.cost.seconds))
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (head, *rows)
+        ]
+        return "\n".join([*lines, *(f"  {step}" for step in self.instructions)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +118,14 @@ class Plan:
     """A recipe with the tensors of its constants, as plain data.
 
     Attributes:
-        operands: Slot, name and shape of each operand; None if its own shape will do.
+        operands: Slot, name and shape (one axis per index) of each operand.
         constants: Slots and the tensors in them.
         program: For each step its name, attributes, input slots, result slot, and the slots that
             no later step needs.
         result: Slot of the result.
     """
 
-    operands: tuple[tuple[int, str, tuple[int, ...] | None], ...]
+    operands: tuple[tuple[int, str, tuple[int, ...]], ...]
     constants: tuple[tuple[int, Tensor], ...]
     program: tuple[tuple[str, tuple[Any, ...], tuple[int, ...], int, tuple[int, ...]], ...]
     result: int
@@ -111,7 +143,7 @@ def run(plan: Plan, operands: Mapping[str, Tensor]) -> Tensor:
     """
     slots = dict(plan.constants)
     for slot, name, shape in plan.operands:
-        slots[slot] = operands[name] if shape is None else operands[name].reshape(shape)
+        slots[slot] = operands[name].reshape(shape)
     for step, attributes, inputs, slot, done in plan.program:
         slots[slot] = COMPUTE[step](*[slots[i] for i in inputs], *attributes)
         for i in done:
@@ -120,7 +152,9 @@ def run(plan: Plan, operands: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def plan(network: Network, dtype: torch.dtype, device: torch.device) -> Plan:
+def plan(
+    network: Network, dtype: torch.dtype, device: torch.device, algorithm: str | None = None
+) -> Plan:
     """Plan the evaluation of a network. The plans used last are kept.
 
     `torch.compile` calls this while it traces, and takes the plan for a constant.
@@ -129,33 +163,44 @@ def plan(network: Network, dtype: torch.dtype, device: torch.device) -> Plan:
         network: The network, evaluated as it is.
         dtype: Type of its operands, hence of its constants.
         device: Where its operands are.
+        algorithm: See `recipe`.
 
     Returns:
         The plan, for `run`.
     """
-    return _plan(network, dtype, device)
+    return _plan(network, dtype, device, algorithm, os.environ.get(ALGORITHM))
 
 
 @lru_cache(maxsize=512)
-def _plan(network: Network, dtype: torch.dtype, device: torch.device) -> Plan:
+def _plan(
+    network: Network,
+    dtype: torch.dtype,
+    device: torch.device,
+    algorithm: str | None,
+    preferred: str | None,
+) -> Plan:
     # The constants outlive this call: they must not belong to the mode of whoever calls first.
     with _outside_of_modes():
-        return _make(network, dtype, device)
+        return _make(_recipe(network, dtype, device.type, algorithm, preferred), dtype, device)
 
 
-def foreign_plan(network: Network, operands: Mapping[str, Tensor]) -> Plan:
+def foreign_plan(
+    network: Network, operands: Mapping[str, Tensor], algorithm: str | None = None
+) -> Plan:
     """Make a plan for tensors of other types, such as fake ones, which no plain tensor may meet.
 
     Args:
         network: The network, evaluated as it is.
         operands: Its operands.
+        algorithm: See `recipe`.
 
     Returns:
         The plan. Its constants are of the operands' kind, and it is not kept.
     """
     first = next(iter(operands.values()))
+    steps = recipe(network, first.dtype, first.device.type, algorithm)
     with getattr(first, "fake_mode", nullcontext()):
-        return _make(network, first.dtype, first.device)
+        return _make(steps, first.dtype, first.device)
 
 
 @contextmanager
@@ -170,13 +215,9 @@ def _outside_of_modes() -> Iterator[None]:
         yield
 
 
-def _make(network: Network, dtype: torch.dtype, device: torch.device) -> Plan:
-    steps = recipe(network)
+def _make(steps: Recipe, dtype: torch.dtype, device: torch.device) -> Plan:
     return Plan(
-        tuple(
-            (slot, name, None if shape == network.operands[name] else shape)
-            for slot, name, shape in steps.operands
-        ),
+        steps.operands,
         tuple((slot, _tensor(constant, dtype, device)) for slot, constant in steps.constants),
         tuple(
             (type(i.step).__name__, i.step.attributes, i.inputs, i.slot, i.done)
@@ -192,69 +233,140 @@ def _tensor(constant: Constant | Source, dtype: torch.dtype, device: torch.devic
     return constant.tensor(dtype, device)
 
 
-@lru_cache(maxsize=1024)
-def recipe(network: Network) -> Recipe:
-    """Find the steps that evaluate a network: of all strategies, those that take least time.
+def recipe(
+    network: Network,
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+    algorithm: str | None = None,
+) -> Recipe:
+    """Find the steps that evaluate a network: of all algorithms, those estimated to be fastest.
 
     Args:
         network: The network, as it is.
+        dtype: Type of its operands: not every type has fast kernels for everything.
+        device_type: Type of the device that they are on.
+        algorithm: One of `ALGORITHMS`, instead of the fastest. Default: that which the environment
+            variable `KFAC_TN_ALGORITHM` names, where it applies, else the fastest.
 
     Returns:
         The steps.
+
+    Raises:
+        ValueError: If the algorithm is unknown or doesn't apply.
     """
-    recipes: list[Recipe] = []
-    for strategy in STRATEGIES:
-        planner = Planner(network, strategy)
-        steps = Recipe(
-            tuple(planner.operands),
-            tuple(planner.constants.items()),
-            tuple(planner.instructions),
-            planner.result,
+    return _recipe(network, dtype, device_type, algorithm, os.environ.get(ALGORITHM))
+
+
+@lru_cache(maxsize=1024)
+def _recipe(
+    network: Network,
+    dtype: torch.dtype,
+    device_type: str,
+    algorithm: str | None,
+    preferred: str | None,
+) -> Recipe:
+    for name in filter(None, (algorithm, preferred)):
+        if name not in ALGORITHMS:
+            raise ValueError(
+                f"algorithm {name!r} (an argument, or the environment variable {ALGORITHM}) is "
+                f"unknown: choose one of {sorted(ALGORITHMS)}"
+            )
+    found = _recipes(network, dtype, device_type)
+    if algorithm is not None and algorithm not in found:
+        raise ValueError(
+            f"algorithm {algorithm!r} doesn't apply to this network: choose one of "
+            f"{sorted(found)}, or None"
         )
-        if all(steps.instructions != other.instructions for other in recipes):
-            recipes.append(replace(steps, cost=_cost(network, steps)))
-    return min(recipes, key=lambda steps: steps.cost.time)
+    fastest = min(found.values(), key=lambda steps: steps.cost.seconds)
+    chosen = found.get(algorithm or preferred or "", fastest)
+    return replace(chosen, others=tuple(r for r in found.values() if r is not chosen))
 
 
-def cost(network: Network) -> Cost:
-    """Find out what evaluating a network costs, without evaluating it.
+@lru_cache(maxsize=1024)
+def _recipes(network: Network, dtype: torch.dtype, device_type: str) -> dict[str, Recipe]:
+    """The recipes of all algorithms that apply, by name."""
+    found: dict[str, Recipe] = {}
+    for name in ALGORITHMS:
+        drafted = draft(network, name)
+        if drafted is None:
+            continue
+        steps = tuple(drafted.instructions)
+        if any(steps == other.instructions for other in found.values()):
+            continue
+        operands, constants = tuple(drafted.operands), tuple(drafted.constants.items())
+        used = {slot for step in steps for slot in step.inputs} | {drafted.result}
+        constants = tuple((slot, constant) for slot, constant in constants if slot in used)
+        cost = _cost(network, operands, constants, steps, dtype, device_type)
+        found[name] = Recipe(name, operands, constants, steps, drafted.result, cost)
+    return found
+
+
+def contraction(network: Network) -> Recipe:
+    """Find the fastest of `CONTRACTIONS`, in float32 on the CPU: what rewrites compare.
 
     Args:
         network: The network, as it is.
 
     Returns:
-        Its cost.
+        Its steps.
     """
-    return recipe(network).cost
+    found = _recipes(network, torch.float32, "cpu")
+    recipes = [steps for name, steps in found.items() if name in CONTRACTIONS]
+    return min(recipes, key=lambda steps: steps.cost.seconds)
 
 
-def _cost(network: Network, steps: Recipe) -> Cost:
+def cost(network: Network) -> Cost:
+    """Find out what contracting a network costs, without doing it.
+
+    Args:
+        network: The network, as it is.
+
+    Returns:
+        The cost of its `contraction`. Other algorithms may be faster, as `recipe` says.
+    """
+    return contraction(network).cost
+
+
+def _cost(
+    network: Network,
+    given: tuple[tuple[int, str, tuple[int, ...]], ...],
+    constants: tuple[tuple[int, Constant | Source], ...],
+    instructions: tuple[Instruction, ...],
+    dtype: torch.dtype,
+    device_type: str,
+) -> Cost:
     """Run a recipe on tensors without data."""
     device = torch.device("meta")
     with _outside_of_modes():
-        slots = {slot: _tensor(c, torch.float32, device) for slot, c in steps.constants}
-        operands = {n: torch.empty(s, device=device) for n, s in network.operands.items()}
-        for slot, name, shape in steps.operands:
+        slots = {slot: _tensor(c, dtype, device) for slot, c in constants}
+        operands = {
+            n: torch.empty(s, device=device, dtype=dtype) for n, s in network.operands.items()
+        }
+        for slot, name, shape in given:
             slots[slot] = operands[name].reshape(shape)
         # Views share the storage of what they view, so it is storages that count. What is given
         # stays alive, so that no result is made in its place.
         alive = tuple(slots.values())
-        given = set(map(_storage, alive))
+        kept = set(map(_storage, alive))
         flops = peak = moved = launches = 0
-        for instruction in steps.instructions:
-            inputs = [slots[i] for i in instruction.inputs]
-            result = slots[instruction.slot] = instruction.step(*inputs)
-            flops += instruction.step.flops(*inputs)
-            moved += instruction.step.moved(*inputs)
-            launches += instruction.step.launches
+        work = 0.0
+        for instruction in instructions:
+            step, inputs = instruction.step, [slots[i] for i in instruction.inputs]
+            result = slots[instruction.slot] = step.estimate(*inputs)
+            flops += step.flops(*inputs)
+            work += step.work(*inputs)
+            moved += step.moved(*inputs)
+            launches += step.launches(*inputs)
             if _storage(result) not in map(_storage, inputs):
                 moved += sum(tensor.numel() for tensor in (result, *inputs))
             held = {_storage(tensor): tensor.untyped_storage() for tensor in slots.values()}
-            sizes = (held[key].nbytes() for key in held.keys() - given)
-            peak = max(peak, sum(sizes) // torch.float32.itemsize)
+            sizes = (held[key].nbytes() for key in held.keys() - kept)
+            peak = max(peak, sum(sizes) // dtype.itemsize + step.held(*inputs))
             for i in instruction.done:
                 del slots[i]
-    return Cost(flops, peak, moved, launches)
+    constant = machine(device_type)
+    seconds = constant.work * work + constant.element * moved + constant.launch * launches
+    return Cost(flops, peak, moved, launches, seconds)
 
 
 def _storage(tensor: Tensor) -> int:

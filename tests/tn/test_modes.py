@@ -73,7 +73,7 @@ def test_meta_and_fake_tensors(network):
     meta = network.evaluate(**{name: t.to("meta") for name, t in operands.items()})
     assert (meta.shape, meta.device.type) == (expected.shape, "meta")
     planning._plan.cache_clear()
-    planning.recipe.cache_clear()
+    planning._recipes.cache_clear()
     with FakeTensorMode() as mode:
         fakes = {name: mode.from_tensor(t) for name, t in operands.items()}
         assert network.evaluate(**fakes).shape == expected.shape
@@ -103,7 +103,7 @@ def test_double_transforms():
     weight, g = operands["weight"], operands["grad_output"]
     scalar = lambda weight: VJP.evaluate(weight=weight, grad_output=g).square().sum()  # noqa: E731
     planning._plan.cache_clear()
-    planning.recipe.cache_clear()
+    planning._recipes.cache_clear()
     hessian = torch.func.jacfwd(torch.func.jacrev(scalar))(weight)
     reverse = torch.func.jacrev(torch.func.jacrev(scalar))(weight)
     torch.testing.assert_close(hessian, reverse)
@@ -133,5 +133,5 @@ def test_counting_modes_see_the_evaluation_alone():
             network.evaluate(**operands)
         counts.append(counter.get_total_flops())
         planning._plan.cache_clear()
-        planning.recipe.cache_clear()
+        planning._recipes.cache_clear()
     assert counts[0] == counts[1] > 0

@@ -7,8 +7,9 @@ import torch
 
 from kfac_tn import tn
 from kfac_tn.tn import plan as planning
+from kfac_tn.tn.gram import WindowGram
 from kfac_tn.tn.rewrite import explain
-from kfac_tn.tn.steps import Apply, Arrange, Pad, Product, Scale, Window
+from kfac_tn.tn.steps import Apply, Arrange, Pad, Product, Window
 
 SPEC = tn.ConvSpec((2, 4, 5, 6), (6, 2, 3, 2), (1, 2), padding=1, groups=2)
 BUILDERS = (
@@ -24,8 +25,9 @@ def operands_of(network, dtype=torch.float64):
     return {name: torch.rand(shape, dtype=dtype) for name, shape in network.operands.items()}
 
 
-def steps(network):
-    return Counter(type(instruction.step) for instruction in planning.recipe(network).instructions)
+def steps(network, algorithm="unfolding"):
+    recipe = network.plan(algorithm)
+    return Counter(type(instruction.step) for instruction in recipe.instructions)
 
 
 def test_plans_are_cached():
@@ -41,17 +43,24 @@ def test_plans_are_cached():
 
 
 def test_caches_are_bounded():
-    caches = (planning._plan, planning.recipe, explain, tn.forward, tn.kfac_expand_input_factor)
+    caches = (
+        planning._plan,
+        planning._recipe,
+        planning._recipes,
+        explain,
+        tn.forward,
+        tn.kfac_expand_input_factor,
+    )
     for cache in caches:
         assert cache.cache_info().maxsize is not None
 
 
 def test_windows_are_views():
-    """Expand pads once, views, copies once (im2col) and multiplies once; reduce never unfolds."""
-    expand = steps(tn.kfac_expand_input_factor(SPEC))
-    assert expand == {Pad: 1, Window: 2, Arrange: 2, Product: 1, Scale: 1}
+    """Forward pads, views, multiplies once; a Gram matrix is one step; reduce never unfolds."""
+    assert steps(tn.forward(SPEC)) == {Pad: 1, Window: 2, Arrange: 3, Product: 1}
+    assert steps(tn.kfac_expand_input_factor(SPEC)) == {WindowGram: 1, Arrange: 1}
     reduce = steps(tn.kfac_reduce_input_factor(SPEC).simplify())
-    assert reduce == {Apply: 2, Arrange: 2, Product: 1, Scale: 1}
+    assert reduce == {Apply: 2, WindowGram: 1, Arrange: 1}
     assert steps(tn.unfold_input(SPEC)) == {Pad: 1, Window: 2, Arrange: 1}
 
 

@@ -16,22 +16,39 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kfac_tn.tn.network import Network
-from kfac_tn.tn.planner.draft import Instruction, Source, Value
+from kfac_tn.tn.planner.draft import Draft, Instruction, Source
+from kfac_tn.tn.planner.native import NativePlanner, NotAConvolutionError
 from kfac_tn.tn.planner.patterns import Patterns
 from kfac_tn.tn.planner.products import Products
 
-__all__ = ["STRATEGIES", "Instruction", "Planner", "Source"]
+__all__ = ["ALGORITHMS", "CONTRACTIONS", "Draft", "Instruction", "Planner", "Source", "draft"]
 
-STRATEGIES = (("fold", "spread"), ("spread",), (), ("fold", "spread", "cells"))
-"""What patterns may become besides views. The cheapest of these alternatives is taken."""
+ALGORITHMS: dict[str, tuple[str, ...]] = {
+    "unfolding": ("fold", "spread", "unfolding"),
+    "spread": ("spread", "unfolding"),
+    "matrices": ("unfolding",),
+    "cells": ("fold", "spread", "cells"),
+    "correlations": ("fold", "spread", "correlations"),
+    "convolution": (),
+}
+"""What patterns become besides views, and tensors multiplied with themselves: by name.
+
+- `unfolding`: patterns are folds, or windows over what is spread into zeros; Gram matrices of
+  windows are computed by im2col, in chunks.
+- `spread`: no folds. `matrices`: no windows over zeros either, patterns are matrices of zeros and
+  ones.
+- `cells`, `correlations`: as the first, and Gram matrices by these methods of `kfac_tn.tn.gram`.
+- `convolution`: the network is a convolution or its derivative, computed by torch's own.
+
+An algorithm applies where it leads to other steps than those before it.
+"""
+
+CONTRACTIONS = ("unfolding", "spread", "matrices")
+"""The algorithms that are what the network says: pairwise products of its tensors."""
 
 
 class Planner(Patterns, Products):
-    """Turns a network into steps, under one of the strategies.
-
-    Attributes:
-        result: Slot of the result. For the others see `Draft`.
-    """
+    """Turns a network into steps, under one of the strategies."""
 
     def __init__(self, network: Network, strategy: Iterable[str]) -> None:
         super().__init__(network, strategy)
@@ -43,22 +60,23 @@ class Planner(Patterns, Products):
         self._absorb_matrices()
         self._contract()
         self._fold(folds)
-        self._finish()
-
-    def _finish(self) -> None:
-        """Bring the result into its shape, and note when each slot is needed last."""
         (value,) = self.values
-        scaled = Value(self._scaled(value.slot), value.indices)
-        self.result = self._arrange(scaled, self.network.output_indices, self.network.shape)
-        needed = {self.result}
-        for instruction in reversed(self.instructions):
-            if instruction.slot in needed:
-                needed.update(instruction.inputs)
-        self.instructions = [step for step in self.instructions if step.slot in needed]
-        last_use = {i: at for at, step in enumerate(self.instructions) for i in step.inputs}
-        self.instructions = [
-            Instruction(
-                s.step, s.inputs, s.slot, tuple(i for i in {*s.inputs} if last_use[i] == at)
-            )
-            for at, s in enumerate(self.instructions)
-        ]
+        self._finish(value)
+
+
+def draft(network: Network, algorithm: str) -> Draft | None:
+    """Turn a network into steps by one of the algorithms.
+
+    Args:
+        network: The network.
+        algorithm: One of `ALGORITHMS`.
+
+    Returns:
+        The steps; None if the network isn't what the algorithm is for.
+    """
+    if algorithm != "convolution":
+        return Planner(network, ALGORITHMS[algorithm])
+    try:
+        return NativePlanner(network)
+    except NotAConvolutionError:
+        return None

@@ -41,6 +41,9 @@ class Instruction:
     slot: int
     done: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        return f"[{self.slot}] = {self.step} of {', '.join(f'[{i}]' for i in self.inputs)}"
+
 
 @dataclass(frozen=True)
 class Value:
@@ -59,17 +62,25 @@ class Draft:
         strategy: What patterns may become besides views.
         output: Indices of the result, as long as patterns are set aside with these in their place.
         size: Size of each index.
+        dropped: Indices of size 1 that tensors are reshaped to be without.
         operands: Slot, name and shape (one axis per index) of each operand.
         constants: What is in a slot before the first step.
         instructions: The steps in their order.
         values: Tensors not contracted yet.
         patterns: Patterns that are no tensors yet.
         scale: Product of the network's scalars, until it is applied.
+        result: Slot of the result.
     """
+
+    result: int
 
     def __init__(self, network: Network, strategy: Iterable[str]) -> None:
         self.network, self.strategy = network, frozenset(strategy)
-        self.output, self.size = network.output_indices, network.size
+        self.size = network.size
+        # Indices of size 1 that only operands hold: two copies may differ in nothing else.
+        bound = {i for n in network.nodes if not isinstance(n.symbol, Operand) for i in n.indices}
+        self.dropped = {i for i, size in network.sizes if size == 1} - bound
+        self.output = self._without_dropped(network.output_indices)
         self.slots: dict[object, int] = {}  # what is computed: equal things share a slot
         self.operands: list[tuple[int, str, tuple[int, ...]]] = []
         self.constants: dict[int, Constant | Source] = {}
@@ -79,6 +90,9 @@ class Draft:
         scalars = [n.symbol.value for n in network.nodes if isinstance(n.symbol, Scalar)]
         self.scale = float(prod(scalars, start=Fraction(1)))
         self._load(node for node in network.nodes if not _is_view(node))
+
+    def _without_dropped(self, indices: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(index for index in indices if index not in self.dropped)
 
     def _slot(self, what: object) -> tuple[int, bool]:
         """Slot of something, and whether it is new."""
@@ -98,15 +112,16 @@ class Draft:
 
     def _load(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
-            shape = tuple(self.size[index] for index in node.indices)
+            indices = self._without_dropped(node.indices)
+            shape = self._shape(indices)
             if isinstance(node.symbol, Operand):
                 slot, new = self._slot((node.symbol.name, shape))
                 if new:
                     self.operands.append((slot, node.symbol.name, shape))
-                self.values.append(Value(slot, node.indices))
+                self.values.append(Value(slot, indices))
             elif not isinstance(node.symbol, Scalar):
                 slot = self._keep(node.symbol)
-                self.values.append(Value(slot, node.indices, constant=True))
+                self.values.append(Value(slot, indices, constant=True))
 
     def _holders(self, index: str) -> list[Value | Node]:
         held: tuple[Value | Node, ...] = (*self.values, *self.patterns)
@@ -126,6 +141,25 @@ class Draft:
         """Apply the network's scalars, once, where the fewest elements are to be scaled."""
         factor, self.scale = self.scale, 1.0
         return slot if factor == 1 else self._step(steps.Scale(factor), slot)
+
+    def _finish(self, value: Value) -> None:
+        """Bring the result into its shape, and note when each slot is needed last."""
+        scaled = Value(self._scaled(value.slot), value.indices)
+        self.result = self._arrange(
+            scaled, self._without_dropped(self.network.output_indices), self.network.shape
+        )
+        needed = {self.result}
+        for instruction in reversed(self.instructions):
+            if instruction.slot in needed:
+                needed.update(instruction.inputs)
+        self.instructions = [step for step in self.instructions if step.slot in needed]
+        last_use = {i: at for at, step in enumerate(self.instructions) for i in step.inputs}
+        self.instructions = [
+            Instruction(
+                s.step, s.inputs, s.slot, tuple(i for i in {*s.inputs} if last_use[i] == at)
+            )
+            for at, s in enumerate(self.instructions)
+        ]
 
     def _kept(self, values: Iterable[Value]) -> set[str]:
         """Indices that the result or one of some tensors holds."""

@@ -52,7 +52,7 @@ class Patterns(Draft):
         zeros = [0] * (2 * len(indices))
         start = {}
         for node in nodes:
-            pattern, index = _pattern(node), node.indices[-1]
+            pattern, index = pattern_of(node), node.indices[-1]
             before, after = pattern.overhang
             axis = indices.index(index)
             start[index] = max(-before, 0)
@@ -65,7 +65,7 @@ class Patterns(Draft):
         if any(zeros):
             slot = self._step(steps.Pad(tuple(zeros)), slot)
         for node in nodes:
-            pattern, (*legs, index) = _pattern(node), node.indices
+            pattern, (*legs, index) = pattern_of(node), node.indices
             axis = indices.index(index)
             if len(legs) == 2:
                 sizes = pattern.kernel_size, pattern.output_size
@@ -104,7 +104,7 @@ class Patterns(Draft):
         """Fold what was set aside, the last first: it may be what an earlier one folds."""
         (value,) = self.values
         for node in reversed(folds):
-            pattern, (*legs, index) = _pattern(node), node.indices
+            pattern, (*legs, index) = pattern_of(node), node.indices
             axes = [value.indices.index(leg) for leg in legs]
             size, padding = self._extent(pattern)
             if len(legs) == 2:
@@ -142,7 +142,7 @@ class Patterns(Draft):
 
     def _spread(self, value: Value, node: Node, at: int) -> Value:
         """From `x[a]` make `y[b, i] = x[a]` where `i = a * A + b * B - padding`, else 0."""
-        pattern, (*legs, index) = _pattern(node), node.indices
+        pattern, (*legs, index) = pattern_of(node), node.indices
         axis = value.indices.index(legs[at])
         size, padding = self._extent(pattern)
         _, distance = pattern.legs[at]
@@ -178,6 +178,7 @@ class Patterns(Draft):
         return self._step(steps.Collect(axis, pattern.input_size), slot, source)
 
 
-def _pattern(node: Node) -> IndexPattern:
+def pattern_of(node: Node) -> IndexPattern:
+    """The pattern of a node that has one."""
     assert isinstance(node.symbol, IndexPattern)
     return node.symbol

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from opt_einsum import paths
 
 from kfac_tn.tn import steps
-from kfac_tn.tn.cells import WindowGram, WindowSizes
+from kfac_tn.tn.gram import METHODS, WindowGram, Windows
+from kfac_tn.tn.gram.step import applies
 from kfac_tn.tn.planner.draft import Draft, Value
 
 OPTIMAL_TERMS = 6
@@ -15,6 +16,10 @@ OPTIMAL_TERMS = 6
 
 LOOP_COLUMNS = 32
 """Products of fewer columns than that are better made in one."""
+
+
+Pair = tuple[str, str]
+"""The same axis of two copies of a tensor."""
 
 
 class Products(Draft):
@@ -77,8 +82,8 @@ class Products(Draft):
         contracted = tuple(i for i in shared if i not in kept)
         if not contracted and set(smaller.indices) <= set(larger.indices):
             return self._multiply(larger, smaller)
-        if "cells" in self.strategy and a.slot == b.slot:
-            gram = self._window_gram(a, b, batch, contracted)
+        if a.slot == b.slot and self.strategy & METHODS.keys():
+            gram = self._window_gram(a, b, batch, contracted, rest)
             if gram is not None:
                 return gram
         own = {v: self._order(i for i in v.indices if i not in shared) for v in (a, b)}
@@ -111,36 +116,78 @@ class Products(Draft):
         return Value(self._step(step, *slots), indices)
 
     def _window_gram(
-        self, a: Value, b: Value, batch: tuple[str, ...], contracted: tuple[str, ...]
+        self,
+        a: Value,
+        b: Value,
+        batch: tuple[str, ...],
+        contracted: tuple[str, ...],
+        rest: list[Value],
     ) -> Value | None:
-        """Multiply windows of a tensor with themselves without making any: see `cells`.
+        """Multiply a tensor, or its windows, with itself in one step: see `kfac_tn.tn.gram`.
 
         None if the two are something else, or their windows' positions aren't summed over.
         """
         pairs = list(zip(a.indices, b.indices, strict=True))
         if any((i == j) != (i in batch or i in contracted) for i, j in pairs):
             return None
+        found = self._behind_windows(a.slot, pairs, contracted)
+        if found is None:
+            return None
+        slot, axes = found
+        windows = tuple(window for _, window in axes if window is not None)
+        shared = [at for at, ((i, _), w) in enumerate(axes) if w is None and i in batch]
+        summed = [at for at, ((i, _), w) in enumerate(axes) if w is None and i in contracted]
+        last = [at for at, (_, window) in enumerate(axes) if window is not None]
+        own = [at for at in range(len(axes)) if at not in (*shared, *summed, *last)]
+        if not windows:
+            if not own:
+                return None
+            last = [at for at in summed if at > max(own)]
+            summed = [at for at in summed if at not in last]
+        method = next(m for m in METHODS if m in self.strategy)
+        if not applies(method, self._elements(axes[at][0][0] for at in own), windows):
+            method = "unfolding"
+        groups = (tuple(shared), tuple(summed), tuple(own), tuple(last))
+        kernels = last if windows else []
+        first, second = ([axes[at][0][copy] for at in (*own, *kernels)] for copy in (0, 1))
+        indices = (*(axes[at][0][0] for at in shared), *first, *second)
+        scale = 1.0
+        if not rest:
+            scale, self.scale = self.scale, 1.0
+        return Value(self._step(WindowGram(groups, windows, method, scale), slot), indices)
+
+    def _behind_windows(
+        self, slot: int, pairs: list[Pair], contracted: tuple[str, ...]
+    ) -> tuple[int, list[tuple[Pair, Windows | None]]] | None:
+        """What a tensor views through windows, whose kernel positions take the windows' place.
+
+        None if the two copies share a kernel position, or not their output positions.
+        """
         made_by = {instruction.slot: instruction for instruction in self.instructions}
-        slot = a.slot
-        axes: list[tuple[tuple[str, str], WindowSizes | None]] = [(pair, None) for pair in pairs]
+        axes: list[tuple[Pair, Windows | None]] = [(pair, None) for pair in pairs]
         while slot in made_by and isinstance(step := made_by[slot].step, steps.Window):
             (kernel, _), (output, _) = axes[step.axis : step.axis + 2]
             if kernel[0] == kernel[1] or output[0] not in contracted:
                 return None
             sizes = (step.start, step.kernel_size, step.output_size, step.stride, step.dilation)
-            axes[step.axis : step.axis + 2] = [(kernel, sizes)]
+            span = (sizes[2] - 1) * sizes[3] + (sizes[1] - 1) * sizes[4] + 1
+            axes[step.axis : step.axis + 2] = [(kernel, Windows(*sizes, step.start + span))]
             (slot,) = made_by[slot].inputs
-        shared = [at for at, ((i, _), _) in enumerate(axes) if i in batch]
-        summed = [at for at, ((i, _), _) in enumerate(axes) if i in contracted]
-        spatial = [at for at, (_, window) in enumerate(axes) if window is not None]
-        own = [at for at in range(len(axes)) if at not in (*shared, *summed, *spatial)]
-        if not spatial:
-            return None
-        windows = tuple(window for _, window in axes if window is not None)
-        gram = WindowGram((tuple(shared), tuple(summed), tuple(spatial), tuple(own)), windows)
-        first, second = ([axes[at][0][copy] for at in (*own, *spatial)] for copy in (0, 1))
-        indices = (*(axes[at][0][0] for at in shared), *first, *second)
-        return Value(self._step(gram, slot), indices)
+        shapes = {operand: shape for operand, _, shape in self.operands}
+        if slot in made_by and isinstance(step := made_by[slot].step, steps.Pad):
+            (source,) = made_by[slot].inputs
+            before, after = step.amounts[-2::-2], step.amounts[-1::-2]
+            viewed = [window is not None for _, window in axes]
+            if source in shapes and all(
+                viewed[at] or not b + e for at, (b, e) in enumerate(zip(before, after, strict=True))
+            ):
+                # Zeros need not be there: the methods know where they are.
+                for at, (pair, window) in enumerate(axes):
+                    if window is not None:
+                        start, size = window.start - before[at], shapes[source][at]
+                        axes[at] = pair, window._replace(start=start, size=size)
+                slot = source
+        return slot, axes
 
     def _loops(
         self,

@@ -6,12 +6,13 @@ tensors and of these numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
 from kfac_tn.tn.steps.adjoints import Collect, Fold, Scatter
 from kfac_tn.tn.steps.arithmetic import Apply, Multiply, Product, Scale, Sum
+from kfac_tn.tn.steps.convolutions import Convolve, ConvolveBackward, ConvolveTransposed
 from kfac_tn.tn.steps.step import Step
 from kfac_tn.tn.steps.views import Arrange, Expand, Flip, Gather, Pad, Slice, Window
 
@@ -20,6 +21,9 @@ __all__ = [
     "Apply",
     "Arrange",
     "Collect",
+    "Convolve",
+    "ConvolveBackward",
+    "ConvolveTransposed",
     "Expand",
     "Flip",
     "Fold",
@@ -35,7 +39,12 @@ __all__ = [
     "Window",
 ]
 
-COMPUTE: dict[str, Callable[..., Tensor]] = {
-    step.__name__: step.compute for step in Step.__subclasses__()
-}
+
+def _kinds(step: type[Step]) -> Iterator[type[Step]]:
+    for kind in step.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+COMPUTE: dict[str, Callable[..., Tensor]] = {kind.__name__: kind.compute for kind in _kinds(Step)}
 """What computes each kind of step, by its name."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_tn.tn.steps.step import Step
+from kfac_tn.tn.steps.step import WIDTH, Step
 
 
 @dataclass(frozen=True)
@@ -138,3 +138,10 @@ class Product(Step):
     def flops(self, *inputs: Tensor) -> int:
         """Multiplications and additions."""
         return 2 * inputs[0].numel() * inputs[1].shape[1 if self.right else 2]
+
+    def work(self, *inputs: Tensor) -> float:
+        """Small matrices waste some."""
+        rows = inputs[0].shape[2 if self.left else 1]
+        columns = inputs[1].shape[1 if self.right else 2]
+        waste = max(rows, WIDTH) * max(columns, WIDTH) / (rows * columns)
+        return self.flops(*inputs) * waste

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+
+WIDTH = 16
+"""Rows or columns of a matrix below which a product of matrices takes no less time."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,31 @@ class Step:
         """Compute the step."""
         return self.compute(*inputs, *self.attributes)  # type: ignore[arg-type]
 
+    def estimate(self, *inputs: Tensor) -> Tensor:
+        """A tensor like the result, from inputs without data. Default: computes it."""
+        return self(*inputs)
+
     def flops(self, *inputs: Tensor) -> int:
         """Multiplications and additions. Default: none, as of views and copies."""
         return 0
+
+    def work(self, *inputs: Tensor) -> float:
+        """Multiplications and additions of a good matrix product that takes as long."""
+        return self.flops(*inputs)
 
     def moved(self, *inputs: Tensor) -> int:
         """Elements read and written on the way, besides arguments and result. Default: none."""
         return 0
 
-    @property
-    def launches(self) -> int:
+    def held(self, *inputs: Tensor) -> int:
+        """Elements held on the way, besides arguments and result. Default: none."""
+        return 0
+
+    def launches(self, *inputs: Tensor) -> int:
         """Number of operations on tensors. Default: one."""
         return 1
+
+
+def has_depthwise_kernels(tensor: Tensor) -> bool:
+    """Whether convolutions of many groups are one operation, for a tensor's dtype and device."""
+    return tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,188 @@
+"""The step that computes a Gram matrix of windows, by one of three methods, and what each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kfac_tn.tn.gram.cells import COPIES, gram_by_cells
+from kfac_tn.tn.gram.correlations import CONVOLVE, TapCell, cells_of_taps, gram_by_correlations
+from kfac_tn.tn.gram.unfolding import LEAST_CHUNK, division, gram_by_unfolding, symmetric_share
+from kfac_tn.tn.gram.windows import Windows, amounts
+from kfac_tn.tn.steps import COMPUTE, Step
+from kfac_tn.tn.steps.step import WIDTH, has_depthwise_kernels
+
+Method: TypeAlias = Callable[[Tensor, tuple[Windows, ...], float], Tensor]
+
+METHODS: dict[str, Method] = {
+    "unfolding": gram_by_unfolding,
+    "cells": gram_by_cells,
+    "correlations": gram_by_correlations,
+}
+"""How to compute the Gram matrix of `[shared, examples, channels, *sizes]` through windows."""
+
+DILATED_WASTE = 12
+"""How much longer depthwise convolutions with dilated kernels take than products of matrices."""
+
+
+def applies(method: str, channels: int, windows: tuple[Windows, ...]) -> bool:
+    """Whether a method can be used.
+
+    Args:
+        method: Its name.
+        channels: Number of channels in each group.
+        windows: Of each axis; none for a tensor that is no windows.
+    """
+    if method == "correlations":
+        return channels == 1 and len(windows) in CONVOLVE
+    return method != "cells" or bool(windows)
+
+
+@dataclass(frozen=True)
+class WindowGram(Step):
+    """Multiply the windows of a tensor with themselves, summed over all their positions.
+
+    Attributes:
+        axes: Of the tensor: those that both copies share and the result keeps, those that are
+            summed over, those of which each copy has its own, and those with windows. Without
+            windows, the last are further ones that are summed over, innermost in memory.
+        windows: Of each axis with windows. The result has the axes
+            `[*shared, *own, *kernels, *own, *kernels]`.
+        method: Name of the method.
+        scale: What the result is multiplied by.
+    """
+
+    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    windows: tuple[Windows, ...]
+    method: str
+    scale: float = 1.0
+
+    @staticmethod
+    def compute(  # type: ignore[override]
+        tensor: Tensor,
+        axes: tuple[tuple[int, ...], ...],
+        windows: tuple[Windows, ...],
+        method: str,
+        scale: float,
+    ) -> Tensor:
+        """Multiply."""
+        shared, examples, own, sizes = ([tensor.shape[a] for a in group] for group in axes)
+        last = sizes if windows else [prod(sizes)]
+        x = tensor.permute([axis for group in axes for axis in group])
+        x = x.reshape(prod(shared), prod(examples), prod(own), *last)
+        rows = [*own, *(window.kernel_size for window in windows)]
+        return METHODS[method](x, windows, scale).reshape(*shared, *rows, *rows)
+
+    def estimate(self, *inputs: Tensor) -> Tensor:
+        """A tensor like the result."""
+        shape = [inputs[0].shape[axis] for axis in self.axes[0]]
+        rows = [inputs[0].shape[axis] for axis in self.axes[2]]
+        rows += [window.kernel_size for window in self.windows]
+        return inputs[0].new_empty(*shape, *rows, *rows)
+
+    def flops(self, *inputs: Tensor) -> int:
+        """Multiplications and additions, those included that symmetry saves."""
+        return self._flops(inputs[0], 1)
+
+    def work(self, *inputs: Tensor) -> float:
+        """Small matrices waste some; of symmetric products, half is saved."""
+        work = float(self._flops(inputs[0], WIDTH))
+        if self.method == "unfolding":
+            _, examples, channels, positions = self._sizes(inputs[0])
+            work *= symmetric_share(channels * self._kernel, examples * positions)
+        if self.method == "correlations":
+            dilated = any(window.stride > 1 for window in self.windows)
+            work *= DILATED_WASTE if dilated else 2
+        return work
+
+    def _flops(self, x: Tensor, width: int) -> int:
+        shared, examples, channels, positions = self._sizes(x)
+        if self.method == "unfolding":
+            size = max(channels * self._kernel, width)
+            return 2 * shared * size**2 * examples * positions
+        if self.method == "cells":
+            return 2 * shared * examples * amounts(self.windows).pairs * max(channels, width) ** 2
+        *_, last = self.windows
+        taps = last.kernel_size**2 * last.output_size
+        first = 2 if len(self.windows) > 1 else 1  # half of the offsets along the first axis
+        offsets = prod(2 * w.kernel_size - 1 for w in self.windows[:-1])
+        cells = prod(sum(c for _, c, _ in cells_of_taps(w)) for w in self.windows[:-1])
+        return 2 * shared * examples * taps * cells * offsets // first
+
+    def moved(self, *inputs: Tensor) -> int:
+        """Elements read and written on the way: copies, and products added to blocks."""
+        x = inputs[0]
+        shared, examples, channels, positions = self._sizes(x)
+        result = shared * (channels * self._kernel) ** 2
+        if self.method == "unfolding":
+            copied = positions * examples * channels * self._kernel * shared
+            chunks = self._chunks(x)
+            view = not self.windows and (1 in (examples, positions) or chunks == examples)
+            return 2 * (chunks - 1) * result + (0 if view else 3 * copied)
+        if self.method == "cells":
+            there = amounts(self.windows)
+            rows = self.windows[0].size * shared * examples * channels
+            blocks = shared * channels**2 * (there.cells + 2 * there.sums)
+            return 2 * there.copied * rows + 2 * x.numel() + blocks + 6 * result
+        return 6 * x.numel() + 4 * result * len(self._cells)
+
+    def launches(self, *inputs: Tensor) -> int:
+        """Number of operations on tensors."""
+        if self.method == "unfolding":
+            return 5 * self._chunks(inputs[0])
+        if self.method == "cells":
+            there = amounts(self.windows)
+            return 4 * there.cells + 6 * there.offsets + 4 * self._kernel + there.sums
+        *_, last = self.windows
+        calls = len(self._cells) * last.kernel_size
+        images = inputs[0].shape[0] * prod(self._sizes(inputs[0])[:2])
+        each = 8 if has_depthwise_kernels(inputs[0]) else images
+        taps = sum(prod(len(members) for _, _, members in cells) for cells in self._cells)
+        return each * calls + 3 * taps
+
+    def held(self, *inputs: Tensor) -> int:
+        """Elements held on the way, besides arguments and result."""
+        x = inputs[0]
+        shared, examples, channels, positions = self._sizes(x)
+        if self.method == "unfolding":
+            unfolded = positions * examples * channels * self._kernel * shared
+            return x.numel() + min(unfolded, max(x.numel(), LEAST_CHUNK))
+        if self.method == "cells":
+            there = amounts(self.windows)
+            grams = (there.cells + there.sums) * shared * channels**2
+            return x.numel() + min(COPIES * x.numel(), max(x.numel(), LEAST_CHUNK)) + grams
+        return 2 * x.numel()
+
+    def _sizes(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Shared, examples, channels and positions."""
+        shared, examples, channels, sizes = (
+            prod(x.shape[axis] for axis in group) for group in self.axes
+        )
+        if self.windows:
+            sizes = prod(window.output_size for window in self.windows)
+        return shared, examples, channels, sizes
+
+    def _chunks(self, x: Tensor) -> int:
+        shared, examples, channels, positions = self._sizes(x)
+        sizes = (shared, examples, channels)
+        count, rows = division(sizes, x.numel(), self.windows, positions)
+        outputs = self.windows[0].output_size if self.windows else positions
+        return -(-examples // count) * -(-outputs // rows)
+
+    @property
+    def _kernel(self) -> int:
+        return prod(window.kernel_size for window in self.windows)
+
+    @property
+    def _cells(self) -> list[tuple[TapCell, ...]]:
+        return list(product(*map(cells_of_taps, self.windows[:-1])))
+
+
+# torch.compile takes the method as one call, and traces what it does on tensors.
+COMPUTE[WindowGram.__name__] = torch.compiler.allow_in_graph(WindowGram.compute)

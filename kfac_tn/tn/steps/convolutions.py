@@ -1,0 +1,133 @@
+"""Convolutions by torch's own kernels, and their derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kfac_tn.tn.steps.step import WIDTH, Step, has_depthwise_kernels
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Convolutional(Step):
+    """What the three have in common.
+
+    Attributes:
+        stride: Of each spatial dimension, like the others.
+        padding: Zeros on both sides.
+        dilation: Distance of kernel positions.
+        groups: Number of groups.
+    """
+
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+    groups: int
+
+    def flops(self, *inputs: Tensor) -> int:
+        """Multiplications and additions: each kernel element meets each output position."""
+        result, kernel = self._result_and_kernel(*inputs)
+        return 2 * result.numel() * kernel.numel() // kernel.shape[0]
+
+    def work(self, *inputs: Tensor) -> float:
+        """Groups of few channels waste some, but for one alone there are special kernels."""
+        _, kernel = self._result_and_kernel(*inputs)
+        rows, columns = kernel.shape[0] // self.groups, kernel.shape[1]
+        if self.groups == 1 or rows == columns == 1:
+            return self.flops(*inputs) * min(self.groups, 2)
+        return self.flops(*inputs) * max(rows, WIDTH) * max(columns, WIDTH) / (rows * columns)
+
+    def launches(self, *inputs: Tensor) -> int:
+        """Number of operations on tensors."""
+        return 2 if has_depthwise_kernels(inputs[0]) else 2 + 4 * self.groups
+
+    def _result_and_kernel(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution's result and its kernel, be they arguments or computed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Convolve(_Convolutional):
+    """Convolve `[N, C, *I]` with a kernel `[D, C / groups, *K]`."""
+
+    @staticmethod
+    def compute(  # type: ignore[override]
+        image: Tensor, kernel: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+    ) -> Tensor:
+        """Convolve."""
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+        return convolve(image, kernel, None, stride, padding, dilation, groups)
+
+    def _result_and_kernel(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self(*inputs), inputs[1]
+
+
+@dataclass(frozen=True)
+class ConvolveTransposed(_Convolutional):
+    """The adjoint of `Convolve` in its image: from `[N, D, *O]` and the kernel to `[N, C, *I]`.
+
+    Attributes:
+        output_padding: What size is added at the end, besides what the others say.
+    """
+
+    output_padding: Sizes
+
+    @staticmethod
+    def compute(  # type: ignore[override]
+        result: Tensor,
+        kernel: Tensor,
+        stride: Sizes,
+        padding: Sizes,
+        dilation: Sizes,
+        groups: int,
+        output_padding: Sizes,
+    ) -> Tensor:
+        """Convolve with the transposed convolution."""
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(stride) - 1]
+        return convolve(result, kernel, None, stride, padding, output_padding, groups, dilation)
+
+    def _result_and_kernel(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs[0], inputs[1]
+
+
+@dataclass(frozen=True)
+class ConvolveBackward(_Convolutional):
+    """The adjoint of `Convolve` in its kernel: from the image and `[N, D, *O]` to the kernel.
+
+    Attributes:
+        kernel_size: Of each spatial dimension.
+    """
+
+    kernel_size: Sizes
+
+    @staticmethod
+    def compute(  # type: ignore[override]
+        image: Tensor,
+        result: Tensor,
+        stride: Sizes,
+        padding: Sizes,
+        dilation: Sizes,
+        groups: int,
+        kernel_size: Sizes,
+    ) -> Tensor:
+        """Sum over examples and outputs."""
+        device = image.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            lower = torch.get_autocast_dtype(device)  # as of all products: this one isn't asked
+            image, result = image.to(lower), result.to(lower)
+        shape = (result.shape[1], image.shape[1] // groups, *kernel_size)
+        kernel = image.new_empty(1).expand(shape)  # only its shape matters
+        none = [0] * len(stride)
+        mask = [False, True, False]
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            result, image, kernel, None, stride, padding, dilation, False, none, groups, mask
+        )
+        return gradient
+
+    def _result_and_kernel(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs[1], self(*inputs)

@@ -1,0 +1,75 @@
+"""Whatever algorithm is forced, the result is the same as by the default, which has oracles."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from kfac_tn import tn
+from kfac_tn.tn.plan import recipe
+from kfac_tn.tn.steps import Convolve, ConvolveBackward, ConvolveTransposed
+from tests.tn.test_operations import ANY, ANY_4D, BUILDERS
+
+torch.set_num_threads(1)
+CONVOLUTIONS = (Convolve, ConvolveTransposed, ConvolveBackward)
+
+
+def operands_of(network, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(shape, dtype=dtype, generator=generator)
+        for name, shape in network.operands.items()
+    }
+
+
+@pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: builder.__name__)
+@settings(max_examples=25)
+@given(spec=st.one_of(ANY, ANY_4D), simplified=st.booleans())
+def test_every_algorithm_gives_the_same(builder, spec, simplified):
+    network = builder(spec)
+    network = network.simplify() if simplified else network
+    operands = operands_of(network)
+    steps = recipe(network, torch.float64)
+    expected = network.evaluate(**operands)
+    scale = expected.abs().max().clamp(min=1e-300)
+    for other in steps.others:
+        actual = network.evaluate(algorithm=other.algorithm, **operands)
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max() <= 1e-12 * scale, other.algorithm
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolutions_are_recognized(transposed, groups):
+    """The network itself, its derivatives and tangents; in one to three dimensions; not in four."""
+    for dimensions in (1, 2, 3):
+        shape = (2, 4, *[7] * dimensions)
+        spec = tn.ConvSpec(
+            shape, (4, 4 // groups, *[3] * dimensions), 2, 1, groups=groups, transposed=transposed
+        )
+        for builder in (tn.forward, tn.input_vjp, tn.weight_vjp, tn.input_jvp, tn.weight_jvp):
+            steps = builder(spec).simplify().plan("convolution").instructions
+            assert sum(isinstance(i.step, CONVOLUTIONS) for i in steps) == 1
+    spec = tn.ConvSpec((2, 4, *[5] * 4), (4, 4, *[2] * 4))
+    with pytest.raises(ValueError, match="doesn't apply"):
+        tn.forward(spec).plan("convolution")
+
+
+def test_what_is_no_convolution_is_left_alone():
+    spec = tn.ConvSpec((2, 4, 9, 9), (6, 4, 3, 3), padding=1)
+    for builder in (tn.unfold_input, tn.kfac_expand_input_factor, tn.ggn_diagonal):
+        with pytest.raises(ValueError, match="doesn't apply"):
+            builder(spec).simplify().plan("convolution")
+
+
+def test_kernels_of_size_one_along_an_axis_need_no_copy():
+    spec = tn.ConvSpec((2, 4, 9, 9), (6, 4, 1, 7), padding=(0, 3))
+    network = tn.forward(spec).simplify()
+    (convolve,) = (
+        i.step for i in network.plan("convolution").instructions if isinstance(i.step, Convolve)
+    )
+    assert convolve.padding == (0, 3)
+    operands = operands_of(network)
+    expected = F.conv2d(operands["input"], operands["weight"], padding=(0, 3))
+    torch.testing.assert_close(network.evaluate(algorithm="convolution", **operands), expected)
