@@ -143,6 +143,13 @@ class Capture:
         self._grad_output_sums: Sums[LayerBlock] = defaultdict(WeightedSum)
         self._diagonal_sums: Sums[Parameter] = defaultdict(WeightedSum)
         self._passes: dict[int, _Pass] = {}
+        self._columns_seen = 0
+        self.sizes: dict[LayerBlock, tuple[int, int]] = {}  # examples, and times positions
+
+    @property
+    def passes(self) -> float:
+        """Extra backward passes for each of the user's since the last ``take``."""
+        return self._columns_seen / max(1, len(self._passes))
 
     def observe(self, outputs: Tensor, targets: Tensor, weight: float | Tensor = 1.0) -> None:
         """Record a loss that isn't computed by the loss module: between forward and backward.
@@ -236,6 +243,8 @@ class Capture:
                 statistic = block.family.average_input(module, x.detach(), bias)
         examples, positions = block.family.batch_and_positions(module, output)
         statistic = _unshared(statistic, x)
+        before = self.sizes.get(block, (0, 0))
+        self.sizes[block] = before[0] + examples, before[1] + examples * positions
         remember(edge, self._key, Call(block, module, output.shape, statistic, examples, positions))
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
@@ -315,6 +324,7 @@ class Capture:
             return
         one_pass = self._begin(task, scale)
         for column in columns:
+            self._columns_seen += 1
             # A mean over no terms (all targets ignored) is NaN: its weight is zero.
             column = torch.where(scale > 0, column, 0).to(outputs.dtype)
             received: list[tuple[Call, Tensor]] = []

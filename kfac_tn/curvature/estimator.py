@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Capture, Factors, Fisher, Statistics
 from kfac_tn.curvature.compute import layout_of
+from kfac_tn.curvature.intervals import Interval, intervals, is_due, layer_work, total
 from kfac_tn.curvature.kronecker import mean_eigenvalue
 from kfac_tn.curvature.moving import MovingFactors, invert
 from kfac_tn.layers import ApproximationChoice, LayerBlock, partition
@@ -31,8 +31,9 @@ class CurvatureOptions:
         mc_samples: Samples for ``fisher="mc"``.
         relative_damping: Whether damping is in units of each block's mean eigenvalue.
         factor_decay: Decay of the factors' moving averages.
-        factor_interval: Steps between statistics.
-        inverse_interval: Steps between inversions.
+        factor_interval: Steps between statistics, or ``"auto"``.
+        inverse_interval: Steps between inversions, or ``"auto"``.
+        overhead: What a step may cost more with ``"auto"``, relative to the model's own passes.
         seed: Of the Monte-Carlo samples.
 
     Raises:
@@ -44,8 +45,9 @@ class CurvatureOptions:
     mc_samples: int
     relative_damping: bool
     factor_decay: float
-    factor_interval: int
-    inverse_interval: int
+    factor_interval: Interval
+    inverse_interval: Interval
+    overhead: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -53,8 +55,14 @@ class CurvatureOptions:
             raise ValueError(f"factor_decay is {self.factor_decay}: it must be in [0, 1).")
         for name in ("factor_interval", "inverse_interval"):
             interval = getattr(self, name)
-            if interval < 1 or interval != int(interval):
-                raise ValueError(f"{name} is {interval}: it must be a positive whole number.")
+            if interval == "auto":
+                continue
+            if isinstance(interval, str) or interval < 1 or interval != int(interval):
+                raise ValueError(
+                    f"{name} is {interval!r}: it must be a positive whole number, or 'auto'."
+                )
+        if not 0 < self.overhead < float("inf"):
+            raise ValueError(f"overhead is {self.overhead}: it must be positive.")
 
 
 class CurvatureEstimator:
@@ -86,6 +94,7 @@ class CurvatureEstimator:
     ) -> None:
         self.options = options
         self.steps = 0
+        self._automatic = 1, 1  # intervals, until the first statistics say more
         self._model, self._loss_fn = model, loss_fn
         self._damping, self._group = damping, group
         self._generators: dict[str, torch.Generator] = {}
@@ -195,12 +204,13 @@ class CurvatureEstimator:
                 "that was given (not a copy, nor its functional form), or call "
                 "observe(outputs, targets) between the model and backward()."
             )
+        self._plan()
         statistics = self.finite(self.capture.take())
         for moving in self._moving:
             moving.update(
                 {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
             )
-        due = self._due(self.options.inverse_interval)
+        due = is_due(self.steps, self.intervals[1])
         wanting: dict[float, list[MovingFactors]] = {}
         for moving in self._moving:
             if due or moving.lacks_inverse:
@@ -212,7 +222,7 @@ class CurvatureEstimator:
                     "in use."
                 )
         self.steps += 1
-        self.capture.armed = self._due(self.options.factor_interval)
+        self.capture.armed = is_due(self.steps, self.intervals[0])
 
     def finite(self, statistics: Statistics) -> Statistics:
         """The statistics, or none at all if any of them isn't finite."""
@@ -299,6 +309,7 @@ class CurvatureEstimator:
         return {
             "steps": self.steps,
             "armed": self.capture.armed,
+            "intervals": self._automatic,
             "factors": self._factors_state(),
             "generators": generators,
         }
@@ -335,10 +346,24 @@ class CurvatureEstimator:
             self._generator(torch.device(device)).set_state(generator_state.cpu())
         self.capture.discard()
         self.capture.armed = state["armed"]
+        self._automatic = tuple(state["intervals"])
 
-    def _due(self, interval: int) -> bool:
-        early, end = early_steps(interval)
-        return self.steps in early or (self.steps >= end and self.steps % interval == 0)
+    @property
+    def intervals(self) -> tuple[int, int]:
+        """Steps between statistics and between inversions, as they are now."""
+        given = self.options.factor_interval, self.options.inverse_interval
+        statistics, inverses = (
+            automatic if interval == "auto" else interval
+            for interval, automatic in zip(given, self._automatic, strict=True)
+        )
+        return statistics, inverses
+
+    def _plan(self) -> None:
+        """Set automatic intervals from the sizes of the step that is ending."""
+        sizes, passes = self.capture.sizes, self.capture.passes
+        if sizes:
+            work = total(layer_work(block, *size, passes) for block, size in sizes.items())
+            self._automatic = intervals(work, self.options.overhead)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         key = str(device)
@@ -364,25 +389,6 @@ def _fits(moving: MovingFactors, name: str, entry: Mapping[str, Tensor]) -> bool
     """Whether the factors saved for a layer are of the size that it has now."""
     sizes = {block.name: block.input_dim + (block.bias is not None) for block in moving.blocks}
     return sizes.get(name) == entry["input"].shape[-1]
-
-
-@lru_cache
-def early_steps(interval: int) -> tuple[frozenset[int], int]:
-    """Steps at which something is due before its interval is reached, and where that phase ends.
-
-    Early curvature changes fast and there is nothing to average yet; so the gap is a quarter of the
-    steps taken until then, one at first.
-
-    Example:
-        >>> early, end = early_steps(3)
-        >>> sorted(early), end
-        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12], 12)
-    """
-    steps, step = {0}, 0
-    while (gap := max(1, step // 4)) < interval:
-        step += gap
-        steps.add(step)
-    return frozenset(steps), step
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

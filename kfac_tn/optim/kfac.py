@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Fisher
 from kfac_tn.curvature.estimator import CurvatureEstimator, CurvatureOptions, all_finite
+from kfac_tn.curvature.intervals import Interval
 from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.adam import adam_updates, cast_moments
@@ -85,8 +86,10 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             tr(A) tr(B) / (d_in d_out), so that one value serves layers and losses of every scale,
             or absolute.
         factor_decay: Decay of the moving averages of A and B, by update; their start is corrected.
-        factor_interval: Steps between updates of A and B.
-        inverse_interval: Steps between inversions.
+        factor_interval: Steps between updates of A and B, or ``"auto"``: as many as keep a step's
+            cost below ``overhead``, by counting operations (``kfac_tn.curvature.intervals``).
+        inverse_interval: Steps between inversions, or ``"auto"``.
+        overhead: What a step may cost more than the model's own passes, with ``"auto"``.
         step_rule: ``"graft"``; ``"kl_clip"``: d, shrunk such that lr^2 d^T m stays below
             ``kl_clip`` (over all layers together); ``"fixed"``: d as it is; ``"quadratic"``:
             learning rate and momentum from the exact GGN on the batch. Or a rule of
@@ -135,8 +138,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
         factor_decay: float = 0.9,
-        factor_interval: int = 20,
-        inverse_interval: int = 100,
+        factor_interval: Interval = 20,
+        inverse_interval: Interval = 100,
+        overhead: float = 0.25,
         step_rule: StepRuleName | StepRule = "graft",
         kl_clip: float = 1e-3,
         trust_region: float | None = None,
@@ -160,6 +164,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             factor_decay=factor_decay,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
+            overhead=overhead,
             seed=seed,
         )
         defaults = {

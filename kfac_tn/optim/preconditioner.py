@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from kfac_tn.capture import Fisher
 from kfac_tn.curvature.estimator import CurvatureEstimator, CurvatureOptions, all_finite
+from kfac_tn.curvature.intervals import Interval
 from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
@@ -40,8 +41,9 @@ class KFACPreconditioner(CurvatureUser):
             ``preconditioner.damping`` to change it.
         relative_damping: Whether in units of each block's mean eigenvalue.
         factor_decay: Decay of the factors' moving averages.
-        factor_interval: Steps between statistics.
-        inverse_interval: Steps between inversions.
+        factor_interval: Steps between statistics, or ``"auto"``.
+        inverse_interval: Steps between inversions, or ``"auto"``.
+        overhead: What a step may cost more with ``"auto"``.
         seed: Of the samples.
 
     Raises:
@@ -77,8 +79,9 @@ class KFACPreconditioner(CurvatureUser):
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
         factor_decay: float = 0.9,
-        factor_interval: int = 20,
-        inverse_interval: int = 100,
+        factor_interval: Interval = 20,
+        inverse_interval: Interval = 100,
+        overhead: float = 0.25,
         seed: int = 0,
     ) -> None:
         self._rule = step_rule_of(step_rule, kl_clip)
@@ -102,6 +105,7 @@ class KFACPreconditioner(CurvatureUser):
             factor_decay=factor_decay,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
+            overhead=overhead,
             seed=seed,
         )
         self._prepare()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfac_tn.curvature.estimator import early_steps
+from kfac_tn.curvature.intervals import is_due
 from kfac_tn.optim.step_rules import Fixed, Graft, KLClip, Proposal, StepRule, limit_norm
 
 StepRuleName: TypeAlias = Literal["graft", "kl_clip", "fixed", "quadratic"]
@@ -40,7 +40,7 @@ class QuadraticModel(StepRule):
     needs_batch = True
 
     def __init__(
-        self, interval: int = 1, momentum: bool = True, relative_norm: float | None = 0.1
+        self, interval: int = 1, momentum: bool = True, relative_norm: float | None = 0.3
     ) -> None:
         if relative_norm is not None and not relative_norm > 0:
             raise ValueError(f"relative_norm is {relative_norm}: it must be positive.")
@@ -50,8 +50,7 @@ class QuadraticModel(StepRule):
         self.coefficients = torch.zeros(2, dtype=torch.float64)
 
     def wants_batch(self, step: int) -> bool:  # noqa: D102
-        early, end = early_steps(self.interval)
-        return step in early or (step >= end and step % self.interval == 0)
+        return is_due(step, self.interval)
 
     def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
         directions, states = proposal.directions, proposal.states

@@ -1,0 +1,130 @@
+"""When curvature is renewed: dense at the beginning, and then as often as a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Literal, TypeAlias
+
+from kfac_tn.layers import LayerBlock
+
+Interval: TypeAlias = int | Literal["auto"]
+
+LONGEST = 500
+"""Steps after which statistics are renewed at the latest; inverses after twice as many."""
+
+_LEAST_SHARE = 0.2
+"""Of the budget, for statistics and inverses, where the products in every step take it all."""
+
+
+@lru_cache
+def early_steps(interval: int) -> tuple[frozenset[int], int]:
+    """Steps at which something is due before its interval is reached, and where that phase ends.
+
+    Early curvature changes fast and there is nothing to average yet; so the gap is a quarter of the
+    steps taken until then, one at first.
+
+    Example:
+        >>> early, end = early_steps(3)
+        >>> sorted(early), end
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12], 12)
+    """
+    steps, step = {0}, 0
+    while (gap := max(1, step // 4)) < interval:
+        step += gap
+        steps.add(step)
+    return frozenset(steps), step
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something is due at a step, counted from 0."""
+    early, end = early_steps(interval)
+    return step in early or (step >= end and step % interval == 0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training step costs: floating-point operations, in units of a large matrix product's.
+
+    Attributes:
+        model: Forward and backward pass of the layers, in every step.
+        products: With the inverses, in every step.
+        statistics: Factors and extra backward passes, each time they are renewed.
+        inverses: Each time they are renewed.
+    """
+
+    model: float = 0.0
+    products: float = 0.0
+    statistics: float = 0.0
+    inverses: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.model + other.model,
+            self.products + other.products,
+            self.statistics + other.statistics,
+            self.inverses + other.inverses,
+        )
+
+
+def layer_work(block: LayerBlock, examples: int, rows: int, passes: float) -> Work:
+    """What one layer costs.
+
+    Args:
+        block: The layer.
+        examples: In all its calls of a step.
+        rows: Examples times shared positions.
+        passes: Extra backward passes; each costs half of the user's, having no weight's gradient.
+
+    Example:
+        >>> import torch
+        >>> from kfac_tn.layers import partition
+        >>> (block,), _ = partition(torch.nn.Linear(9, 4))
+        >>> layer_work(block, examples=8, rows=8, passes=1)
+        Work(model=1920, products=1120, statistics=2496, inverses=95992)
+    """
+    d_in, d_out = block.input_dim + (block.bias is not None), block.grad_output_dim
+    forward = 2 * rows * block.groups * d_in * d_out
+    vectors = rows if block.approximation == "expand" else examples
+    grams = 2 * vectors * block.groups * (d_in**2 + d_out**2 * passes)
+    return Work(
+        model=3 * forward,
+        products=2 * block.groups * d_in * d_out * (d_in + d_out),
+        statistics=grams + passes * forward,
+        inverses=block.groups * (_inversion(d_in) + _inversion(d_out)),
+    )
+
+
+def total(works: Iterable[Work]) -> Work:
+    """The sum."""
+    return sum(works, Work())
+
+
+def intervals(work: Work, overhead: float) -> tuple[int, int]:
+    """Steps between statistics and between inverses such that a step costs little more.
+
+    The budget is ``overhead`` times the model's work. What the products with the inverses leave
+    over of it, a fifth at least, is shared equally by statistics and inverses.
+
+    Example:
+        >>> intervals(Work(model=100, products=5, statistics=60, inverses=200), overhead=0.25)
+        (6, 20)
+    """
+    budget = overhead * work.model
+    each = max(budget - work.products, _LEAST_SHARE * budget) / 2
+    if not each:
+        return LONGEST, 2 * LONGEST
+    statistics = min(max(1, ceil(work.statistics / each)), LONGEST)
+    inverses = min(max(statistics, ceil(work.inverses / each)), 2 * LONGEST)
+    return statistics, inverses
+
+
+def _inversion(size: int) -> float:
+    """A Cholesky factorization and the inverse from it, with the damping.
+
+    Fitted to one thread of a server's CPU in float32: there it takes as long as 5 size^3 operations
+    of a matrix product at size 256, 3 size^3 at 1024 (the product itself: 2 size^3).
+    """
+    return 3 * size**3 + 800 * size**2
