@@ -226,7 +226,7 @@ class Capture:
             return
         if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
             return
-        x = args[0] if args else kwargs["input"]
+        x = block.family.input_of(module, args, kwargs)
         edge = output_edge(output)
         if edge is not None:
             self._record(block, module, x, output, edge)

@@ -117,10 +117,10 @@ class Setting:
 def exact_settings(seed: int = 0) -> Iterator[Setting]:
     """Settings in which KFAC is exact (Eschenhagen et al. 2023, Section 3).
 
-    Single convolutions of every kind (1-d to 3-d, grouped, strided, dilated, every padding), whose
-    output is the prediction (expand) or is averaged (reduce); deep linear networks applied at
-    every position (expand, in every layer); deep circular linear CNNs that are averaged (reduce, in
-    every layer). Joint blocks of weight and bias.
+    Single convolutions of every kind (1-d to 3-d, grouped, strided, dilated, transposed, every
+    padding), whose output is the prediction (expand) or is averaged (reduce); deep linear networks
+    applied at every position (expand, in every layer); deep circular linear CNNs that are averaged
+    (reduce, in every layer). Joint blocks of weight and bias.
 
     Args:
         seed: Of parameters and data; the global random state is left as it was.
@@ -153,7 +153,17 @@ _CONVOLUTIONS: tuple[tuple[int, dict], ...] = (
     (3, {"kernel_size": 2, "padding": 1, "stride": (1, 2, 1), "groups": 2}),
     (3, {"kernel_size": (2, 1, 3), "padding": "same"}),
 )
+_TRANSPOSED: tuple[tuple[int, dict], ...] = (
+    (1, {"kernel_size": 3, "stride": 2, "output_padding": 1}),
+    (2, {"kernel_size": 3, "padding": 1}),
+    (2, {"kernel_size": (2, 3), "stride": (2, 1), "dilation": (1, 2), "groups": 2}),
+    (2, {"kernel_size": 2, "stride": 2, "groups": 4, "bias": False}),
+    (2, {"kernel_size": 2, "stride": 3, "padding": (1, 0), "output_padding": (0, 2)}),
+    (2, {"kernel_size": 2, "dilation": 3, "output_padding": 2}),
+    (3, {"kernel_size": 2, "stride": (1, 2, 1), "padding": (0, 1, 1), "groups": 2}),
+)
 _SIZES = {1: (9,), 2: (6, 7), 3: (3, 4, 4)}
+_TRANSPOSED_SIZES = {1: (4,), 2: (3, 2), 3: (2, 3, 2)}
 
 
 class _Pool(Module):
@@ -163,24 +173,30 @@ class _Pool(Module):
         return x.flatten(2).mean(2)
 
 
-def _convolution(dimension: int, options: dict, out_channels: int) -> Module:
-    kinds = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
-    return kinds[dimension](4, out_channels, **options, dtype=torch.float64)
-
-
 def _single_convolutions() -> Iterator[Setting]:
+    kinds: dict[int, type[Module]]
+    kinds = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
     for dimension, options in _CONVOLUTIONS:
-        names = ("0.weight", "0.bias") if options.get("bias", True) else ("0.weight",)
-        text = ", ".join(f"{key}={value}" for key, value in options.items())
-        for reduction in ("mean", "sum"):
-            x = torch.rand(3, 4, *_SIZES[dimension], dtype=torch.float64)
-            model = torch.nn.Sequential(_convolution(dimension, options, 4))
-            mse = torch.nn.MSELoss(reduction=reduction)
-            title = f"Conv{dimension}d({text}), {reduction}"
-            yield Setting(title, model, mse, x, torch.rand_like(model(x)), "expand", (names,))
-            pooled = torch.nn.Sequential(_convolution(dimension, options, 4), _Pool())
-            y = torch.rand(3, 4, dtype=torch.float64)
-            yield Setting(f"pooled {title}", pooled, mse, x, y, "reduce", (names,))
+        yield from _single_layer(kinds[dimension], options, _SIZES[dimension])
+    kinds = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}
+    for dimension, options in _TRANSPOSED:
+        yield from _single_layer(kinds[dimension], options, _TRANSPOSED_SIZES[dimension])
+
+
+def _single_layer(
+    kind: type[Module], options: dict[str, Any], size: tuple[int, ...]
+) -> Iterator[Setting]:
+    names = ("0.weight", "0.bias") if options.get("bias", True) else ("0.weight",)
+    text = ", ".join(f"{key}={value}" for key, value in options.items())
+    for reduction in ("mean", "sum"):
+        x = torch.rand(3, 4, *size, dtype=torch.float64)
+        model = torch.nn.Sequential(kind(4, 4, **options, dtype=torch.float64))
+        mse = torch.nn.MSELoss(reduction=reduction)
+        title = f"{kind.__name__}({text}), {reduction}"
+        yield Setting(title, model, mse, x, torch.rand_like(model(x)), "expand", (names,))
+        pooled = torch.nn.Sequential(kind(4, 4, **options, dtype=torch.float64), _Pool())
+        y = torch.rand(3, 4, dtype=torch.float64)
+        yield Setting(f"pooled {title}", pooled, mse, x, y, "reduce", (names,))
 
 
 def _pointwise_networks() -> Iterator[Setting]:

@@ -121,7 +121,13 @@ def go_through(model: Module, loader: Iterable[tuple[Tensor, Tensor]], capture: 
 
 def layout_of(block: LayerBlock) -> Layout:
     """Where the parameters of a layer lie in its block."""
-    return Layout(block.weight_name, block.weight.shape, block.bias_name, block.groups)
+    return Layout(
+        block.weight_name,
+        block.weight.shape,
+        block.bias_name,
+        block.groups,
+        block.family.transposed,
+    )
 
 
 def _zero(block: LayerBlock) -> Factors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Size, Tensor
@@ -17,48 +17,71 @@ class Layout:
 
     Attributes:
         weight_name: Name of the weight.
-        weight_shape: Its shape ``[G * d_out, ...]``.
+        weight_shape: Its shape ``[G * d_out, ...]``; transposed: ``[G * C_in, d_out, ...]``.
         bias_name: Name of the bias (shape ``[G * d_out]``), or None.
         groups: G.
+        transposed: Whether the weight's second axis is that of the rows, and its first one the
+            slowest of the columns.
     """
 
     weight_name: str
     weight_shape: Size
     bias_name: str | None = None
     groups: int = 1
+    transposed: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the weight, and of the bias if there is one."""
         return (self.weight_name,) if self.bias_name is None else (self.weight_name, self.bias_name)
 
+    @property
+    def rows(self) -> int:
+        """d_out, the number of rows in each group."""
+        shape = self.weight_shape
+        return shape[1] if self.transposed else shape[0] // self.groups
+
+    @property
+    def columns(self) -> int:
+        """Number of columns, that of the bias aside."""
+        return self.weight_shape.numel() // (self.groups * self.rows)
+
+    @property
+    def _channels_first(self) -> tuple[int, int, int]:
+        """A transposed weight in each group: input channels, rows, kernel positions."""
+        channels = self.weight_shape[0] // self.groups
+        return channels, self.rows, self.columns // channels
+
     def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """``[*batch, G, d_out, d_in]`` of a weight (and bias) by name, ``[*batch, *shape]``."""
         weight = tensors[self.weight_name]
         batch = weight.shape[: weight.ndim - len(self.weight_shape)]
-        rows, columns = self.weight_shape[0] // self.groups, self.weight_shape[1:].numel()
-        matrix = weight.reshape(*batch, self.groups, rows, columns)
+        if self.transposed:
+            weight = weight.reshape(*batch, self.groups, *self._channels_first).transpose(-3, -2)
+        matrix = weight.reshape(*batch, self.groups, self.rows, self.columns)
         if self.bias_name is None:
             return matrix
-        bias = tensors[self.bias_name].reshape(*batch, self.groups, rows, 1)
+        bias = tensors[self.bias_name].reshape(*batch, self.groups, self.rows, 1)
         return torch.cat([matrix, bias], dim=-1)
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
         """The inverse of ``to_matrix``."""
         batch = matrix.shape[:-3]
-        if self.bias_name is None:
-            return {self.weight_name: matrix.reshape(*batch, *self.weight_shape)}
-        return {
-            self.weight_name: matrix[..., :-1].reshape(*batch, *self.weight_shape),
-            self.bias_name: matrix[..., -1].reshape(*batch, self.weight_shape[0]),
-        }
+        weight = matrix if self.bias_name is None else matrix[..., :-1]
+        if self.transposed:
+            channels, rows, kernel = self._channels_first
+            weight = weight.reshape(*batch, self.groups, rows, channels, kernel).transpose(-3, -2)
+        named = {self.weight_name: weight.reshape(*batch, *self.weight_shape)}
+        if self.bias_name is not None:
+            named[self.bias_name] = matrix[..., -1].reshape(*batch, self.groups * self.rows)
+        return named
 
     def restrict(self, name: str) -> tuple[Layout, slice]:
         """The layout of the weight or the bias alone, and its columns in the matrix."""
         if name == self.weight_name:
             columns = slice(None) if self.bias_name is None else slice(-1)
-            return Layout(name, self.weight_shape, None, self.groups), columns
-        return Layout(name, self.weight_shape[:1], None, self.groups), slice(-1, None)
+            return replace(self, bias_name=None), columns
+        return Layout(name, Size([self.groups * self.rows]), None, self.groups), slice(-1, None)
 
 
 def split_vector(v: Tensor, shapes: Mapping[str, Size]) -> dict[str, Tensor]:

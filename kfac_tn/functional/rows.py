@@ -44,11 +44,55 @@ def conv_input_rows(
         tensor([[[[0., 1., 2., 1.],
                   [1., 2., 3., 1.]]]])
     """
-    check(x, "x", "[N, C_in, *spatial]", 3)
     geometry = Geometry(kernel_size, stride, padding, dilation, groups, padding_mode)
+    return _unfold(x, geometry, bias)
+
+
+def conv_transpose_input_rows(
+    x: Tensor,
+    kernel_size: Ints,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    bias: bool = False,
+) -> Tensor:
+    """Unfolded input of a transposed convolution: for each output, what a weight is multiplied by.
+
+    Args:
+        x: Input, `[N, C_in, *spatial]`.
+        kernel_size: This and the others as in `conv_transpose_input_factor`.
+        stride: Default: 1.
+        padding: Default: 0.
+        output_padding: Default: 0.
+        groups: Default: 1.
+        dilation: Default: 1.
+        bias: Whether to append a 1 to every row. Default: no.
+
+    Returns:
+        `[groups, N, R, d]`, `R` output positions, `d` as in `conv_transpose_input_factor`.
+
+    Raises:
+        ValueError: As `conv_transpose_input_factor`.
+
+    Example:
+        >>> conv_transpose_input_rows(torch.tensor([[[2.0, 3.0]]]), 2)
+        tensor([[[[2., 0.],
+                  [3., 2.],
+                  [0., 3.]]]])
+    """
+    geometry = Geometry(
+        kernel_size, stride, padding, dilation, groups, "zeros", True, output_padding
+    )
+    return _unfold(x, geometry, bias)
+
+
+def _unfold(x: Tensor, geometry: Geometry, bias: bool) -> Tensor:
+    check(x, "x", "[N, C_in, *spatial]", 3)
     with full_precision(x):
         columns = evaluate("unfold", cast(x), geometry)
-    rows = columns.unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
+    rows = columns.unflatten(1, (geometry.groups, -1)).permute(1, 0, 3, 2)
     return append_one(rows) if bias else rows
 
 

@@ -1,7 +1,7 @@
 """Families of layers: what their inputs and output gradients mean for their parameters."""
 
 from kfac_tn.layers.base import Approximation, LayerFamily
-from kfac_tn.layers.conv import ConvFamily
+from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.linear import LinearFamily
 from kfac_tn.layers.partition import (
     ApproximationChoice,
@@ -15,6 +15,7 @@ __all__ = [
     "Approximation",
     "ApproximationChoice",
     "ConvFamily",
+    "ConvTransposeFamily",
     "LayerBlock",
     "LayerFamily",
     "LinearFamily",

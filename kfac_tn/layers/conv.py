@@ -9,19 +9,38 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn import functional
-from kfac_tn.functional.rows import conv_grad_output_rows, conv_input_rows
+from kfac_tn.functional.rows import (
+    conv_grad_output_rows,
+    conv_input_rows,
+    conv_transpose_input_rows,
+)
 from kfac_tn.layers.base import LayerFamily
 
 
-class ConvFamily(LayerFamily):
-    """``torch.nn.Conv1d`` to ``Conv3d`` and ``kfac_tn.tn.nn.ConvNd``, with all their options."""
+class _ConvFamily(LayerFamily):
+    """What all convolutions share: what is done with their output."""
 
-    def groups(self, module: Any) -> int:  # noqa: D102
+    def groups(self, module: Any) -> int:
         return module.groups
 
-    def batch_and_positions(self, module: Module, output: Tensor) -> tuple[int, int]:  # noqa: D102
+    def batch_and_positions(self, module: Module, output: Tensor) -> tuple[int, int]:
         shape = _batched(module, output).shape
         return shape[0], math.prod(shape[2:])
+
+    def grad_output_factor(self, module: Any, g: Tensor) -> Tensor:
+        return functional.conv_grad_output_factor(
+            _batched(module, g), groups=module.groups, approximation="expand"
+        )
+
+    def sum_grad_output(self, module: Any, g: Tensor) -> Tensor:
+        return functional.conv_sum_grad_output(_batched(module, g), groups=module.groups)
+
+    def grad_output_rows(self, module: Any, g: Tensor) -> Tensor:
+        return conv_grad_output_rows(_batched(module, g), groups=module.groups)
+
+
+class ConvFamily(_ConvFamily):
+    """``torch.nn.Conv1d`` to ``Conv3d`` and ``kfac_tn.tn.nn.ConvNd``, with all their options."""
 
     def input_factor(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
         return functional.conv_input_factor(
@@ -33,19 +52,62 @@ class ConvFamily(LayerFamily):
             _batched(module, x), bias=bias, **_hyper_parameters(module)
         )
 
-    def grad_output_factor(self, module: Any, g: Tensor) -> Tensor:  # noqa: D102
-        return functional.conv_grad_output_factor(
-            _batched(module, g), groups=module.groups, approximation="expand"
-        )
-
-    def sum_grad_output(self, module: Any, g: Tensor) -> Tensor:  # noqa: D102
-        return functional.conv_sum_grad_output(_batched(module, g), groups=module.groups)
-
     def input_rows(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
         return conv_input_rows(_batched(module, x), bias=bias, **_hyper_parameters(module))
 
-    def grad_output_rows(self, module: Any, g: Tensor) -> Tensor:  # noqa: D102
-        return conv_grad_output_rows(_batched(module, g), groups=module.groups)
+    def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
+        x, g = _batched(module, x), _batched(module, g)
+        return functional.conv_per_example_weight_gradient(x, g, **_hyper_parameters(module))
+
+    def weight_diagonal(  # noqa: D102
+        self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None
+    ) -> Tensor:
+        x, g = _batched(module, x), _batched(module, g)
+        return functional.conv_weight_diagonal(
+            x, g, max_memory=max_memory, **_hyper_parameters(module)
+        )
+
+
+class ConvTransposeFamily(_ConvFamily):
+    """``torch.nn.ConvTranspose1d`` to ``3d`` and ``kfac_tn.tn.nn.ConvTransposeNd``.
+
+    To be called without ``output_size``: what is added to an output is ``output_padding``.
+    """
+
+    transposed = True
+
+    def input_of(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # noqa: D102
+        if kwargs.get("output_size", args[1] if len(args) > 1 else None) is not None:
+            raise ValueError(
+                f"output_size at a call of {module} isn't understood here: construct the module "
+                "with the output_padding that gives this size."
+            )
+        return super().input_of(module, args, kwargs)
+
+    def input_factor(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
+        return functional.conv_transpose_input_factor(
+            _batched(module, x), approximation="expand", bias=bias, **_transposed(module)
+        )
+
+    def average_input(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
+        return functional.conv_transpose_average_input(
+            _batched(module, x), bias=bias, **_transposed(module)
+        )
+
+    def input_rows(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
+        return conv_transpose_input_rows(_batched(module, x), bias=bias, **_transposed(module))
+
+    def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
+        x, g = _batched(module, x), _batched(module, g)
+        return functional.conv_transpose_per_example_weight_gradient(x, g, **_transposed(module))
+
+    def weight_diagonal(  # noqa: D102
+        self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None
+    ) -> Tensor:
+        x, g = _batched(module, x), _batched(module, g)
+        return functional.conv_transpose_weight_diagonal(
+            x, g, max_memory=max_memory, **_transposed(module)
+        )
 
 
 def _hyper_parameters(module: Any) -> dict[str, Any]:
@@ -56,6 +118,17 @@ def _hyper_parameters(module: Any) -> dict[str, Any]:
         "dilation": module.dilation,
         "groups": module.groups,
         "padding_mode": module.padding_mode,
+    }
+
+
+def _transposed(module: Any) -> dict[str, Any]:
+    return {
+        "kernel_size": module.kernel_size,
+        "stride": module.stride,
+        "padding": module.padding,
+        "output_padding": module.output_padding,
+        "groups": module.groups,
+        "dilation": module.dilation,
     }
 
 

@@ -44,6 +44,14 @@ class LinearFamily(LayerFamily):
     def grad_output_rows(self, module: Module, g: Tensor) -> Tensor:  # noqa: D102
         return linear_grad_output_rows(_batched(g))
 
+    def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
+        return functional.linear_per_example_weight_gradient(_batched(x), _batched(g))
+
+    def weight_diagonal(  # noqa: D102
+        self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None
+    ) -> Tensor:
+        return functional.linear_weight_diagonal(_batched(x), _batched(g), max_memory)
+
 
 def _batched(x: Tensor) -> Tensor:
     """Give a single vector its batch axis."""

@@ -11,9 +11,9 @@ from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
 from kfac_tn.layers.base import Approximation, LayerFamily
-from kfac_tn.layers.conv import ConvFamily
+from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.linear import LinearFamily
-from kfac_tn.tn.nn import ConvNd, RandomizedConvNd
+from kfac_tn.tn.nn import ConvNd, ConvTransposeNd, RandomizedConvNd
 
 ApproximationChoice: TypeAlias = (
     Approximation | Mapping[str, Approximation] | Callable[[str, Module], Approximation]
@@ -24,7 +24,11 @@ _FAMILIES: dict[type[Module], LayerFamily] = {
     torch.nn.Conv1d: ConvFamily(),
     torch.nn.Conv2d: ConvFamily(),
     torch.nn.Conv3d: ConvFamily(),
+    torch.nn.ConvTranspose1d: ConvTransposeFamily(),
+    torch.nn.ConvTranspose2d: ConvTransposeFamily(),
+    torch.nn.ConvTranspose3d: ConvTransposeFamily(),
     ConvNd: ConvFamily(),
+    ConvTransposeNd: ConvTransposeFamily(),
     RandomizedConvNd: ConvFamily(),
 }
 
@@ -58,7 +62,7 @@ class LayerBlock:
         modules: The modules that share these very parameters; one unless weights are tied.
         family: How their inputs and output gradients give factors.
         approximation: ``"expand"`` or ``"reduce"``.
-        weight: The trainable weight, flattened by rows to ``[d_out, d_in]``.
+        weight: The trainable weight, in each group ``[d_out, d_in]`` (see ``family.transposed``).
         bias: The trainable bias, or None.
         weight_name: Name of the weight in ``model.named_parameters()``.
         bias_name: Name of the bias there, or None.
@@ -78,12 +82,13 @@ class LayerBlock:
     @property
     def input_dim(self) -> int:
         """Rows d_in of the input factor, without the bias' one."""
-        return self.weight.shape[1:].numel()
+        return self.weight.numel() // (self.groups * self.grad_output_dim)
 
     @property
     def grad_output_dim(self) -> int:
         """Rows d_out of the output-gradient factor, in each group."""
-        return self.weight.shape[0] // self.groups
+        shape = self.weight.shape
+        return shape[1] if self.family.transposed else shape[0] // self.groups
 
     @property
     def parameters(self) -> dict[str, Parameter]:

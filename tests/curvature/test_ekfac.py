@@ -71,6 +71,11 @@ CASES = {
     "1-d": (lambda: nn.Conv1d(3, 2, 3, stride=2, padding=2, groups=1), (3, 8)),
     "3-d": (lambda: nn.Conv3d(2, 2, (1, 2, 2), groups=2), (2, 2, 3, 3)),
     "4-d": (lambda: kfac_tn.tn.nn.ConvNd(1, 2, (2, 1, 2, 1)), (1, 2, 2, 2, 2)),
+    "transposed": (lambda: nn.ConvTranspose2d(2, 3, (2, 3), stride=2, padding=(0, 1)), (2, 2, 3)),
+    "transposed, grouped": (
+        lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1, groups=2),
+        (4, 3),
+    ),
     "called twice": (lambda: Twice(nn.Conv1d(2, 3, 2)), (2, 5)),
     "grouped, called twice": (lambda: Twice(nn.Conv1d(2, 4, 2, groups=2)), (2, 5)),
 }

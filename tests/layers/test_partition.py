@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from kfac_tn.layers import ConvFamily, LinearFamily, partition, register_layer
+import kfac_tn
+from kfac_tn.layers import (
+    ConvFamily,
+    ConvTransposeFamily,
+    LayerFamily,
+    LinearFamily,
+    partition,
+    register_layer,
+)
 from kfac_tn.layers import partition as partition_function
 
 
@@ -40,6 +50,31 @@ CASES = {
         ),
         {name: [f"{name}.weight", f"{name}.bias"] for name in ("l", "c1", "c2", "c3")},
         {},
+    ),
+    "transposed convolutions": (
+        lambda: Layers(
+            t1=nn.ConvTranspose1d(2, 2, 1),
+            t2=nn.ConvTranspose2d(2, 2, 1, bias=False),
+            t3=nn.ConvTranspose3d(2, 2, 1),
+            t4=kfac_tn.tn.nn.ConvTransposeNd(2, 2, (1, 1, 1, 1)),
+        ),
+        {
+            "t1": ["t1.weight", "t1.bias"],
+            "t2": ["t2.weight"],
+            "t3": ["t3.weight", "t3.bias"],
+            "t4": ["t4.weight", "t4.bias"],
+        },
+        {},
+    ),
+    "transposed convolutions tied with other output paddings": (
+        lambda: tied(
+            nn.ConvTranspose1d(1, 1, 2, stride=2),
+            nn.ConvTranspose1d(1, 1, 2, stride=2, output_padding=1),
+            "weight",
+            "bias",
+        ),
+        {},
+        {"a.weight": "hyper-parameters", "a.bias": "hyper-parameters"},
     ),
     "the model is the layer": (lambda: nn.Linear(2, 3), {"": ["weight", "bias"]}, {}),
     "no bias": (lambda: Layers(l=nn.Linear(2, 3, bias=False)), {"l": ["l.weight"]}, {}),
@@ -160,6 +195,11 @@ def test_sizes_of_a_grouped_convolution():
     assert (block.groups, block.input_dim, block.grad_output_dim) == (2, 2 * 6, 3)
 
 
+def test_sizes_of_a_grouped_transposed_convolution():
+    ((block,), _) = partition(nn.ConvTranspose2d(4, 6, (2, 5), groups=2))
+    assert (block.groups, block.input_dim, block.grad_output_dim) == (2, 2 * 10, 3)
+
+
 @pytest.mark.parametrize(
     "choice",
     [
@@ -210,15 +250,19 @@ def test_registered_layers_get_a_block(monkeypatch):
     assert others == []
 
 
+SINGLE = [
+    (LinearFamily(), nn.Linear(3, 2), (3,)),
+    (ConvFamily(), nn.Conv1d(3, 2, 2), (3, 5)),
+    (ConvFamily(), nn.Conv2d(4, 2, 2, groups=2), (4, 5, 4)),
+    (ConvFamily(), nn.Conv3d(2, 2, 2, padding=1, padding_mode="circular"), (2, 3, 4, 3)),
+    (ConvTransposeFamily(), nn.ConvTranspose1d(3, 2, 2, stride=2), (3, 5)),
+    (ConvTransposeFamily(), nn.ConvTranspose2d(4, 2, 2, groups=2), (4, 5, 4)),
+    (ConvTransposeFamily(), nn.ConvTranspose3d(2, 2, 2, dilation=2), (2, 3, 4, 3)),
+]
+
+
 @pytest.mark.parametrize(
-    ("family", "module", "shape"),
-    [
-        (LinearFamily(), nn.Linear(3, 2), (3,)),
-        (ConvFamily(), nn.Conv1d(3, 2, 2), (3, 5)),
-        (ConvFamily(), nn.Conv2d(4, 2, 2, groups=2), (4, 5, 4)),
-        (ConvFamily(), nn.Conv3d(2, 2, 2), (2, 3, 4, 3)),
-    ],
-    ids=lambda value: type(value).__name__,
+    ("family", "module", "shape"), SINGLE, ids=lambda value: type(value).__name__
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_single_example_may_lack_its_batch_axis(family, module, shape, bias):
@@ -232,7 +276,36 @@ def test_a_single_example_may_lack_its_batch_axis(family, module, shape, bias):
         ("average_input", (x, bias)),
         ("grad_output_factor", (output,)),
         ("sum_grad_output", (output,)),
+        ("per_example_weight_gradient", (x, output)),
+        ("per_example_bias_gradient", (output,)),
+        ("weight_diagonal", (x, output)),
     ):
-        batched = (argument[0][None], *argument[1:])
+        batched = tuple(a[None] if isinstance(a, torch.Tensor) else a for a in argument)
         actual = getattr(family, method)(module, *argument)
         torch.testing.assert_close(actual, getattr(family, method)(module, *batched))
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "shape"), SINGLE, ids=lambda value: type(value).__name__
+)
+def test_per_example_gradients_and_diagonals(family, module, shape):
+    module = copy.deepcopy(module).double()
+    x = torch.rand(4, *shape, dtype=torch.float64)
+    output = module(x)
+    g = torch.rand_like(output)
+    expected = [
+        torch.autograd.grad(module(x[n : n + 1]), [module.weight, module.bias], g[n : n + 1])
+        for n in range(4)
+    ]
+    weights, biases = (torch.stack(gradients) for gradients in zip(*expected, strict=True))
+    torch.testing.assert_close(family.per_example_weight_gradient(module, x, g), weights)
+    torch.testing.assert_close(family.per_example_bias_gradient(module, g), biases)
+    torch.testing.assert_close(family.weight_diagonal(module, x, g), weights.square().sum(0))
+
+
+def test_families_may_lack_what_only_diagonals_need():
+    class Mine(LinearFamily):
+        per_example_weight_gradient = LayerFamily.per_example_weight_gradient
+
+    with pytest.raises(NotImplementedError, match=r"Mine has no per_example_weight_gradient\(\)"):
+        Mine().per_example_weight_gradient(nn.Linear(1, 1), torch.ones(1, 1), torch.ones(1, 1))
