@@ -28,8 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from kfac_tn.tn.machine import machine
 from kfac_tn.tn.network import Network
-from kfac_tn.tn.node import Constant
-from kfac_tn.tn.planner import ALGORITHMS, CONTRACTIONS, Instruction, Source, draft
+from kfac_tn.tn.planner import ALGORITHMS, CONTRACTIONS, Instruction, PlanConstant, Source, draft
 from kfac_tn.tn.steps import COMPUTE
 
 ALGORITHM = "KFAC_TN_ALGORITHM"
@@ -73,7 +72,7 @@ class Recipe:
 
     algorithm: str
     operands: tuple[tuple[int, str, tuple[int, ...]], ...]
-    constants: tuple[tuple[int, Constant | Source], ...]
+    constants: tuple[tuple[int, PlanConstant], ...]
     instructions: tuple[Instruction, ...]
     result: int
     cost: Cost
@@ -227,7 +226,7 @@ def _make(steps: Recipe, dtype: torch.dtype, device: torch.device) -> Plan:
     )
 
 
-def _tensor(constant: Constant | Source, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _tensor(constant: PlanConstant, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(constant, Source):
         return constant.pattern.source(device)
     return constant.tensor(dtype, device)
@@ -330,7 +329,7 @@ def cost(network: Network) -> Cost:
 def _cost(
     network: Network,
     given: tuple[tuple[int, str, tuple[int, ...]], ...],
-    constants: tuple[tuple[int, Constant | Source], ...],
+    constants: tuple[tuple[int, PlanConstant], ...],
     instructions: tuple[Instruction, ...],
     dtype: torch.dtype,
     device_type: str,

@@ -16,12 +16,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kfac_tn.tn.network import Network
-from kfac_tn.tn.planner.draft import Draft, Instruction, Source
+from kfac_tn.tn.planner.draft import Draft, Instruction, PlanConstant, Source
 from kfac_tn.tn.planner.native import NativePlanner, NotAConvolutionError
 from kfac_tn.tn.planner.patterns import Patterns
 from kfac_tn.tn.planner.products import Products
 
-__all__ = ["ALGORITHMS", "CONTRACTIONS", "Draft", "Instruction", "Planner", "Source", "draft"]
+__all__ = [
+    "ALGORITHMS",
+    "CONTRACTIONS",
+    "Draft",
+    "Instruction",
+    "PlanConstant",
+    "Planner",
+    "Source",
+    "draft",
+]
 
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "unfolding": ("fold", "spread", "unfolding"),
@@ -29,6 +38,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "matrices": ("unfolding",),
     "cells": ("fold", "spread", "cells"),
     "correlations": ("fold", "spread", "correlations"),
+    "runs": ("fold", "spread", "unfolding", "runs"),
+    "joint": ("fold", "spread", "unfolding", "joint"),
     "convolution": (),
 }
 """What patterns become besides views, and tensors multiplied with themselves: by name.
@@ -38,6 +49,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
 - `spread`: no folds. `matrices`: no windows over zeros either, patterns are matrices of zeros and
   ones.
 - `cells`, `correlations`: as the first, and Gram matrices by these methods of `kfac_tn.tn.gram`.
+- `runs`: as the first, and sums over windows are sums over all less some at the borders; `joint`:
+  they are products with one matrix for all axes.
 - `convolution`: the network is a convolution or its derivative, computed by torch's own.
 
 An algorithm applies where it leads to other steps than those before it.
@@ -57,6 +70,7 @@ class Planner(Patterns, Products):
         self._spread_patterns()
         self._load(self.patterns)
         self.values = [self._sum(value) for value in self.values]
+        self._absorb_jointly()
         self._absorb_matrices()
         self._contract()
         self._fold(folds)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
+from typing import TypeAlias
 
 from kfac_tn.tn import steps
 from kfac_tn.tn.network import Network
@@ -23,6 +24,10 @@ class Source:
     """
 
     pattern: IndexPattern
+
+
+PlanConstant: TypeAlias = Constant | Source | steps.Runs | steps.JointMatrix
+"""What is in a slot before the first step, besides operands."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Draft:
         self.output = self._without_dropped(network.output_indices)
         self.slots: dict[object, int] = {}  # what is computed: equal things share a slot
         self.operands: list[tuple[int, str, tuple[int, ...]]] = []
-        self.constants: dict[int, Constant | Source] = {}
+        self.constants: dict[int, PlanConstant] = {}
         self.instructions: list[Instruction] = []
         self.values: list[Value] = []
         self.patterns = [node for node in network.nodes if _is_view(node)]
@@ -99,7 +104,7 @@ class Draft:
         new = what not in self.slots
         return self.slots.setdefault(what, len(self.slots)), new
 
-    def _keep(self, constant: Constant | Source) -> int:
+    def _keep(self, constant: PlanConstant) -> int:
         slot, _ = self._slot(constant)
         self.constants[slot] = constant
         return slot

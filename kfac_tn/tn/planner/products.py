@@ -9,6 +9,7 @@ from opt_einsum import paths
 from kfac_tn.tn import steps
 from kfac_tn.tn.gram import METHODS, WindowGram, Windows
 from kfac_tn.tn.gram.step import applies
+from kfac_tn.tn.pattern import IndexPattern
 from kfac_tn.tn.planner.draft import Draft, Value
 
 OPTIMAL_TERMS = 6
@@ -24,6 +25,36 @@ Pair = tuple[str, str]
 
 class Products(Draft):
     """The part of the planner that makes steps of sums and products."""
+
+    def _absorb_jointly(self) -> None:
+        """Apply the matrices that sum windows of one tensor, all at once, in one of two ways."""
+        found: dict[Value, list[tuple[int, str, Value, IndexPattern]]] = {}
+        for tensor, matrix, index, other in self._shrinking():
+            pattern = self.constants.get(matrix.slot)
+            if isinstance(pattern, IndexPattern) and matrix.indices == (other, index):
+                axis = tensor.indices.index(index)
+                if "joint" in self.strategy or ("runs" in self.strategy and _runs(pattern)):
+                    found.setdefault(tensor, []).append((axis, other, matrix, pattern))
+        for tensor, several in found.items():
+            axes, others, matrices, patterns = zip(
+                *sorted(several, key=lambda s: s[0]), strict=True
+            )
+            if "runs" in self.strategy:
+                runs = [_runs(pattern) for pattern in patterns]
+                outside = [self._keep(run) for run in runs if run is not None]
+                borders = tuple(run.borders for run in runs if run is not None)
+                slot = self._step(steps.SumRuns(axes, borders), tensor.slot, *outside)
+            elif len(axes) > 1 and axes == tuple(range(axes[0], axes[-1] + 1)):
+                joint = self._keep(steps.JointMatrix(patterns))
+                step = steps.ApplyJointly(axes[0], len(axes), self._shape(others))
+                slot = self._step(step, tensor.slot, joint)
+            else:
+                continue
+            indices = list(tensor.indices)
+            for axis, other in zip(axes, others, strict=True):
+                indices[axis] = other
+            self.values[self.values.index(tensor)] = Value(slot, tuple(indices))
+            self.values = [value for value in self.values if value not in matrices]
 
     def _absorb_matrices(self) -> None:
         """Apply constant matrices that shrink a tensor, the one with the largest saving first."""
@@ -209,3 +240,19 @@ class Products(Draft):
         shape = tuple(self.size[i] if i in order else 1 for i in larger.indices)
         slot = self._arrange(smaller, order, self._shape(order))
         return Value(self._step(steps.Multiply(shape), larger.slot, slot), larger.indices)
+
+
+def _runs(pattern: IndexPattern) -> steps.Runs | None:
+    """What a summed pattern sums, if these are neighbouring positions."""
+    legs = {
+        "k": (pattern.kernel_size, pattern.dilation),
+        "o": (pattern.output_size, pattern.stride),
+    }
+    if len(pattern.summed) != 1 or pattern.summed == "i" or pattern.wraps:
+        return None
+    length, step = legs.pop(pattern.summed)
+    ((count, distance),) = legs.values()
+    if step > 1 and length > 1:
+        return None
+    runs = steps.Runs(count, distance, pattern.padding, length, pattern.input_size)
+    return runs if sum(runs.borders) < pattern.input_size else None

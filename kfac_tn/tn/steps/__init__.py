@@ -14,11 +14,13 @@ from kfac_tn.tn.steps.adjoints import Collect, Fold, Scatter
 from kfac_tn.tn.steps.arithmetic import Apply, Multiply, Product, Scale, Sum
 from kfac_tn.tn.steps.convolutions import Convolve, ConvolveBackward, ConvolveTransposed
 from kfac_tn.tn.steps.step import Step
+from kfac_tn.tn.steps.sums import ApplyJointly, JointMatrix, Runs, SumRuns
 from kfac_tn.tn.steps.views import Arrange, Expand, Flip, Gather, Pad, Slice, Window
 
 __all__ = [
     "COMPUTE",
     "Apply",
+    "ApplyJointly",
     "Arrange",
     "Collect",
     "Convolve",
@@ -28,14 +30,17 @@ __all__ = [
     "Flip",
     "Fold",
     "Gather",
+    "JointMatrix",
     "Multiply",
     "Pad",
     "Product",
+    "Runs",
     "Scale",
     "Scatter",
     "Slice",
     "Step",
     "Sum",
+    "SumRuns",
     "Window",
 ]
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from kfac_tn.tn.steps.step import WIDTH, Step
+
+SMALL_PRODUCT = 20_000
+"""Multiplications that take as long as to begin one of many products of small matrices."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ class Apply(Step):
         """Multiplications and additions."""
         tensor, matrix = inputs
         return 2 * tensor.numel() * matrix.numel() // tensor.shape[self.axis]
+
+    def work(self, *inputs: Tensor) -> float:
+        """But for the last axis, there is a product of small matrices for each slice."""
+        last = self.axis == inputs[0].ndim - 1
+        slices = 0 if last else prod(inputs[0].shape[: self.axis])
+        return self.flops(*inputs) + SMALL_PRODUCT * slices
 
 
 def _apply(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
