@@ -24,7 +24,7 @@ from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.graph import Found, differentiate, find, output_edge, remember
-from kfac_tn.hooks import WeakHook, plain, remove
+from kfac_tn.hooks import WeakHook, plain, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.likelihood import Likelihood, likelihood_of
 from kfac_tn.statistics import (
@@ -109,6 +109,7 @@ class Capture:
         self.generator = generator
         self.armed = True
         self.seen_loss = False
+        self.seconds: dict[str, float] = {}
         self.diagonals = [other.parameter for other in diagonals]
         self._blocks = {module: block for block in blocks for module in block.modules}
         self._key = object()  # marks our records among those of other captures
@@ -232,6 +233,7 @@ class Capture:
             self._record(block, module, x, output, edge)
 
     @torch._disable_dynamo  # its graph would break here anyway
+    @timed("statistics")
     def _record(
         self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
     ) -> None:
@@ -259,6 +261,7 @@ class Capture:
         hook = WeakHook(self, "_at_loss_backward")
         loss.register_hook(lambda gradient: hook(outputs, targets, gradient))
 
+    @timed("statistics")
     def _at_loss_backward(self, outputs: Tensor, targets: Tensor, gradient: Tensor) -> None:
         """Runs inside the user's backward pass, before it enters the model."""
         task = torch._C._current_graph_task_id()

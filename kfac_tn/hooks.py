@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -46,3 +48,19 @@ class plain:  # noqa: N801 (a context manager, called like a function)
     def __exit__(self, *exception: Any) -> None:
         for context in reversed(self._contexts):
             context.__exit__(*exception)
+
+
+def timed(phase: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the time that a method takes to ``self.seconds[phase]``."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def measured(self: Any, *args: Any) -> Any:
+            start = perf_counter()
+            result = method(self, *args)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
+            return result
+
+        return measured
+
+    return decorate

@@ -4,65 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from kfac_tn.capture import Capture, Factors, Fisher, Statistics
+from kfac_tn.capture import Capture, Factors, Statistics
+from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.compute import layout_of
-from kfac_tn.curvature.intervals import Interval, intervals, is_due, layer_work, total
+from kfac_tn.curvature.intervals import intervals, is_due, layer_work, total
 from kfac_tn.curvature.kronecker import mean_eigenvalue
 from kfac_tn.curvature.moving import MovingFactors, invert
-from kfac_tn.layers import ApproximationChoice, LayerBlock, partition
+from kfac_tn.curvature.options import CurvatureOptions
+from kfac_tn.hooks import timed
+from kfac_tn.layers import LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
-
-
-@dataclass(frozen=True)
-class CurvatureOptions:
-    """What is estimated, and how often. See ``KFAC``, whose arguments and defaults these are.
-
-    Attributes:
-        approximation: ``"expand"``, ``"reduce"``, or by layer.
-        fisher: The kind of Fisher.
-        mc_samples: Samples for ``fisher="mc"``.
-        relative_damping: Whether damping is in units of each block's mean eigenvalue.
-        factor_decay: Decay of the factors' moving averages.
-        factor_interval: Steps between statistics, or ``"auto"``.
-        inverse_interval: Steps between inversions, or ``"auto"``.
-        overhead: What a step may cost more with ``"auto"``, relative to the model's own passes.
-        seed: Of the Monte-Carlo samples.
-
-    Raises:
-        ValueError: For a value out of its range.
-    """
-
-    approximation: ApproximationChoice
-    fisher: Fisher
-    mc_samples: int
-    relative_damping: bool
-    factor_decay: float
-    factor_interval: Interval
-    inverse_interval: Interval
-    overhead: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.factor_decay < 1:
-            raise ValueError(f"factor_decay is {self.factor_decay}: it must be in [0, 1).")
-        for name in ("factor_interval", "inverse_interval"):
-            interval = getattr(self, name)
-            if interval == "auto":
-                continue
-            if isinstance(interval, str) or interval < 1 or interval != int(interval):
-                raise ValueError(
-                    f"{name} is {interval!r}: it must be a positive whole number, or 'auto'."
-                )
-        if not 0 < self.overhead < float("inf"):
-            raise ValueError(f"overhead is {self.overhead}: it must be positive.")
 
 
 class CurvatureEstimator:
@@ -94,6 +51,8 @@ class CurvatureEstimator:
     ) -> None:
         self.options = options
         self.steps = 0
+        self._renewed: dict[str, tuple[int, int]] = {}  # steps of statistics, inverses
+        self.seconds: dict[str, float] = {}
         self._automatic = 1, 1  # intervals, until the first statistics say more
         self._model, self._loss_fn = model, loss_fn
         self._damping, self._group = damping, group
@@ -129,14 +88,10 @@ class CurvatureEstimator:
         self._kinds = {p: (p.dtype, p.device) for p in self._covered}
 
     def _watch(self) -> Capture:
-        options = self.options
-        return Capture(
-            self.blocks,
-            self._loss_fn,
-            options.fisher,
-            options.mc_samples,
-            generator=self._generator,
-        )
+        fisher, samples = self.options.fisher, self.options.mc_samples
+        capture = Capture(self.blocks, self._loss_fn, fisher, samples, generator=self._generator)
+        capture.seconds = self.seconds
+        return capture
 
     def uncovered(self) -> list[Parameter]:
         """Parameters of the model that have no place here, because they were frozen."""
@@ -192,6 +147,7 @@ class CurvatureEstimator:
 
     # A step ------------------------------------------------------------------------------------
 
+    @timed("averages and inverses")
     def advance(self) -> None:
         """End a step: average its statistics in, renew inverses that are due, and arm the hooks.
 
@@ -215,6 +171,7 @@ class CurvatureEstimator:
         for moving in self._moving:
             if due or moving.lacks_inverse:
                 wanting.setdefault(self._damping(moving.blocks[0]), []).append(moving)
+        self._note({block.name for block in statistics.factors}, wanting.values())
         for damping, movings in wanting.items():
             for name in invert(movings, damping, self.options.relative_damping):
                 self.warn(
@@ -224,6 +181,16 @@ class CurvatureEstimator:
         self.steps += 1
         self.capture.armed = is_due(self.steps, self.intervals[0])
 
+    def _note(self, fresh: set[str], wanting: Iterable[list[MovingFactors]]) -> None:
+        """Remember when statistics and inverses of each layer were renewed."""
+        inverted = {block.name for movings in wanting for m in movings for block in m.blocks}
+        for name in fresh | (inverted & self._renewed.keys()):
+            statistics, inverses = self._renewed.get(name, (0, 0))
+            self._renewed[name] = (
+                self.steps if name in fresh else statistics,
+                self.steps if name in inverted else inverses,
+            )
+
     def finite(self, statistics: Statistics) -> Statistics:
         """The statistics, or none at all if any of them isn't finite."""
         tensors = [d for factors in statistics.factors.values() for d in factors.diagonals()]
@@ -232,6 +199,7 @@ class CurvatureEstimator:
             return Statistics({}, {})
         return statistics
 
+    @timed("products")
     def precondition(self, gradients: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """Multiply with the damped inverse curvature: B^-1 G A^-1, by parameter, in its precision.
 
@@ -279,6 +247,23 @@ class CurvatureEstimator:
                 result.update(dict.fromkeys(block.parameters.values(), value))
         return result
 
+    def damped_factors(self) -> Iterator[tuple[LayerBlock, Factors, tuple[Tensor, Tensor]]]:
+        """Every layer that has factors, these, and what is added to their diagonals: ``[G]``."""
+        for moving in self._moving:
+            relative = self.options.relative_damping
+            if not any(moving.updates):
+                continue
+            a, b = moving.shifts(self._damping(moving.blocks[0]), relative)
+            for slot, block in enumerate(moving.blocks):
+                factors = moving.factors(block)
+                if factors is not None:
+                    yield block, factors, (a[slot], b[slot])
+
+    def ages(self, block: LayerBlock) -> tuple[int, int]:
+        """Steps taken since the last statistics of a layer, and since its last inverses."""
+        statistics, inverses = self._renewed.get(block.name, (0, 0))
+        return self.steps - 1 - statistics, self.steps - 1 - inverses
+
     def quadratic_forms(self, vectors: Mapping[Parameter, Tensor]) -> dict[str, Tensor]:
         """``v^T (B (x) A) v`` of every layer that has factors and is in ``vectors``: scalars."""
         forms: dict[str, Tensor] = {}
@@ -310,6 +295,7 @@ class CurvatureEstimator:
             "steps": self.steps,
             "armed": self.capture.armed,
             "intervals": self._automatic,
+            "renewed": dict(self._renewed),
             "factors": self._factors_state(),
             "generators": generators,
         }
@@ -347,6 +333,7 @@ class CurvatureEstimator:
         self.capture.discard()
         self.capture.armed = state["armed"]
         self._automatic = tuple(state["intervals"])
+        self._renewed = {name: tuple(steps) for name, steps in state["renewed"].items()}
 
     @property
     def intervals(self) -> tuple[int, int]:
@@ -372,38 +359,7 @@ class CurvatureEstimator:
         return self._generators[key]
 
 
-@contextmanager
-def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
-    """Take all of these for trainable, frozen ones too."""
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def _fits(moving: MovingFactors, name: str, entry: Mapping[str, Tensor]) -> bool:
     """Whether the factors saved for a layer are of the size that it has now."""
     sizes = {block.name: block.input_dim + (block.bias is not None) for block in moving.blocks}
     return sizes.get(name) == entry["input"].shape[-1]
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether all elements and sums of their squares are finite: one number crosses to the host.
-
-    What can't be squared would spoil second moments and factors for thousands of steps. Half
-    precision is squared in float32.
-
-    Example:
-        >>> import torch
-        >>> all_finite([torch.ones(2)]), all_finite([torch.tensor([1.0, 1e30])])
-        (True, False)
-    """
-    norms: list[Tensor] = []
-    for dtype in {tensor.dtype for tensor in tensors}:
-        mine = [tensor for tensor in tensors if tensor.dtype == dtype]
-        norms += torch._foreach_norm(mine, 2, torch.promote_types(dtype, torch.float32))
-    return bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Container, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -35,8 +35,7 @@ def adam_updates(
         >>> updates[w]
         tensor([ 1., -1.])
     """
-    moments: dict[Parameter, Tensor] = {}
-    updates: dict[Parameter, Tensor] = {}
+    groups = list(groups)
     for group in groups:
         chosen = [p for p in group["params"] if p in gradients]
         if not chosen:
@@ -55,6 +54,25 @@ def adam_updates(
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+    return current_updates(groups, states, gradients)
+
+
+def current_updates(
+    groups: Iterable[Mapping[str, Any]],
+    states: Mapping[Any, dict[str, Any]],
+    parameters: Container[Parameter],
+) -> tuple[dict[Parameter, Tensor], dict[Parameter, Tensor]]:
+    """What ``adam_updates`` returned last, computed from the moments as they are."""
+    moments: dict[Parameter, Tensor] = {}
+    updates: dict[Parameter, Tensor] = {}
+    for group in groups:
+        chosen = [p for p in group["params"] if p in parameters]
+        if not chosen:
+            continue
+        mine = [states[p] for p in chosen]
+        beta1, beta2 = group["betas"]
+        first = [state["exp_avg"] for state in mine]
+        second = [state["exp_avg_sq"] for state in mine]
         steps = [int(state["step"]) for state in mine]
         corrected = torch._foreach_div(first, [1 - beta1**step for step in steps])
         roots = torch._foreach_sqrt(second)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar, NoReturn
 
+import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Factors
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.optim.coverage import Coverage, coverage
+from kfac_tn.optim.diagnostics import Diagnostics, diagnose
 from kfac_tn.optim.replay import Replay
 
 
@@ -42,6 +44,24 @@ class CurvatureUser:
     def factors(self) -> dict[str, Factors]:
         """The moving averages of the Kronecker factors, by layer name; don't modify them."""
         return self._estimator.factors()
+
+    @torch.no_grad()
+    def diagnostics(self) -> Diagnostics:
+        """What curvature and steps look like now, by layer; prints as a table.
+
+        Costs nothing in training. The last step is computed anew, from the moments, with the
+        learning rate as it is now. See ``kfac_tn.optim.diagnostics`` for the numbers, for
+        ``log_diagnostics``, which writes them to TensorBoard, and for ``plot_spectra``.
+        """
+        return diagnose(self._estimator, self._last_steps())
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps that weren't left out."""
+        return self._estimator.steps
+
+    def _last_steps(self) -> dict[Parameter, Tensor] | None:
+        return None
 
     def close(self) -> None:
         """Remove the hooks from model and loss; later steps keep the curvature they have."""

@@ -141,15 +141,20 @@ class LevenbergMarquardt(DampingRule):
             group["damping"] = min(max(group["damping"] * change, self.minimum), self.maximum)
 
 
-def predicted_change(
+def reduction_ratio(
+    change: float,
     estimator: CurvatureEstimator,
     gradients: Mapping[Parameter, Tensor],
     steps: Mapping[Parameter, Tensor],
-) -> Tensor:
-    """What the quadratic model says of a step s: g^T s + s^T F s / 2, F from the factors."""
+) -> float:
+    """The change of the loss over the predicted one, g^T s + s^T F s / 2, F from the factors.
+
+    -1 if the quadratic model didn't promise anything.
+    """
     linear = torch.stack([(gradients[p] * s).sum() for p, s in steps.items()]).sum()
     forms = [form.to(linear) for form in estimator.quadratic_forms(steps).values()]
-    return linear + torch.stack(forms).sum() / 2 if forms else linear
+    predicted = float(linear + torch.stack(forms).sum() / 2 if forms else linear)
+    return change / predicted if predicted < 0 else -1.0
 
 
 def damping_rule_of(choice: float | Callable[[int], float] | DampingRule) -> DampingRule:

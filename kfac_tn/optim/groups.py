@@ -8,7 +8,8 @@ from typing import Any
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from kfac_tn.curvature.estimator import CurvatureEstimator, trainable
+from kfac_tn.curvature.checks import trainable
+from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.layers import LayerBlock, partition
 
 
@@ -135,3 +136,25 @@ class GroupedOptimizer(Optimizer):
 
     def _name(self, parameter: Parameter) -> str:
         return next(name for name, p in self._model.named_parameters() if p is parameter)
+
+    def _saved_moments(self, state_dict: dict[str, Any]) -> dict[Parameter, dict[str, Any]]:
+        """The entries of a state by parameter.
+
+        Raises:
+            ValueError: If a moment hasn't the shape of its parameter.
+        """
+        mine, saved = (
+            [p for group in groups for p in group["params"]]
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        # torch compares the lengths
+        entries = {p: state_dict["state"].get(i, {}) for p, i in zip(mine, saved, strict=False)}
+        for parameter, entry in entries.items():
+            shape = entry.get("exp_avg", parameter).shape
+            if shape != parameter.shape:
+                raise ValueError(
+                    f"The state has moments of shape {list(shape)} for parameter "
+                    f"'{self._name(parameter)}' of shape {list(parameter.shape)}: it is another "
+                    "model's."
+                )
+        return entries

@@ -10,17 +10,19 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Fisher
-from kfac_tn.curvature.estimator import CurvatureEstimator, CurvatureOptions, all_finite
+from kfac_tn.curvature.checks import all_finite
+from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
+from kfac_tn.curvature.options import CurvatureOptions
 from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
-from kfac_tn.optim.adam import adam_updates, cast_moments
+from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates
 from kfac_tn.optim.base import CurvatureUser
-from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, predicted_change
+from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, reduction_ratio
 from kfac_tn.optim.groups import GroupedOptimizer, default_groups
 from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
 from kfac_tn.optim.replay import Replay
-from kfac_tn.optim.step_rules import Proposal, StepRule, TrustRegion
+from kfac_tn.optim.step_rules import Proposal, StepRule, TrustRegion, moderate
 
 _COPIED = (
     "_model",
@@ -236,18 +238,11 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         before = {p: p.clone() for p in gradients} if measured else None
         self._estimator.advance()
         moments, updates = adam_updates(self.param_groups, self.state, gradients)
-        slopes = gradients if self._rule.own_momentum else moments
-        directions = self._estimator.precondition(slopes)
         group_lrs = [float(group["lr"]) for group in self.param_groups]
         lrs = {p: group_lrs[self._group_of[p]] for p in updates}
+        slopes = gradients if self._rule.own_momentum else moments
         replay = self._replay if self._rule.wants_batch(taken) else None
-        proposal = Proposal(directions, slopes, updates, lrs, self._estimator, self.state, replay)
-        if self._trust_region is None:
-            self._rule.scale(proposal)
-        else:
-            self._trust_region.scale(proposal, self._rule)
-        self._moderate(updates, directions, lrs)
-        updates.update(directions)
+        self._direct(slopes, updates, lrs, replay)
         for group, lr in zip(self.param_groups, group_lrs, strict=True):
             chosen = [p for p in group["params"] if p in updates]
             if not chosen:
@@ -298,23 +293,11 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             raise ValueError("The state has no 'curvature': it isn't one of KFAC.")
         curvature = state_dict["curvature"]
         self._estimator.check_state_dict(curvature)
-        mine, saved = (
-            [p for group in groups for p in group["params"]]
-            for groups in (self.param_groups, state_dict["param_groups"])
-        )
-        for parameter, index in zip(mine, saved, strict=False):  # torch compares the lengths
-            moment = state_dict["state"].get(index, {}).get("exp_avg", parameter)
-            if moment.shape != parameter.shape:
-                raise ValueError(
-                    f"The state has moments of shape {list(moment.shape)} for parameter "
-                    f"'{self._name(parameter)}' of shape {list(parameter.shape)}: it is another "
-                    "model's."
-                )
+        entries = self._saved_moments(state_dict)
         ours = ("curvature", "rule")
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})
-        for parameter, index in zip(mine, saved, strict=True):
+        for parameter, entry in entries.items():
             # torch casts to the parameter's dtype, and shares the rest with what was given.
-            entry = state_dict["state"].get(index, {})
             self.state[parameter] = {name: value.clone() for name, value in entry.items()}
         cast_moments(self.state)
         self._estimator.load_state_dict(curvature)
@@ -382,21 +365,35 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         """Compare the loss after the step with the one that the quadratic model predicts."""
         assert self._replay is not None
         steps = {p: p - start for p, start in before.items()}
-        predicted = float(predicted_change(self._estimator, gradients, steps))
         change = self._replay.change(self._estimator.capture, closure)
-        ratio = change / predicted if predicted < 0 else -1.0
+        ratio = reduction_ratio(change, self._estimator, gradients, steps)
         self._damping_rule.after_step(ratio, self._following_groups())
 
-    def _moderate(
+    def _direct(
         self,
+        slopes: dict[Parameter, Tensor],
         updates: dict[Parameter, Tensor],
-        directions: dict[Parameter, Tensor],
         lrs: dict[Parameter, float],
+        replay: Replay | None,
     ) -> None:
-        """Layers that have no curvature yet take Adam's update at Adam's learning rate."""
-        if self._other_lr is None or len(updates) == len(directions):
-            return
-        others = {other.parameter for other in self._estimator.others}
-        for parameter in updates.keys() - directions.keys() - others:
-            if lrs[parameter] > self._other_lr:
-                updates[parameter].mul_(self._other_lr / lrs[parameter])
+        """Replace Adam's updates by KFAC's wherever there is curvature."""
+        directions = self._estimator.precondition(slopes)
+        proposal = Proposal(directions, slopes, updates, lrs, self._estimator, self.state, replay)
+        if self._trust_region is None:
+            self._rule.scale(proposal)
+        else:
+            self._trust_region.scale(proposal, self._rule)
+        if self._other_lr is not None and len(directions) < len(updates):
+            others = {other.parameter for other in self._estimator.others}
+            moderate(updates, updates.keys() - directions.keys() - others, lrs, self._other_lr)
+        updates.update(directions)
+
+    def _last_steps(self) -> dict[Parameter, Tensor]:
+        taken = [p for p in self._group_of if self.state[p]]
+        moments, updates = current_updates(self.param_groups, self.state, set(taken))
+        lrs = {p: float(self.param_groups[self._group_of[p]]["lr"]) for p in taken}
+        if self._rule.own_momentum:
+            updates |= {p: s["previous"] for p in taken if "previous" in (s := self.state[p])}
+        else:
+            self._direct(moments, updates, lrs, None)
+        return {p: -lrs[p] * update for p, update in updates.items()}

@@ -9,8 +9,10 @@ import torch
 from torch.nn import Module
 
 from kfac_tn.capture import Fisher
-from kfac_tn.curvature.estimator import CurvatureEstimator, CurvatureOptions, all_finite
+from kfac_tn.curvature.checks import all_finite
+from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
+from kfac_tn.curvature.options import CurvatureOptions
 from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser

@@ -75,7 +75,7 @@ class QuadraticModel(StepRule):
         if self.relative_norm is not None:
             limit_norm(directions, proposal.lrs, self.relative_norm)
         for p, d in directions.items():
-            states[p]["previous"] = d.clone()
+            states[p]["previous"] = d  # itself: a trust region may shrink it yet
         return torch.ones(())
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102

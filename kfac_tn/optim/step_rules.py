@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ class Proposal:
 
 
 class StepRule(ABC):
-    """Scales the directions of a proposal, in place.
+    """Scales the directions of a proposal, in place; every optimizer needs a rule of its own.
 
     Attributes:
         lr: The learning rate that it wants by default.
@@ -170,6 +170,22 @@ def clip_kl(
     scale = torch.where(change > limit, (limit / change).sqrt(), torch.ones_like(change))
     torch._foreach_mul_(directions, scale)
     return scale
+
+
+def moderate(
+    updates: Mapping[Parameter, Tensor],
+    chosen: Iterable[Parameter],
+    lrs: Mapping[Parameter, float],
+    limit: float,
+) -> None:
+    """Shrink, in place, updates whose learning rate is above a limit to that.
+
+    Layers that have no curvature yet take Adam's updates, for which a natural gradient's learning
+    rate is too large.
+    """
+    for parameter in chosen:
+        if lrs[parameter] > limit:
+            updates[parameter].mul_(limit / lrs[parameter])
 
 
 def limit_norm(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import kfac_tn
 from kfac_tn.curvature import inverse
-from kfac_tn.curvature.estimator import all_finite
+from kfac_tn.curvature.checks import all_finite
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 EAGER = {"factor_interval": 1, "inverse_interval": 1}

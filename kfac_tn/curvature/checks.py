@@ -1,0 +1,41 @@
+"""What is asked of tensors and parameters on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+@contextmanager
+def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Take all of these for trainable, frozen ones too."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether all elements and sums of their squares are finite: one number crosses to the host.
+
+    What can't be squared would spoil second moments and factors for thousands of steps. Half
+    precision is squared in float32.
+
+    Example:
+        >>> import torch
+        >>> all_finite([torch.ones(2)]), all_finite([torch.tensor([1.0, 1e30])])
+        (True, False)
+    """
+    norms: list[Tensor] = []
+    for dtype in {tensor.dtype for tensor in tensors}:
+        mine = [tensor for tensor in tensors if tensor.dtype == dtype]
+        norms += torch._foreach_norm(mine, 2, torch.promote_types(dtype, torch.float32))
+    return bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all())

@@ -1,0 +1,53 @@
+"""What can be chosen about curvature that follows a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kfac_tn.capture import Fisher
+from kfac_tn.curvature.intervals import Interval
+from kfac_tn.layers import ApproximationChoice
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """What is estimated, and how often. See ``KFAC``, whose arguments and defaults these are.
+
+    Attributes:
+        approximation: ``"expand"``, ``"reduce"``, or by layer.
+        fisher: The kind of Fisher.
+        mc_samples: Samples for ``fisher="mc"``.
+        relative_damping: Whether damping is in units of each block's mean eigenvalue.
+        factor_decay: Decay of the factors' moving averages.
+        factor_interval: Steps between statistics, or ``"auto"``.
+        inverse_interval: Steps between inversions, or ``"auto"``.
+        overhead: What a step may cost more with ``"auto"``, relative to the model's own passes.
+        seed: Of the Monte-Carlo samples.
+
+    Raises:
+        ValueError: For a value out of its range.
+    """
+
+    approximation: ApproximationChoice
+    fisher: Fisher
+    mc_samples: int
+    relative_damping: bool
+    factor_decay: float
+    factor_interval: Interval
+    inverse_interval: Interval
+    overhead: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor_decay < 1:
+            raise ValueError(f"factor_decay is {self.factor_decay}: it must be in [0, 1).")
+        for name in ("factor_interval", "inverse_interval"):
+            interval = getattr(self, name)
+            if interval == "auto":
+                continue
+            if isinstance(interval, str) or interval < 1 or interval != int(interval):
+                raise ValueError(
+                    f"{name} is {interval!r}: it must be a positive whole number, or 'auto'."
+                )
+        if not 0 < self.overhead < float("inf"):
+            raise ValueError(f"overhead is {self.overhead}: it must be positive.")
