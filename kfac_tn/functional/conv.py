@@ -17,7 +17,7 @@ from kfac_tn.functional.common import (
     split,
 )
 from kfac_tn.functional.networks import Geometry, evaluate
-from kfac_tn.functional.products import BLOCK, append_one, border, gram, sum_grams
+from kfac_tn.functional.products import BLOCK, append_one, average_gram, border, gram, sum_grams
 from kfac_tn.tn.conv import Ints, Padding
 
 
@@ -168,7 +168,7 @@ def input_factor(x: Tensor, geometry: Geometry, approximation: str, bias: bool) 
     """Input factor, as `conv_input_factor`, also of transposed convolutions."""
     if check_approximation(approximation) == "reduce":
         rows = average_input(x, geometry, bias)
-        return gram(rows).div_(len(rows))
+        return average_gram(rows)
     check(x, "x", "[N, C_in, *spatial]", 3)
     with full_precision(x):
         factor = _expand_input_factor(x, geometry)

@@ -14,7 +14,7 @@ from kfac_tn.functional.common import (
     full_precision,
     split,
 )
-from kfac_tn.functional.products import append_one, border, gram, sum_grams
+from kfac_tn.functional.products import append_one, average_gram, border, gram, sum_grams
 
 
 def linear_input_factor(x: Tensor, approximation: str = "expand", bias: bool = False) -> Tensor:
@@ -39,7 +39,7 @@ def linear_input_factor(x: Tensor, approximation: str = "expand", bias: bool = F
     """
     if check_approximation(approximation) == "reduce":
         rows = linear_average_input(x, bias)
-        return gram(rows).div_(len(rows))
+        return average_gram(rows)
     check(x, "x", "[N, *shared, d_in]", 2)
     count, size = x[..., 0].numel(), x.shape[-1]
     if bias and count < size:  # then the factor is larger than `x`: better copy that

@@ -41,6 +41,25 @@ def gram(rows: Tensor) -> Tensor:
         return sum_grams(cast_chunks(rows), lambda chunk: cast(chunk).permute(1, 2, 0))
 
 
+def average_gram(rows: Tensor) -> Tensor:
+    """Average over examples of the outer products of rows with themselves.
+
+    The smaller of rows and result is divided by their number.
+
+    Args:
+        rows: `[N, groups, d]`, with floating point numbers to accumulate in.
+
+    Returns:
+        `[groups, d, d]`.
+    """
+    count, _, size = rows.shape
+    if count >= size:
+        return gram(rows).div_(count)
+    with full_precision(rows):
+        columns = rows.permute(1, 2, 0)
+        return torch.bmm(columns / count, columns.mT)
+
+
 def sum_grams(chunks: Sequence[Tensor], columns: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum of `columns(chunk) @ columns(chunk).mT` over chunks.
 

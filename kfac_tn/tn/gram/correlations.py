@@ -81,8 +81,7 @@ def _gram(x: Tensor, windows: tuple[Windows, ...]) -> Tensor:
     axes = len(kernels)
     blocks = x.new_zeros(*kernels, *kernels, shared, last, last)
     for cells in product(*map(cells_of_taps, windows[:-1])):
-        correlations = _correlate(images, cells, windows)  # [k, images, *offsets, k']
-        correlations = correlations.unflatten(1, (shared, examples)).sum(2)
+        correlations = _correlate(images, cells, windows, examples)  # [k, shared, *offsets, k']
         offsets = range(2, 2 + axes)
         correlations = correlations.permute(*offsets, 1, 0, 2 + axes).contiguous()
         for taps in product(*(members for _, _, members in cells)):
@@ -100,14 +99,16 @@ def _gram(x: Tensor, windows: tuple[Windows, ...]) -> Tensor:
     return result.view(shared, prod(kernels) * last, -1)
 
 
-def _correlate(images: Tensor, cells: Sequence[TapCell], windows: tuple[Windows, ...]) -> Tensor:
+def _correlate(
+    images: Tensor, cells: Sequence[TapCell], windows: tuple[Windows, ...], examples: int
+) -> Tensor:
     """Products of a cell's positions with all that their kernel positions see.
 
     Along the first axis only offsets that aren't negative count: pairs with k' < k are mirror
     images of others. Along the others offsets begin with that of the cell's last kernel position.
 
     Returns:
-        `[k, images, *offsets, k']`, k and k' of the last axis.
+        `[k, shared, *offsets, k']`, k and k' of the last axis; a sum over examples.
     """
     *outer, last = windows
     surroundings = kernels = images
@@ -132,6 +133,8 @@ def _correlate(images: Tensor, cells: Sequence[TapCell], windows: tuple[Windows,
             dilation=strides,
             groups=images.shape[1],
         )
+        .unflatten(1, (-1, examples))
+        .sum(2)
         for k in range(last.kernel_size)
     ]
     return torch.stack(products)[:, 0]
