@@ -11,32 +11,21 @@ averaged and where it is applied?
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from measuring import Call, machine, markdown, parser, seconds, take_turns, write
 from torch import Tensor
 
 from kfac_tn.curvature.inverse import damped_inverses
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from compare_optimizers import describe_machine  # noqa: E402
-
 SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 COUNTS = (1, 8, 64)
 MOST = 2**22  # elements of a batch, if it is of several matrices
-SHORTEST = 2e-3  # seconds of a timing; faster calls are repeated within one
-
-Call = Callable[[], object]
 
 
 def _identity(matrix: Tensor) -> Tensor:
@@ -88,46 +77,37 @@ MODELS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }  # fmt: skip
 
 
-class Setting:
-    """Random positive definite matrices on a device; the seed is fixed."""
+class Bench:
+    """Operands with a fixed seed, and what is left of the time."""
 
-    def __init__(self, device: str):
-        self.device = device
+    def __init__(self, device: str, turns: int, limit_seconds: float, cells: int):
+        self.device, self.turns, self.cells = device, turns, cells
+        self.end = perf_counter() + limit_seconds
         self.generator = torch.Generator().manual_seed(0)
 
+    def random(self, *shape: int) -> Tensor:
+        """Normally distributed."""
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
     def factors(self, count: int, size: int) -> Tensor:
-        """``[count, size, size]``, of full rank with a damping of 0.1."""
-        root = torch.randn(count, size, size, generator=self.generator).to(self.device)
+        """``[count, size, size]``, positive definite."""
+        root = self.random(count, size, size)
         return torch.baddbmm(0.1 * _identity(root), root, root.mT, alpha=1 / size)
 
-    def seconds(self, call: Call, number: int) -> float:
-        """Time per call."""
-        synchronize = torch.cuda.synchronize if self.device == "cuda" else lambda: None
-        synchronize()
-        start = perf_counter()
-        for _ in range(number):
-            call()
-        synchronize()
-        return (perf_counter() - start) / number
-
-    def medians(self, calls: dict[str, Call], turns: int) -> dict[str, float]:
-        """Median seconds of each, measured in turns."""
+    def medians(self, calls: dict[str, Call]) -> dict[str, float]:
+        """Median seconds of each, in turns, within this cell's share of the time."""
         for call in calls.values():
             call()
-        once = {name: self.seconds(call, 1) for name, call in calls.items()}
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(turns):
-            order = list(calls)
-            shift = turn % len(order)
-            for name in order[shift:] + order[:shift]:
-                number = math.ceil(SHORTEST / once[name])
-                times[name].append(self.seconds(calls[name], number))
+        once = {name: seconds(call) for name, call in calls.items()}
+        budget = max(self.end - perf_counter(), 0) / self.cells
+        self.cells -= 1
+        times = take_turns(calls, once, budget, self.turns)
         return {name: statistics.median(each) for name, each in times.items()}
 
 
-def kernel(setting: Setting, turns: int, size: int, count: int) -> dict:
+def kernel(bench: Bench, size: int, count: int) -> dict:
     """Every candidate on one batch, and the package's in a loop over it."""
-    batch = setting.factors(count, size)
+    batch = bench.factors(count, size)
     exact = batch.double().inverse()
     calls: dict[str, Call] = {name: partial(way, batch) for name, way in CANDIDATES.items()}
     errors = {
@@ -135,30 +115,31 @@ def kernel(setting: Setting, turns: int, size: int, count: int) -> dict:
     }
     if count > 1:
         calls["one by one"] = lambda: [by_cholesky_inverse(matrix) for matrix in batch]
-    seconds = setting.medians(calls, turns)
-    return {"size": size, "count": count, "error": errors, "seconds": seconds}
+    row = {"part": "kernels", "size": size, "count": count, "error": errors}
+    return row | {"seconds": bench.medians(calls)}
 
 
-def model(setting: Setting, turns: int, name: str) -> dict:
+def model(bench: Bench, name: str) -> dict:
     """All factors of a model by size, and one by one."""
     sizes = [size for *pair, number in MODELS[name] for _ in range(number) for size in pair]
-    factors = [setting.factors(1, size) for size in sizes]
-    dampings = [torch.full((1,), 1e-3, device=setting.device)] * len(factors)
+    factors = [bench.factors(1, size) for size in sizes]
+    dampings = [torch.full((1,), 1e-3, device=bench.device)] * len(factors)
     calls: dict[str, Call] = {
         "by size": lambda: damped_inverses(factors, dampings),
         "one by one": lambda: [damped_inverses([factor], dampings[:1]) for factor in factors],
     }
-    return {"model": name, "factors": len(sizes), "seconds": setting.medians(calls, turns)}
+    row = {"part": "models", "model": name, "factors": len(sizes)}
+    return row | {"seconds": bench.medians(calls)}
 
 
-def storage(setting: Setting, turns: int, size: int) -> dict:
+def storage(bench: Bench, size: int) -> dict:
     """Squares and packed triangles, averaged, and applied to a matrix."""
-    factor, inverse = setting.factors(1, size)[0], setting.factors(1, size)[0]
-    gradient = torch.randn(min(size, 256), size, generator=setting.generator).to(setting.device)
-    rows, columns = torch.tril_indices(size, size, device=setting.device)
+    factor, inverse = bench.factors(1, size)[0], bench.factors(1, size)[0]
+    gradient = bench.random(min(size, 256), size)
+    rows, columns = torch.tril_indices(size, size, device=bench.device)
     places = rows * size + columns
-    square = torch.empty(size, size, dtype=torch.long, device=setting.device)
-    square[rows, columns] = square[columns, rows] = torch.arange(len(places), device=setting.device)
+    square = torch.empty(size, size, dtype=torch.long, device=bench.device)
+    square[rows, columns] = square[columns, rows] = torch.arange(len(places), device=bench.device)
     average, packed_average = torch.zeros_like(factor), factor.new_zeros(len(places))
     packed_inverse = inverse.view(-1)[places]
     calls: dict[str, Call] = {
@@ -167,61 +148,55 @@ def storage(setting: Setting, turns: int, size: int) -> dict:
         "apply, square": lambda: gradient @ inverse,
         "apply, packed": lambda: gradient @ packed_inverse[square],
     }
-    return {"size": size, "seconds": setting.medians(calls, turns)}
+    return {"part": "storage", "size": size, "seconds": bench.medians(calls)}
 
 
 # ---- reporting -------------------------------------------------------------------------------
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def milliseconds(row: dict, names: list[str]) -> list[str]:
+    times = row["seconds"]
+    return [f"{1e3 * times[name]:.3g}" if name in times else "" for name in names]
 
 
-def milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.3g}"
-
-
-def report(record: dict) -> str:
+def report(setting: str, rows: list[dict]) -> str:
     """All tables."""
+    parts = {
+        part: [row for row in rows if row["part"] == part]
+        for part in ("kernels", "models", "storage")
+    }
     names = [*CANDIDATES, "one by one"]
     fastest = sum(
         min(CANDIDATES, key=row["seconds"].__getitem__) == "cholesky_inverse"
-        for row in record["kernels"]
+        for row in parts["kernels"]
     )
-    ways = table(
+    errors = {name: max(row["error"][name] for row in parts["kernels"]) for name in CANDIDATES}
+    ways = markdown(
         ["size x count", *names],
         [
-            [f"{row['size']} x {row['count']}"]
-            + [milliseconds(row["seconds"].get(name)) for name in names]
-            for row in record["kernels"]
+            [f"{row['size']} x {row['count']}", *milliseconds(row, names)]
+            for row in parts["kernels"]
         ],
     )
-    errors = {name: max(row["error"][name] for row in record["kernels"]) for name in CANDIDATES}
-    company = table(
+    company = markdown(
         ["model", "factors", "by size", "one by one"],
         [
-            [row["model"], str(row["factors"]), *map(milliseconds, row["seconds"].values())]
-            for row in record["models"]
+            [row["model"], row["factors"], *milliseconds(row, ["by size", "one by one"])]
+            for row in parts["models"]
         ],
     )
-    kinds = list(record["storage"][0]["seconds"])
-    stored = table(
-        ["size", *kinds],
-        [
-            [str(row["size"]), *(milliseconds(row["seconds"][kind]) for kind in kinds)]
-            for row in record["storage"]
-        ],
+    kinds = list(parts["storage"][0]["seconds"])
+    stored = markdown(
+        ["size", *kinds], [[row["size"], *milliseconds(row, kinds)] for row in parts["storage"]]
     )
     return f"""# Inverses
 
-{record["setting"]}
+{setting}
 
 ## Ways to invert
 
 Milliseconds; "one by one" is `cholesky_inverse` in a loop. The package uses `cholesky_inverse`,
-batched: the fastest of the batched ways in {fastest} of {len(record["kernels"])} rows. Largest
+batched: the fastest of the batched ways in {fastest} of {len(parts["kernels"])} rows. Largest
 relative errors: {", ".join(f"{name} {error:.0e}" for name, error in errors.items())}.
 
 {ways}
@@ -235,10 +210,10 @@ Milliseconds for all factors of a model, fallbacks and checks included.
 ## How to store them
 
 Milliseconds to average a new factor into a stored one, and to apply a stored inverse to a gradient
-of up to 256 rows. The package stores squares: see what a packed triangle, half as large, would add.
+of up to 256 rows: as a square, and as a packed triangle of half the memory. The package stores
+squares.
 
-{stored}
-"""
+{stored}"""
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -272,32 +247,24 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--largest", type=int, default=max(SIZES), help="largest size")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
+    options = parser(__doc__, limit_seconds=120, quick="sizes up to 64").parse_args()
+    if options.quick:
+        options.limit_seconds, options.repetitions = 5, 3
     torch.set_num_threads(options.threads)
-    setting, turns = Setting(options.device), options.repetitions
-    sizes = tuple(size for size in SIZES if size <= options.largest)
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    record: dict = {
-        "setting": f"float32 on {device}, medians of {turns} interleaved turns; "
-        f"{describe_machine()}."
-    }
+    sizes = [size for size in SIZES if size <= 64 or not options.quick]
     batches = [(n, count) for n in sizes for count in COUNTS if count == 1 or count * n**2 <= MOST]
-    record["kernels"] = [kernel(setting, turns, *batch) for batch in batches]
-    record["models"] = [model(setting, turns, name) for name in MODELS]
-    record["storage"] = [storage(setting, turns, size) for size in sizes]
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "inverses.json").write_text(json.dumps(record, indent=1))
-    (options.output / "inverses.md").write_text(report(record))
-    plot(record["kernels"], options.output / "inverses.png")
-    print(report(record))
+    cells = len(batches) + len(MODELS) + len(sizes)
+    bench = Bench(options.device, options.repetitions, options.limit_seconds, cells)
+    start = perf_counter()
+    rows = [kernel(bench, *batch) for batch in batches]
+    rows += [model(bench, name) for name in MODELS]
+    rows += [storage(bench, size) for size in sizes]
+    setting = (
+        f"Float32 on {options.device}, medians of up to {options.repetitions} interleaved turns, "
+        f"{perf_counter() - start:.0f} s in all; {machine(options.device)}."
+    )
+    write(options.output, "inverses", setting, rows, report(setting, rows))
+    plot([row for row in rows if row["part"] == "kernels"], options.output / "inverses.png")
 
 
 if __name__ == "__main__":

@@ -120,3 +120,14 @@ def test_step(tmp_path):
     for row in rows:
         assert row["optimizer"] != "AdamW" or row["ratio to AdamW"] == 1
         assert row["ms per step"] > row["of it in step()"] > 0
+
+
+@pytest.mark.slow
+def test_inverses(tmp_path):
+    rows, report = run("inverses.py", tmp_path)
+    assert {row["part"] for row in rows} == {"kernels", "models", "storage"}
+    assert all(max(row["error"].values()) < 1e-4 for row in rows if row["part"] == "kernels")
+    for row in rows:
+        assert len(row["seconds"]) >= 2
+        assert min(row["seconds"].values()) > 0
+    assert "the fastest of the batched ways in" in report

@@ -199,7 +199,8 @@ def _second_moment(basis: EigenBlock, pairs: list[tuple[_KeptCall, Tensor]]) -> 
     block, count = pairs[0][0].block, pairs[0][0].examples
     groups, d_out, d_in = basis.values.shape
     positions = sum(call.positions for call, _ in pairs)
-    elements = 2 * groups * (positions * (d_in + d_out) + d_in * d_out)
+    written = positions * (d_in + d_out) + (d_in * d_out if positions > 1 else 0)
+    elements = 2 * groups * written
     size = max(1, common.UNFOLD_BYTES // (elements * basis.values.itemsize))
     total = torch.zeros_like(basis.values)
     for start in range(0, count, size):

@@ -168,8 +168,9 @@ def rotated_second_moment(
 
     The gradient of one example is sum_r g_r a_r^T over its positions; EKFAC's eigenvalues are the
     sums of the squared entries of Q_B^T (sum_r g_r a_r^T) Q_A (George et al. 2018, Eq. 10).
-    Whatever takes fewer products is rotated: the rows, or the gradients. Without shared positions
-    no gradient is formed at all: a square of g a^T is the product of the squares.
+    Each side is rotated where that takes fewer products: before its rows are contracted, or after.
+    Without shared positions no gradient is formed at all: a square of g a^T is the product of the
+    squares.
 
     Args:
         input_rows: a, `[groups, N, R, d_in]`.
@@ -186,15 +187,20 @@ def rotated_second_moment(
         tensor([[[ 9., 49.]]])
     """
     positions, d_in, d_out = *input_rows.shape[2:], grad_output_rows.shape[-1]
-    if positions * (d_in**2 + d_out**2) > d_in * d_out * (d_in + d_out):
-        gradients = grad_output_rows.mT @ input_rows
-        half = _multiply_rows(gradients, input_vectors)
-        return _multiply_rows(half.mT, grad_output_vectors).square().sum(1).mT
-    a = _multiply_rows(input_rows, input_vectors)
-    g = _multiply_rows(grad_output_rows, grad_output_vectors)
+    a, g = input_rows, grad_output_rows
+    a_first, g_first = positions <= d_out, positions <= d_in
+    if a_first:
+        a = _multiply_rows(a, input_vectors)
+    if g_first:
+        g = _multiply_rows(g, grad_output_vectors)
     if positions == 1:
         return g.squeeze(2).square().mT @ a.squeeze(2).square()
-    return (g.mT @ a).square().sum(1)
+    gradients = g.mT @ a
+    if not a_first:
+        gradients = _multiply_rows(gradients, input_vectors)
+    if not g_first:
+        gradients = _multiply_rows(gradients.mT, grad_output_vectors).mT
+    return gradients.square().sum(1)
 
 
 def _multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -46,17 +46,20 @@ def with_last(matrices: Tensor) -> Tensor:
 def arrange(layout: Layout, matrices: list[Tensor]) -> Tensor:
     """From the matrices of the groups, by rows of (weight, bias), to all weights, all biases."""
     joint = torch.block_diag(*matrices)
-    if layout.bias_name is None:
-        return joint
-    places = torch.arange(len(joint)).view(layout.weight_shape[0], -1)
-    order = torch.cat([places[:, :-1].flatten(), places[:, -1]])
+    weight = torch.arange(len(joint)).view(layout.groups, layout.rows, -1)
+    bias = weight[..., :0]
+    if layout.bias_name is not None:
+        weight, bias = weight[..., :-1], weight[..., -1:]
+    if layout.transposed:
+        channels = layout.weight_shape[0] // layout.groups
+        weight = weight.unflatten(-1, (channels, -1)).transpose(1, 2)
+    order = torch.cat([weight.flatten(), bias.flatten()])
     return joint[order][:, order]
 
 
 def make_block(kind: str, name: str, layout: Layout, bias: str, rank: int) -> tuple[Block, Tensor]:
     """A block with random entries, and its matrix."""
-    groups, rows = layout.groups, layout.weight_shape[0] // layout.groups
-    columns = layout.weight_shape[1:].numel()
+    groups, rows, columns = layout.groups, layout.rows, layout.columns
     if kind == "diagonal":
         values = torch.rand(layout.weight_shape, dtype=torch.float64)
         return DiagonalBlock(layout.weight_name, values), values.flatten().diag()
@@ -83,6 +86,7 @@ RECIPES = st.lists(
         st.sampled_from([(1,), (3,), (2, 1, 2)]),  # shape of a row
         st.sampled_from([None, "joint", "separate"]),
         st.integers(1, 4),  # rank of factors
+        st.booleans(),  # transposed
     ),
     min_size=1,
     max_size=3,
@@ -93,16 +97,18 @@ def make_curvature(recipes, seed: int) -> tuple[kfac_tn.Curvature, Tensor]:
     """A curvature whose parameters lie in another order than its blocks, and its matrix."""
     torch.manual_seed(seed)
     blocks, matrices, shapes = {}, [], {}
-    for index, (kind, groups, rows, row, bias, rank) in enumerate(recipes):
+    for index, (kind, groups, rows, row, bias, rank, transposed) in enumerate(recipes):
         shape = Size((groups * rows, *row))
+        if transposed:
+            shape = Size((groups * row[0], rows, *row[1:]))
         name, weight = f"layer{index}", f"layer{index}.weight"
         bias_name = None if bias is None or kind == "diagonal" else f"layer{index}.bias"
-        layout = Layout(weight, shape, bias_name, groups)
+        layout = Layout(weight, shape, bias_name, groups, transposed)
         blocks[name], matrix = make_block(kind, name, layout, bias or "separate", rank)
         matrices.append(matrix)
         shapes[weight] = shape
         if bias_name is not None:
-            shapes[bias_name] = shape[:1]
+            shapes[bias_name] = Size([groups * rows])
     order = torch.randperm(len(shapes), generator=torch.Generator().manual_seed(len(shapes)))
     ordered = {list(shapes)[place]: list(shapes.values())[place] for place in order}
     places = index_of(shapes, list(ordered))
@@ -262,9 +268,9 @@ def test_files_and_moves(recipes, seed):
 # Samples -----------------------------------------------------------------------------------------
 
 MIXED = [
-    ("kronecker", 2, 2, (2,), "joint", 1),
-    ("eigen", 1, 1, (2,), "separate", 1),
-    ("diagonal", 1, 2, (1,), None, 1),
+    ("kronecker", 2, 2, (2,), "joint", 1, False),
+    ("eigen", 1, 1, (2,), "separate", 1, True),
+    ("diagonal", 1, 2, (1,), None, 1, False),
 ]
 
 
@@ -306,7 +312,7 @@ def test_logdet_is_differentiable_in_the_damping():
 
 
 def test_singular_without_damping():
-    curvature, _ = make_curvature([("kronecker", 1, 2, (3,), None, 1)], 0)
+    curvature, _ = make_curvature([("kronecker", 1, 2, (3,), None, 1, False)], 0)
     zero = 0.0 * curvature
     assert zero.logdet() == -math.inf
     assert zero.det() == 0
@@ -314,7 +320,7 @@ def test_singular_without_damping():
 
 
 def test_one_decomposition_serves_all(monkeypatch):
-    curvature, _ = make_curvature([("kronecker", 1, 2, (3,), None, 3)], 0)
+    curvature, _ = make_curvature([("kronecker", 1, 2, (3,), None, 3, False)], 0)
     calls = []
     plain = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(m.shape[-1]) or plain(m))
@@ -327,7 +333,7 @@ def test_one_decomposition_serves_all(monkeypatch):
 
 
 def test_a_decomposition_that_does_not_converge_is_made_in_float64(monkeypatch):
-    curvature, dense = make_curvature([("kronecker", 1, 2, (3,), None, 3)], 0)
+    curvature, dense = make_curvature([("kronecker", 1, 2, (3,), None, 3, False)], 0)
     plain = torch.linalg.eigh
 
     def stubborn(matrix):
