@@ -13,6 +13,7 @@ from torch.nn import Module, Parameter
 from kfac_tn.capture import Capture, Factors, Statistics
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.compute import layout_of
+from kfac_tn.curvature.exact import EigenFactors, decompose
 from kfac_tn.curvature.intervals import intervals, is_due, layer_work, total
 from kfac_tn.curvature.kronecker import mean_eigenvalue
 from kfac_tn.curvature.moving import MovingFactors, invert
@@ -50,6 +51,7 @@ class CurvatureEstimator:
         group: Callable[[LayerBlock], int] = lambda block: 0,
     ) -> None:
         self.options = options
+        self._exact = options.damping_split == "exact"
         self.steps = 0
         self._renewed: dict[str, tuple[int, int]] = {}  # steps of statistics, inverses
         self.seconds: dict[str, float] = {}
@@ -82,9 +84,8 @@ class CurvatureEstimator:
             sizes = block.groups, block.grad_output_dim, input_dim
             key = (*sizes, weight.dtype, weight.device, self._group(block))
             shapes.setdefault(key, []).append(block)
-        self._moving = [
-            MovingFactors(blocks, self.options.factor_decay) for blocks in shapes.values()
-        ]
+        kind = EigenFactors if self._exact else MovingFactors
+        self._moving = [kind(blocks, self.options.factor_decay) for blocks in shapes.values()]
         self._kinds = {p: (p.dtype, p.device) for p in self._covered}
 
     def _watch(self) -> Capture:
@@ -172,8 +173,9 @@ class CurvatureEstimator:
             if due or moving.lacks_inverse:
                 wanting.setdefault(self._damping(moving.blocks[0]), []).append(moving)
         self._note({block.name for block in statistics.factors}, wanting.values())
+        renew: Callable[..., list[str]] = decompose if self._exact else invert
         for damping, movings in wanting.items():
-            for name in invert(movings, damping, self.options.relative_damping):
+            for name in renew(movings, damping, self.options.relative_damping):
                 self.warn(
                     f"The factors of layer '{name}' can't be inverted: its last good inverse stays "
                     "in use."
@@ -315,6 +317,11 @@ class CurvatureEstimator:
         unknown = state["factors"].keys() - {block.name for block in self.blocks}
         if unknown:
             raise ValueError(f"The state has factors of layers {sorted(unknown)}, unknown here.")
+        if any(("values" in entry) != self._exact for entry in state["factors"].values()):
+            raise ValueError(
+                "The state is of another damping_split: what it has in place of inverses is of no "
+                "use here."
+            )
         for moving in self._moving:
             moving.check_state_dict(state["factors"])
 
@@ -349,7 +356,9 @@ class CurvatureEstimator:
         """Set automatic intervals from the sizes of the step that is ending."""
         sizes, passes = self.capture.sizes, self.capture.passes
         if sizes:
-            work = total(layer_work(block, *size, passes) for block, size in sizes.items())
+            work = total(
+                layer_work(block, *size, passes, self._exact) for block, size in sizes.items()
+            )
             self._automatic = intervals(work, self.options.overhead)
 
     def _generator(self, device: torch.device) -> torch.Generator:

@@ -69,7 +69,9 @@ class Work:
         )
 
 
-def layer_work(block: LayerBlock, examples: int, rows: int, passes: float) -> Work:
+def layer_work(
+    block: LayerBlock, examples: int, rows: int, passes: float, exact: bool = False
+) -> Work:
     """What one layer costs.
 
     Args:
@@ -77,6 +79,7 @@ def layer_work(block: LayerBlock, examples: int, rows: int, passes: float) -> Wo
         examples: In all its calls of a step.
         rows: Examples times shared positions.
         passes: Extra backward passes; each costs half of the user's, having no weight's gradient.
+        exact: Whether damping is exact, by eigendecompositions and twice the products.
 
     Example:
         >>> import torch
@@ -91,9 +94,9 @@ def layer_work(block: LayerBlock, examples: int, rows: int, passes: float) -> Wo
     grams = 2 * vectors * block.groups * (d_in**2 + d_out**2 * passes)
     return Work(
         model=3 * forward,
-        products=2 * block.groups * d_in * d_out * (d_in + d_out),
+        products=(2 + 2 * exact) * block.groups * d_in * d_out * (d_in + d_out),
         statistics=grams + passes * forward,
-        inverses=block.groups * (_inversion(d_in) + _inversion(d_out)),
+        inverses=block.groups * (_inversion(d_in, exact) + _inversion(d_out, exact)),
     )
 
 
@@ -121,10 +124,11 @@ def intervals(work: Work, overhead: float) -> tuple[int, int]:
     return statistics, inverses
 
 
-def _inversion(size: int) -> float:
-    """A Cholesky factorization and the inverse from it, with the damping.
+def _inversion(size: int, exact: bool) -> float:
+    """A Cholesky factorization and the inverse from it; or an eigendecomposition.
 
     Fitted to one thread of a server's CPU in float32: there it takes as long as 5 size^3 operations
-    of a matrix product at size 256, 3 size^3 at 1024 (the product itself: 2 size^3).
+    of a matrix product at size 256, 3 size^3 at 1024 (the product itself: 2 size^3); an
+    eigendecomposition 24 size^3 at 64, 8 to 13 from 128 to 1024.
     """
-    return 3 * size**3 + 800 * size**2
+    return (11 if exact else 3) * size**3 + 800 * size**2

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 from kfac_tn.capture import Fisher
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.layers import ApproximationChoice
+
+Split: TypeAlias = Literal["pi", "exact"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class CurvatureOptions:
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
         relative_damping: Whether damping is in units of each block's mean eigenvalue.
+        damping_split: ``"pi"``: divided between the factors; ``"exact"``: added to their product.
         factor_decay: Decay of the factors' moving averages.
         factor_interval: Steps between statistics, or ``"auto"``.
         inverse_interval: Steps between inversions, or ``"auto"``.
@@ -32,6 +36,7 @@ class CurvatureOptions:
     fisher: Fisher
     mc_samples: int
     relative_damping: bool
+    damping_split: Split
     factor_decay: float
     factor_interval: Interval
     inverse_interval: Interval
@@ -49,5 +54,9 @@ class CurvatureOptions:
                 raise ValueError(
                     f"{name} is {interval!r}: it must be a positive whole number, or 'auto'."
                 )
+        if self.damping_split not in get_args(Split):
+            raise ValueError(
+                f"damping_split is {self.damping_split!r}: choose one of {get_args(Split)}."
+            )
         if not 0 < self.overhead < float("inf"):
             raise ValueError(f"overhead is {self.overhead}: it must be positive.")

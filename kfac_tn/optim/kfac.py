@@ -13,7 +13,7 @@ from kfac_tn.capture import Fisher
 from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
-from kfac_tn.curvature.options import CurvatureOptions
+from kfac_tn.curvature.options import CurvatureOptions, Split
 from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates
@@ -70,8 +70,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             ``BCEWithLogitsLoss`` or one with the ``kfac_tn.likelihood.Likelihood`` protocol). With
             a functional loss, give its module here and call ``observe(outputs, targets)``.
         lr: Learning rate, of Adam's size for ``"graft"``. Natural-gradient steps (``"kl_clip"`` and
-            ``"fixed"``) want larger ones, such as 0.03 to 0.3. Default: 1e-2, for ``"quadratic"``
-            1.
+            ``"fixed"``) want larger ones, 0.03 to 0.3. Default: 1e-2; for ``"quadratic"`` 1.
         betas: Decay of the gradient's first and second moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled (Loshchilov & Hutter 2019); per step ``lr * weight_decay``.
@@ -80,13 +79,14 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             with equally many examples in one loss for calls on the same examples.
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"``.
         mc_samples: Samples of the targets for ``"mc"``.
-        damping: Added to each block B (x) A, divided between its factors (Martens & Grosse 2015,
-            Section 6.3). A number, a function of the number of steps taken, or a rule of
-            ``kfac_tn.optim.damping_rules``, such as ``LevenbergMarquardt()``. It acts on the option
-            of that name of the parameter groups that have none of their own.
+        damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
+            a rule of ``kfac_tn.optim.damping_rules``, such as ``LevenbergMarquardt()``. Acts on the
+            option of that name of the parameter groups that have none of their own.
         relative_damping: Whether the damping is in units of each block's mean eigenvalue
             tr(A) tr(B) / (d_in d_out), so that one value serves layers and losses of every scale,
             or absolute.
+        damping_split: ``"pi"``: divided between the factors (Martens & Grosse 2015, Section 6.3);
+            ``"exact"``: added to B (x) A, at several times the cost of inverses and products.
         factor_decay: Decay of the moving averages of A and B, by update; their start is corrected.
         factor_interval: Steps between updates of A and B, or ``"auto"``: as many as keep a step's
             cost below ``overhead``, by counting operations (``kfac_tn.curvature.intervals``).
@@ -97,8 +97,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             learning rate and momentum from the exact GGN on the batch. Or a rule of
             ``kfac_tn.optim.step_rules``.
         kl_clip: The limit of the rule of that name.
-        trust_region: A limit on lr^2 d^T F d of the step that the rule makes, above which it is
-            shrunk; by default there is none.
+        trust_region: Limit on lr^2 d^T F d, above which steps are shrunk; by default none.
         other_lr: Learning rate of the parameters without Kronecker structure, in a parameter group
             of their own; by default ``lr`` for ``"graft"``, else 1e-3.
         params: Parameter groups with options of their own (``lr``, ``betas``, ``eps``,
@@ -139,6 +138,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
+        damping_split: Split = "pi",
         factor_decay: float = 0.9,
         factor_interval: Interval = 20,
         inverse_interval: Interval = 100,
@@ -155,14 +155,14 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         self._trust_region = None if trust_region is None else TrustRegion(trust_region)
         if other_lr is not None and params is not None:
             raise ValueError("other_lr and params exclude each other: set lr in the groups.")
-        if other_lr is None and self._rule.natural:
-            other_lr = 1e-3
+        other_lr = 1e-3 if other_lr is None and self._rule.natural else other_lr
         self._model, self._loss_fn, self._other_lr = model, loss_fn, other_lr
         self._options = CurvatureOptions(
             approximation=approximation,
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,
+            damping_split=damping_split,
             factor_decay=factor_decay,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
@@ -353,8 +353,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         if self._replay is not None:
             self._replay.discard()
             taken = self._estimator.steps
-            wanted = self._damping_rule.wants_ratio(taken) or self._rule.wants_batch(taken)
-            self._replay.armed = wanted
+            wanting = self._damping_rule.wants_ratio, self._rule.wants_batch
+            self._replay.armed = any(wants(taken) for wants in wanting)
 
     def _adapt_damping(
         self,

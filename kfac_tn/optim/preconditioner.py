@@ -12,7 +12,7 @@ from kfac_tn.capture import Fisher
 from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
-from kfac_tn.curvature.options import CurvatureOptions
+from kfac_tn.curvature.options import CurvatureOptions, Split
 from kfac_tn.layers import ApproximationChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
@@ -42,6 +42,7 @@ class KFACPreconditioner(CurvatureUser):
         damping: Added to each block: a number or a function of the step; set
             ``preconditioner.damping`` to change it.
         relative_damping: Whether in units of each block's mean eigenvalue.
+        damping_split: ``"pi"`` or ``"exact"``.
         factor_decay: Decay of the factors' moving averages.
         factor_interval: Steps between statistics, or ``"auto"``.
         inverse_interval: Steps between inversions, or ``"auto"``.
@@ -80,6 +81,7 @@ class KFACPreconditioner(CurvatureUser):
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
+        damping_split: Split = "pi",
         factor_decay: float = 0.9,
         factor_interval: Interval = 20,
         inverse_interval: Interval = 100,
@@ -104,6 +106,7 @@ class KFACPreconditioner(CurvatureUser):
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,
+            damping_split=damping_split,
             factor_decay=factor_decay,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,

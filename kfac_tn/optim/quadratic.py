@@ -20,7 +20,8 @@ class QuadraticModel(StepRule):
 
     The step is minus u = alpha d + mu u', with d the direction and u' the step before; alpha and mu
     minimize -g^T u + u^T (G + lambda I) u / 2, G the exact GGN on the batch and lambda the damping
-    (Martens & Grosse 2015, Section 7). The learning rate of the group is a factor on top.
+    (Martens & Grosse 2015, Section 7). The learning rate of the group is a factor on top: the model
+    is that of one batch, so where batches are small, take 0.1 or less.
 
     Args:
         interval: Steps between computations of alpha and mu, which take two products with the

@@ -168,6 +168,48 @@ def test_equals_a_plain_implementation(rule, relative, approximation):
             torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("damping", [1e-4, 0.1])
+def test_exact_damping_is_added_to_the_product(relative, damping):
+    """Against a dense solve with kron(B, A) + damping I."""
+    options = {"step_rule": "fixed", "lr": 0.1, "fisher": "type-2", "betas": (0.0, 0.0)}
+    options |= {"damping": damping, "relative_damping": relative, "damping_split": "exact"}
+    model, loss_fn, optimizer = make(**options)
+    for seed in range(3):
+        before = copy.deepcopy(model)
+        train(optimizer, model, loss_fn, 1, start=seed)
+        x, y = make_data(seed=seed)
+        loss_fn(before(x), y).backward()
+        for name, factors in optimizer.factors().items():
+            old, new = before.get_submodule(name), model.get_submodule(name)
+            gradient = torch.cat([old.weight.grad.flatten(1), old.bias.grad[:, None]], 1)
+            moved = torch.cat(
+                [(old.weight - new.weight).flatten(1), (old.bias - new.bias)[:, None]], 1
+            )
+            parts = zip(
+                *(factors.input, factors.grad_output),
+                *(each.detach().chunk(len(factors.input)) for each in (gradient, moved)),
+                strict=True,
+            )
+            for a, b, g, step in parts:
+                scale = a.diagonal().mean() * b.diagonal().mean() if relative else 1.0
+                dense = torch.kron(b, a)
+                dense = dense + damping * scale * torch.eye(len(dense), dtype=dense.dtype)
+                expected = torch.linalg.solve(dense, g.flatten()).view_as(g)
+                torch.testing.assert_close(step, 0.1 * expected, rtol=1e-6, atol=1e-9)
+
+
+def test_states_of_another_damping_split_are_refused():
+    saved = []
+    for split in ("pi", "exact"):
+        model, loss_fn, optimizer = make(damping_split=split)
+        train(optimizer, model, loss_fn, 1)
+        saved.append(optimizer.state_dict())
+    with pytest.raises(ValueError, match="another damping_split"):
+        optimizer.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+
+
 class Mixed(nn.Module):
     """Parameters with and without Kronecker structure."""
 
@@ -305,6 +347,7 @@ def test_foreign_parameters_cannot_be_added_later():
         ({"inverse_interval": 1.5}, "inverse_interval is 1.5"),
         ({"mc_samples": 0}, "mc_samples is 0"),
         ({"fisher": "exact"}, "fisher is 'exact'"),
+        ({"damping_split": "even"}, "damping_split is 'even'"),
         ({"approximation": "shrink"}, "shrink"),
         ({"step_rule": "newton"}, "step_rule is 'newton'"),
         ({"kl_clip": 0.0}, "kl_clip is 0.0"),
@@ -768,10 +811,17 @@ def through_a_file(state):
 
 
 @pytest.mark.parametrize("fisher", ["mc", "type-2"])
+@pytest.mark.parametrize("split", ["pi", "exact"])
 @pytest.mark.parametrize("cut", [1, 3, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_run_continues_from_a_checkpoint_bit_for_bit(fisher, cut, dtype):
-    options = {"fisher": fisher, "factor_interval": 3, "inverse_interval": 4, "seed": 5}
+def test_a_run_continues_from_a_checkpoint_bit_for_bit(fisher, split, cut, dtype):
+    options = {
+        "fisher": fisher,
+        "damping_split": split,
+        "factor_interval": 3,
+        "inverse_interval": 4,
+        "seed": 5,
+    }
     model, loss_fn, optimizer = make(make_model(dtype), **options)
     train(optimizer, model, loss_fn, 2 * cut)
     first, loss_fn, optimizer = make(make_model(dtype), **options)

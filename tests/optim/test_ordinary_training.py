@@ -427,7 +427,9 @@ def test_the_preconditioner_follows_too():
 @pytest.mark.parametrize("reset", ["optimizer", "model"])
 def test_a_model_may_change_its_dtype(rule, reset):
     """From float32 to float64: as if it had been float64 all along, up to float32's rounding."""
+    split = "exact" if rule == "fixed" else "pi"
     options = {"step_rule": rule, "factor_interval": 3, "inverse_interval": 3}
+    options["damping_split"] = split
     model, loss_fn, optimizer = make(make_model(torch.float32), **options)
     train(model, loss_fn, optimizer, 4)
     model.double()

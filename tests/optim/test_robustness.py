@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import kfac_tn
+from kfac_tn.optim.damping_rules import LevenbergMarquardt
+from kfac_tn.optim.quadratic import QuadraticModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # they are what is asked for
 STEPS = 1000
@@ -64,7 +66,10 @@ class Run:
     def __init__(self, half, options):
         self.model, self.half, self.options = make_model().eval(), half, options
         self.loss_fn = nn.CrossEntropyLoss()
-        self.optimizer = kfac_tn.KFAC(self.model, self.loss_fn, **options)
+        made = {
+            name: value() if isinstance(value, type) else value for name, value in options.items()
+        }
+        self.optimizer = kfac_tn.KFAC(self.model, self.loss_fn, **made)
         self.scaler = torch.amp.GradScaler("cpu", enabled=half, growth_interval=5)
 
     def step(self, step):
@@ -96,6 +101,11 @@ RUNS = {
     "empirical": {"fisher": "empirical", "factor_interval": 1, "inverse_interval": 5},
     "forward-only": {"fisher": "forward-only", "factor_interval": 1, "inverse_interval": 5},
     "small damping": {"damping": 1e-10, "factor_interval": 1, "inverse_interval": 2},
+    "intervals by budget": {"factor_interval": "auto", "inverse_interval": "auto"},
+    "Levenberg-Marquardt": {"damping": LevenbergMarquardt, "factor_interval": 5},
+    "exact damping": {"damping_split": "exact", "factor_interval": 5, "inverse_interval": 5},
+    "trust region": {"trust_region": 1e-4, "lr": 0.03},
+    "quadratic model": {"step_rule": QuadraticModel, "damping": 0.1, "lr": 0.1},
     "KL clip": {"step_rule": "kl_clip", "lr": 0.02, "factor_interval": 2},
 }
 
