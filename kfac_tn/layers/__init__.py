@@ -1,12 +1,14 @@
 """Families of layers: what their inputs and output gradients mean for their parameters."""
 
-from kfac_tn.layers.base import Approximation, LayerFamily
+from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.linear import LinearFamily
 from kfac_tn.layers.partition import (
     ApproximationChoice,
     LayerBlock,
     OtherParameter,
+    gradient_family,
+    owners_of,
     partition,
     register_layer,
 )
@@ -16,10 +18,13 @@ __all__ = [
     "ApproximationChoice",
     "ConvFamily",
     "ConvTransposeFamily",
+    "GradientFamily",
     "LayerBlock",
     "LayerFamily",
     "LinearFamily",
     "OtherParameter",
+    "gradient_family",
+    "owners_of",
     "partition",
     "register_layer",
 ]

@@ -11,16 +11,53 @@ from torch.nn import Module
 Approximation = Literal["expand", "reduce"]
 
 
-class LayerFamily(ABC):
+class GradientFamily(ABC):  # noqa: B024 (what a family lacks, it says when asked for)
+    """How the inputs and output gradients of a kind of module give each example's own gradient.
+
+    The module's parameters must be called ``weight`` and ``bias``. A family is stateless: every
+    method takes the module it speaks of. ``x`` is what the module was called with, ``g`` a gradient
+    with respect to what it returned.
+    """
+
+    def input_of(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The input among the arguments of a call. Default: the first one, or ``input``.
+
+        Raises:
+            ValueError: If other arguments change what the module computes.
+        """
+        return args[0] if args else kwargs["input"]
+
+    def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
+        """What each example alone gives the weight: ``[N, *weight.shape]``."""
+        raise NotImplementedError(self._lacks("per_example_weight_gradient"))
+
+    def per_example_bias_gradient(self, module: Module, g: Tensor) -> Tensor:
+        """What each example alone gives the bias: ``[N, *bias.shape]``."""
+        raise NotImplementedError(self._lacks("per_example_bias_gradient"))
+
+    def weight_diagonal(
+        self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None
+    ) -> Tensor:
+        """The sum over examples of squared per-example gradients, shaped like the weight.
+
+        ``max_memory`` bounds what is held on the way, in bytes; None: a default.
+        """
+        return self.per_example_weight_gradient(module, x, g).square().sum(0)
+
+    def _lacks(self, method: str) -> str:
+        return (
+            f"{type(self).__name__} has no {method}(): see kfac_tn.layers.GradientFamily for what "
+            "it is to compute"
+        )
+
+
+class LayerFamily(GradientFamily):
     """How the inputs and output gradients of one kind of module give its Kronecker factors.
 
     A family is stateless: every method takes the module it speaks of. ``x`` is what the module
     was called with, ``g`` a gradient with respect to what it returned; both may lack the batch
     axis where PyTorch allows that. ``a`` is the vector that one weight row is multiplied with at
     one output position (KFAC's input), followed by a 1 when ``bias`` is true.
-
-    A family needs the first six methods. The others have a default, or are what exact diagonals and
-    per-example gradients are made of; without them those say so.
     """
 
     transposed: bool = False
@@ -59,36 +96,8 @@ class LayerFamily(ABC):
         """The g of all examples and positions, ``[G, N, R, d_out]``: only EKFAC asks for them."""
         raise NotImplementedError(_NO_ROWS.format(type(self).__name__, type(module).__name__))
 
-    def input_of(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The input among the arguments of a call. Default: the first one, or ``input``.
-
-        Raises:
-            ValueError: If other arguments change what the module computes.
-        """
-        return args[0] if args else kwargs["input"]
-
-    def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
-        """What each example alone gives the weight: ``[N, *weight.shape]``."""
-        raise NotImplementedError(self._lacks("per_example_weight_gradient"))
-
-    def per_example_bias_gradient(self, module: Module, g: Tensor) -> Tensor:
-        """What each example alone gives the bias, ``[N, *bias.shape]``: ``sum_grad_output``."""
+    def per_example_bias_gradient(self, module: Module, g: Tensor) -> Tensor:  # noqa: D102
         return self.sum_grad_output(module, g).flatten(1)
-
-    def weight_diagonal(
-        self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None
-    ) -> Tensor:
-        """The sum over examples of squared per-example gradients, shaped like the weight.
-
-        ``max_memory`` bounds what is held on the way, in bytes; None: a default.
-        """
-        raise NotImplementedError(self._lacks("weight_diagonal"))
-
-    def _lacks(self, method: str) -> str:
-        return (
-            f"{type(self).__name__} has no {method}(): see kfac_tn.layers.LayerFamily for what it "
-            "is to compute"
-        )
 
 
 _NO_ROWS = (

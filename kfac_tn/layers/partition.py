@@ -10,9 +10,10 @@ import torch
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
-from kfac_tn.layers.base import Approximation, LayerFamily
+from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.linear import LinearFamily
+from kfac_tn.layers.norm import NORM_FAMILIES
 from kfac_tn.tn.nn import ConvNd, ConvTransposeNd, RandomizedConvNd
 
 ApproximationChoice: TypeAlias = (
@@ -51,6 +52,11 @@ def register_layer(module_type: type[Module], family: LayerFamily) -> None:
         >>> register_layer(LoudLinear, LinearFamily())
     """
     _FAMILIES[module_type] = family
+
+
+def gradient_family(module: Module) -> GradientFamily | None:
+    """How a module's calls give each example's own gradient; None if that isn't known."""
+    return _FAMILIES.get(type(module)) or NORM_FAMILIES.get(type(module))
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +153,7 @@ def partition(
                 f"Parameter '{name}' has dtype {parameter.dtype}: only real floating-point "
                 "parameters can be trained here."
             )
-    owners = _owners(model)
+    owners = owners_of(model)
     blocks: list[LayerBlock] = []
     covered: set[Parameter] = set()
     for name, module in model.named_modules():
@@ -194,7 +200,7 @@ def partition(
 Owner: TypeAlias = tuple[str, Module, str]
 
 
-def _owners(model: Module) -> dict[Parameter, list[Owner]]:
+def owners_of(model: Module) -> dict[Parameter, list[Owner]]:
     """All (module name, module, attribute) that hold each parameter."""
     owners: dict[Parameter, list[Owner]] = {}
     for name, module in model.named_modules():

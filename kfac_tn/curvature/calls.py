@@ -1,0 +1,340 @@
+"""The calls that a model's parameters take part in, and each example's gradients from them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kfac_tn.functional import common
+from kfac_tn.graph import differentiate, find, output_edge, remember
+from kfac_tn.hooks import plain
+from kfac_tn.layers import GradientFamily, gradient_family, owners_of
+from kfac_tn.tn.nn import RandomizedConvNd
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one module.
+
+    Attributes:
+        module: The module.
+        family: How the call gives each example's gradient.
+        x: Its input.
+        version: Of the input, which must not have changed when it is used.
+        shape: Of its output.
+    """
+
+    module: Module
+    family: GradientFamily
+    x: Tensor
+    version: int | None
+    shape: torch.Size
+
+    def per_example_gradient(self, attribute: str, g: Tensor, examples: slice) -> Tensor:
+        """What some examples each give the weight or the bias, ``[n, *shape]``."""
+        if attribute == "bias":
+            return self.family.per_example_bias_gradient(self.module, g[examples])
+        x = self.x[examples]
+        return self.family.per_example_weight_gradient(self.module, x, g[examples])
+
+    def check_unchanged(self) -> None:
+        """Refuse an input that was overwritten after the call.
+
+        Raises:
+            RuntimeError: If it was.
+        """
+        if self.version is not None and self.x._version != self.version:
+            raise RuntimeError(
+                f"The input of {self.module} was changed in place after the call: its gradients "
+                "can't be computed."
+            )
+
+
+Contributions = Sequence[tuple[Call, Tensor]]
+
+
+class Calls:
+    """The calls of known layers in one forward pass of a model.
+
+    Args:
+        model: The model.
+        x: What to call it with.
+
+    Attributes:
+        outputs: What it returned, ``[N, ...]``.
+        unknown: Names of trainable parameters that (also) belong to modules of unknown kinds, or
+            whose calls don't have the examples on the first axis.
+
+    Raises:
+        ValueError: If batch normalization in training mode makes examples depend on each other, or
+            tensor dropout makes gradients random.
+        TypeError: If the model's output isn't a tensor with a batch axis.
+    """
+
+    def __init__(self, model: Module, x: Any) -> None:
+        refuse_if_not_exact(model)
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._attributes = _known(model)
+        self._key = object()
+        modules = {m for m in model.modules() if any(p in self._attributes for p in _own(m))}
+        handles = [
+            m.register_forward_hook(cast(Any, self._after_layer), with_kwargs=True) for m in modules
+        ]
+        try:
+            outputs = model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(outputs, Tensor) or outputs.ndim == 0:
+            raise TypeError(
+                "The model must return one tensor with examples first, but returned "
+                f"{type(outputs).__name__}."
+            )
+        self.outputs = outputs
+        self._found = find(outputs, self._key)
+        self._counts = Counter(p for one in self._found for p in self._of(one.record))
+        elsewhere = {
+            parameter  # of a call whose first axis can't be that of the examples
+            for one in self._found
+            if not one.record.x.shape[:1] == one.record.shape[:1] == outputs.shape[:1]
+            for parameter in self._of(one.record)
+        }
+        known = self._attributes.keys() - elsewhere
+        self.unknown = {name for name, p in self.parameters.items() if p not in known}
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
+            return
+        family, edge = gradient_family(module), output_edge(output)
+        if family is None or edge is None:
+            return
+        x = family.input_of(module, args, kwargs)
+        version = None if x.is_inference() else x._version
+        remember(edge, self._key, Call(module, family, x.detach(), version, output.shape))
+
+    def _of(self, call: Call) -> list[Parameter]:
+        """Parameters that a call gives gradients to."""
+        return [p for p in _own(call.module) if p in self._attributes]
+
+    def backward(
+        self,
+        column: Tensor,
+        receive: Callable[[str, str, Contributions], None],
+        parameters: Sequence[Parameter] = (),
+    ) -> tuple[Tensor | None, ...]:
+        """Back-propagate a column to all calls.
+
+        Args:
+            column: Shaped like the outputs.
+            receive: Takes a parameter's name, whether it is a ``"weight"`` or a ``"bias"``, and
+                calls with the gradients at their outputs: for each parameter once, as soon as all
+                its calls have theirs. Parameters that aren't reached are left out.
+            parameters: Whose gradient, summed over examples, is wanted, too.
+
+        Returns:
+            The gradients of ``parameters``.
+        """
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        waiting: dict[Parameter, list[tuple[Call, Tensor]]] = defaultdict(list)
+
+        def hand_over(parameter: Parameter) -> None:
+            name = names[parameter]
+            if name not in self.unknown:
+                receive(name, self._attributes[parameter], waiting.pop(parameter))
+
+        def at_call(call: Call, gradient: Tensor) -> None:
+            call.check_unchanged()
+            gradient = common.cast(gradient.detach().reshape(call.shape))
+            with plain(gradient.device):
+                for parameter in self._of(call):
+                    waiting[parameter].append((call, gradient))
+                    if len(waiting[parameter]) == self._counts[parameter]:
+                        hand_over(parameter)
+
+        if not self.outputs.requires_grad or not (self._found or parameters):
+            return (None,) * len(parameters)
+        column = column.to(self.outputs.dtype)
+        gradients = differentiate(self.outputs, column, self._found, at_call, parameters)
+        with plain(column.device):
+            for parameter in list(waiting):  # some of whose calls the column doesn't reach
+                hand_over(parameter)
+        return gradients
+
+    def verify(self) -> None:
+        """Find out which calls really give their parameters' per-example gradients.
+
+        Back-propagates random numbers from one example alone: no other example may receive any, and
+        its gradients must be those of autograd. That fails for examples on another axis, and for
+        parameters that are used without calling their module. These join ``unknown``.
+        """
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.randn(self.outputs[:1].shape, generator=generator)
+        column = torch.zeros_like(self.outputs)
+        column[:1] = numbers.to(column)
+        names = [name for name in self.parameters if name not in self.unknown]
+        actual: dict[str, Tensor] = {}
+
+        def receive(name: str, attribute: str, contributions: Contributions) -> None:
+            if any(g[1:].any() for _, g in contributions):
+                return
+            with suppress(NotImplementedError):  # a family that knows of Kronecker factors alone
+                actual[name] = per_example(attribute, contributions, slice(1))[0]
+
+        parameters = [self.parameters[name] for name in names]
+        gradients = self.backward(column, receive, parameters)
+        for name, expected in zip(names, gradients, strict=True):
+            if expected is None and name not in actual:
+                continue
+            if expected is None or name not in actual or not _close(actual[name], expected):
+                self.unknown.add(name)
+
+
+def refuse_if_not_exact(model: Module) -> None:
+    """Refuse models whose examples have no (exact) gradients of their own.
+
+    Raises:
+        ValueError: Naming the module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{type(module).__name__} '{name}' normalizes with the batch's own statistics, so "
+                "that no example has a gradient of its own: call model.eval() before (with "
+                "track_running_stats=True), or use another normalization."
+            )
+        if isinstance(module, RandomizedConvNd) and module.training:
+            raise ValueError(
+                f"RandomizedConvNd '{name}' has random gradients in training mode, so that exact "
+                "ones can't be verified: call model.eval() before."
+            )
+
+
+def sum_of_squares(
+    attribute: str, contributions: Contributions, max_memory: int | None = None
+) -> Tensor:
+    """Sum over examples of a parameter's squared per-example gradients, shaped like it.
+
+    Raises:
+        ValueError: If that takes more than ``max_memory`` bytes.
+    """
+    if len(contributions) == 1:
+        ((call, g),) = contributions
+        if attribute == "weight":
+            return call.family.weight_diagonal(call.module, call.x, g, max_memory)
+        return call.family.per_example_bias_gradient(call.module, g).square().sum(0)
+    # Gradients of several calls add up before they are squared.
+    parameter = cast(Tensor, getattr(contributions[0][0].module, attribute))
+    needed = 3 * parameter.numel() * common.accumulation_dtype(parameter).itemsize
+    limit = common.UNFOLD_BYTES if max_memory is None else max_memory
+    if max_memory is not None and needed > max_memory:
+        raise ValueError(
+            f"max_memory={max_memory:,} bytes is too little: gradients of several calls of "
+            f"{contributions[0][0].module} take {needed:,}"
+        )
+    size = max(1, limit // needed)
+    total: Tensor | float = 0.0
+    for start in range(0, len(contributions[0][1]), size):
+        total = total + per_example(
+            attribute, contributions, slice(start, start + size)
+        ).square().sum(0)
+    return cast(Tensor, total)
+
+
+def per_example(
+    attribute: str, contributions: Contributions, examples: slice = slice(None)
+) -> Tensor:
+    """Each example's gradient of a parameter, ``[n, *shape]``, from all its calls."""
+    (call, g), *others = contributions
+    total = call.per_example_gradient(attribute, g, examples)
+    for call, g in others:
+        total = total + call.per_example_gradient(attribute, g, examples)
+    return total
+
+
+def one_by_one(
+    model: Module, x: Any, outputs: Tensor, names: Sequence[str]
+) -> Callable[[int], Callable[[Tensor], list[Tensor]]]:
+    """The way of parameters whose calls tell nothing: forward and backward of every example alone.
+
+    Args:
+        model: The model.
+        x: A batch: a tensor, or any structure of tensors with examples first.
+        outputs: What the model returned for all of it.
+        names: Of the parameters, for messages.
+
+    Returns:
+        A function of an example's number, which runs the model on it, and returns a function of a
+        column ``[1, ...]``, which returns the gradients.
+
+    Raises:
+        ValueError: When an example alone has another output than in its batch.
+    """
+    named = dict(model.named_parameters())
+    parameters = [named[name] for name in names]
+
+    def example(n: int) -> Callable[[Tensor], list[Tensor]]:
+        alone = model(_select(x, n, len(outputs)))
+        if not isinstance(alone, Tensor) or not _close(alone.detach(), outputs[n : n + 1].detach()):
+            raise ValueError(
+                f"Parameters {list(names)} are differentiated example by example, but the model's "
+                "output for one example alone differs from that in its batch: some module is "
+                "random (call model.eval() for dropout), mixes examples, or has them on another "
+                "axis than the first. Freeze these parameters to leave them out."
+            )
+
+        def gradients(column: Tensor) -> list[Tensor]:
+            return list(
+                torch.autograd.grad(
+                    alone,
+                    parameters,
+                    column.to(alone.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+
+        return gradients
+
+    return example
+
+
+def _select(x: Any, n: int, count: int) -> Any:
+    def row(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)
+        return leaf[n : n + 1] if batched else leaf
+
+    return torch.utils._pytree.tree_map(row, x)
+
+
+def _known(model: Module) -> dict[Parameter, str]:
+    """Trainable parameters all of whose owners are understood: whether weight or bias."""
+    known = {}
+    for parameter, owners in owners_of(model).items():
+        attributes = {attribute for _, _, attribute in owners}
+        understood = all(gradient_family(module) is not None for _, module, _ in owners)
+        if parameter.requires_grad and understood and attributes in ({"weight"}, {"bias"}):
+            known[parameter] = attributes.pop()
+    return known
+
+
+def _own(module: Module) -> list[Parameter]:
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape:
+        return False
+    tolerance = min(0.1, 10 * torch.finfo(expected.dtype).eps ** 0.5)
+    return bool((actual - expected).norm() <= tolerance * expected.norm())

@@ -1,0 +1,156 @@
+"""The exact diagonal of the generalised Gauss-Newton matrix, of every trainable parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_tn.curvature.calls import Calls, Contributions, one_by_one, sum_of_squares
+from kfac_tn.curvature.compute import check_finite
+from kfac_tn.functional.common import cast
+from kfac_tn.likelihood import Likelihood, likelihood_of
+
+Mode = Literal["exact", "mc"]
+
+
+def compute_ggn_diagonal(
+    model: Module,
+    loss_fn: Module | Likelihood,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    mode: Mode = "exact",
+    mc_samples: int = 1,
+    max_memory: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Diagonal of the generalised Gauss-Newton matrix (= Fisher) of a model's loss over a data set.
+
+    The sum over examples and back-propagated columns of the loss Hessian's root of each parameter's
+    squared gradient (Dangel et al. 2020, arXiv 1912.10985). Linear layers, (transposed)
+    convolutions and normalizations give it from their inputs and output gradients; for any other
+    parameter (embeddings, recurrent layers, one's own), and where the examples aren't on a layer's
+    first axis, each example is differentiated alone, which is exact as well but slow: freeze what
+    isn't needed. Which way is right is verified on the first batch. The model is used in the mode
+    it is in; that must not mix examples.
+
+    Args:
+        model: The model; called on each batch's inputs. Returns one tensor, examples first.
+        loss_fn: The loss, a module (``kfac_tn.likelihood`` lists which) or a likelihood.
+        loader: Batches ``(inputs, targets)``. The curvature is that of the loss on the whole set:
+            a mean loss is averaged over batches by their number of terms, a sum loss summed.
+        mode: ``"exact"`` (default): one backward pass for each output of an example. ``"mc"``: an
+            unbiased estimate from targets drawn from the model, one pass for each sample.
+        mc_samples: Samples for ``"mc"``; the error falls with their square root. Default: 1.
+        max_memory: Most bytes to hold for squaring gradients of one layer, besides its input,
+            output gradients and result: examples and columns come in chunks. Default: 64 MiB, or
+            what a single gradient takes if that is more.
+        generator: Source of randomness (on the model's device); by default the global one.
+
+    Returns:
+        By name, for each trainable parameter a tensor of its shape, in float32 at least. Zeros for
+        parameters that the loss doesn't depend on.
+
+    Raises:
+        ValueError: For unknown options, a ``max_memory`` that is too small, a model without
+            trainable parameters, an empty loader, a loss with ``reduction="none"``, batch
+            normalization in training mode or other mixing of examples, or results that aren't
+            finite.
+        TypeError: For a loss whose likelihood isn't known, or a model that returns no tensor.
+        RuntimeError: If a layer's input is changed in place after its use.
+
+    Example:
+        >>> import torch, kfac_tn
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.MSELoss(reduction="sum")
+        >>> kfac_tn.compute_ggn_diagonal(model, loss_fn, batches)["weight"].round(decimals=3)
+        tensor([[20.,  8.]])
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}: choose one of {get_args(Mode)}.")
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples is {mc_samples}: at least 1 is needed.")
+    if max_memory is not None and max_memory < 1:
+        raise ValueError(f"max_memory is {max_memory}: it must be a positive number of bytes.")
+    likelihood = likelihood_of(loss_fn)
+    if likelihood.reduction == "none":
+        raise ValueError(
+            "The weights of a loss with reduction='none' aren't known here: choose 'mean' or 'sum'."
+        )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("The model has no trainable parameter.")
+    totals = {name: torch.zeros_like(cast(p.detach())) for name, p in parameters.items()}
+    total_weight: Tensor | float = 0.0
+    unknown: set[str] | None = None
+    for inputs, targets in loader:
+        with torch.inference_mode(False), torch.enable_grad():
+            calls = Calls(model, inputs)
+            if unknown is None:
+                calls.verify()
+            calls.unknown |= unknown or set()
+            unknown = calls.unknown
+            outputs = calls.outputs.detach()
+            weight: Tensor | float = 1.0
+            if likelihood.reduction == "mean":
+                weight = likelihood.num_terms(outputs, targets)
+            samples = mc_samples if mode == "mc" else None
+            columns = _columns(likelihood, outputs, targets, samples, generator, weight)
+            _add_batch(totals, calls, model, inputs, columns, weight, max_memory)
+            total_weight = total_weight + weight if likelihood.reduction == "mean" else 1.0
+    if unknown is None:
+        raise ValueError("The loader is empty: at least one batch is needed.")
+    for name in totals:
+        totals[name] /= total_weight
+        check_finite(name, totals[name])
+    return totals
+
+
+def _columns(
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+    samples: int | None,
+    generator: torch.Generator | None,
+    weight: Tensor | float,
+) -> Iterator[Tensor]:
+    """Columns of a root of the loss Hessian; zeros for a mean over no terms, which is NaN."""
+    if samples is None:
+        columns = likelihood.columns(outputs, targets)
+    else:
+        scale = 1 / math.sqrt(samples)
+        draws = (likelihood.sample(outputs, targets, generator) for _ in range(samples))
+        columns = (draw * scale for draw in draws)
+    for column in columns:
+        yield torch.where(torch.as_tensor(weight, device=column.device) > 0, column, 0)
+
+
+def _add_batch(
+    totals: dict[str, Tensor],
+    calls: Calls,
+    model: Module,
+    inputs: Tensor,
+    columns: Iterable[Tensor],
+    weight: Tensor | float,
+    max_memory: int | None,
+) -> None:
+    def receive(name: str, attribute: str, contributions: Contributions) -> None:
+        totals[name] += sum_of_squares(attribute, contributions, max_memory) * weight
+
+    if calls.unknown:
+        columns = list(columns)
+    for column in columns:
+        calls.backward(column, receive)
+    if not calls.unknown:
+        return
+    names = sorted(calls.unknown)
+    alone = one_by_one(model, inputs, calls.outputs, names)
+    for n in range(len(calls)):
+        differentiate = alone(n)
+        for column in columns:
+            for name, gradient in zip(names, differentiate(column[n : n + 1]), strict=True):
+                totals[name] += cast(gradient).square() * weight

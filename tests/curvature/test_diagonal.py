@@ -1,0 +1,431 @@
+"""Diagonals and per-example gradients of whole models against autograd, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+import kfac_tn
+from kfac_tn.curvature.calls import Calls
+from kfac_tn.testing import dense_ggn, relative_error, trainable
+
+TOLERANCE = 1e-10
+
+
+class Twice(nn.Module):
+    """One module called twice, on different numbers of positions."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.module(x).flatten(1)
+        return torch.cat([first, self.module(x.tanh()[..., 1:]).flatten(1)], 1)
+
+
+class OtherAxes(nn.Module):
+    """Hides the examples: time first, batch and time in one axis, single examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.merged, self.single = (nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.transpose(0, 1)).tanh().transpose(0, 1)
+        x = self.merged(x.flatten(0, 1)).tanh().unflatten(0, x.shape[:2])
+        return torch.stack([self.single(row.mean(0)) for row in x])
+
+
+class Functional(nn.Module):
+    """A weight that is used without calling its module, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.scale = nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).tanh() * self.scale
+        return self.b(nn.functional.linear(x, self.a.weight))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, and a frozen bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.b.weight = self.a.weight
+        self.c.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).tanh()).tanh())
+
+
+class Unused(nn.Module):
+    """Modules that the outputs do not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.embedding = (
+            nn.Linear(3, 2),
+            nn.Linear(3, 2),
+            nn.Embedding(3, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+class Text(nn.Module):
+    """Indices for inputs, and a head tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 5)
+        self.head.weight = self.embedding.weight
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(self.norm(self.embedding(x))).tanh()
+        return self.head(hidden.mean(1))
+
+
+def images(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
+
+
+conv = {"kernel_size": 3, "padding": 1}
+CASES = {
+    "linear": (lambda: nn.Linear(3, 2), (3,)),
+    "mlp": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)), (3,)),
+    "shared positions": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Flatten()),
+        (4, 3),
+    ),
+    "cnn": (
+        lambda: images(nn.Conv2d(2, 4, **conv, stride=2), nn.Tanh(), nn.Conv2d(4, 3, 2)),
+        (2, 5, 6),
+    ),
+    "grouped, dilated": (
+        lambda: images(
+            nn.Conv2d(4, 6, **conv, groups=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(6, 6, 2, dilation=2, groups=6, bias=False),
+        ),
+        (4, 4, 5),
+    ),
+    "circular, reflect": (
+        lambda: images(
+            nn.Conv2d(2, 2, **conv, padding_mode="circular"),
+            nn.Tanh(),
+            nn.Conv2d(2, 2, (2, 3), padding="same", padding_mode="reflect"),
+        ),
+        (2, 4, 3),
+    ),
+    "transposed": (
+        lambda: images(
+            nn.ConvTranspose2d(4, 4, 2, stride=2, output_padding=1, groups=2),
+            nn.Tanh(),
+            nn.ConvTranspose2d(4, 2, (2, 1), padding=(1, 0), dilation=2),
+        ),
+        (4, 2, 2),
+    ),
+    "1-d": (lambda: images(nn.Conv1d(2, 3, 3, stride=2), nn.ConvTranspose1d(3, 2, 2)), (2, 7)),
+    "3-d": (
+        lambda: images(nn.Conv3d(2, 2, 2, groups=2), nn.ConvTranspose3d(2, 1, 2)),
+        (2, 3, 2, 3),
+    ),
+    "normalizations": (
+        lambda: images(
+            nn.Conv2d(2, 4, **conv),
+            nn.BatchNorm2d(4),
+            nn.GroupNorm(2, 4),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.Tanh(),
+            nn.LayerNorm([4, 3]),
+            nn.RMSNorm(3),
+        ),
+        (2, 4, 3),
+    ),
+    "called twice": (lambda: Twice(nn.Conv1d(2, 3, 2)), (2, 5)),
+    "norm called twice": (lambda: Twice(nn.GroupNorm(1, 2)), (2, 4)),
+    "tied": (Tied, (3,)),
+    "other axes": (OtherAxes, (2, 3)),
+    "other axes, as many as examples": (OtherAxes, (4, 3)),
+    "functional use, own parameter": (Functional, (3,)),
+    "unused": (Unused, (3,)),
+    "recurrent": (lambda: nn.Sequential(nn.RNNCell(3, 2)), (3,)),
+    "text": (Text, "text"),
+}
+N = 4
+
+
+def problem(case: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape = CASES[case]
+    model = make().double()
+    if shape == "text":
+        return model, torch.randint(5, (N, 3))
+    x = torch.randn(N, *shape, dtype=torch.float64)
+    model(x)  # lazy modules
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+    return model.double().eval(), x
+
+
+def flat(named: dict[str, Tensor], model: nn.Module) -> Tensor:
+    assert list(named) == list(trainable(model))
+    for name, parameter in trainable(model).items():
+        assert named[name].shape == parameter.shape
+    return torch.cat([value.flatten() for value in named.values()])
+
+
+LOSSES = {
+    "mse": (nn.MSELoss(), lambda out: torch.rand_like(out)),
+    "cross-entropy": (nn.CrossEntropyLoss(reduction="sum"), lambda out: torch.randint(2, (N,))),
+    "weighted": (
+        lambda classes: nn.CrossEntropyLoss(torch.rand(classes).double(), ignore_index=0),
+        lambda out: torch.tensor([1, 0, 1, 1]),
+    ),
+}
+
+
+def loss_and_targets(loss: str, outputs: Tensor) -> tuple[nn.Module, Tensor]:
+    loss_fn, targets = LOSSES[loss]
+    if loss == "weighted":
+        loss_fn = loss_fn(outputs.shape[1])
+    return loss_fn, targets(outputs.detach())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("case", CASES)
+def test_exact_diagonal_is_that_of_the_dense_ggn(case, loss):
+    model, x = problem(case)
+    loss_fn, y = loss_and_targets(loss, model(x))
+    expected = dense_ggn(model, loss_fn, x, y).diagonal()
+    for sizes in ([N], [1, N - 1]):
+        data = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, data)
+        assert relative_error(flat(diagonal, model), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("case", CASES)
+def test_per_example_gradients_are_those_of_a_loop(case, loss):
+    model, x = problem(case)
+    loss_fn, y = loss_and_targets(loss, model(x))
+    gradients = kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+    outputs = model(x)
+    (column,) = torch.autograd.grad(loss_fn(outputs, y), outputs, retain_graph=True)
+    parameters = list(trainable(model).values())
+    for n in range(N):
+        mask = torch.zeros_like(column)
+        mask[n] = column[n]
+        expected = torch.autograd.grad(
+            outputs, parameters, mask, True, allow_unused=True, materialize_grads=True
+        )
+        expected = torch.cat([g.flatten() for g in expected])
+        actual = flat({name: g[n] for name, g in gradients.items()}, model)
+        assert (actual - expected).norm() <= TOLERANCE * expected.norm()
+
+
+FAST = [case for case in CASES if case not in ("other axes, as many as examples", "recurrent")]
+
+
+@pytest.mark.parametrize("case", [c for c in FAST if c not in ("other axes", "unused")])
+def test_per_example_gradients_are_those_of_vmap(case):
+    model, x = problem(case)
+    loss_fn, y = loss_and_targets("cross-entropy", model(x))
+
+    def loss(parameters, x, y):
+        return loss_fn(functional_call(model, parameters, x[None]), y[None])
+
+    parameters = {name: p.detach() for name, p in trainable(model).items()}
+    if case == "text":  # whose tied weights have two names for torch.func
+        parameters = {name: p for name, p in parameters.items() if name != "head.weight"}
+    expected = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    gradients = kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+    # torch.func takes tied weights for two.
+    names = [name for name in expected if (case, name) != ("tied", "a.weight")]
+    actual = torch.cat([gradients[name].flatten(1) for name in names], 1)
+    wanted = torch.cat([expected[name].flatten(1) for name in names], 1)
+    assert relative_error(actual, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "case", ["cnn", "grouped, dilated", "transposed", "normalizations", "tied"]
+)
+def test_known_layers_need_no_loop_over_examples(case):
+    model, x = problem(case)
+    calls = Calls(model, x)
+    calls.verify()
+    assert calls.unknown == set()
+
+
+@pytest.mark.parametrize(
+    ("case", "unknown"),
+    [
+        ("other axes", {"first", "merged", "single"}),
+        ("other axes, as many as examples", {"first", "merged", "single"}),
+        ("functional use, own parameter", {"a.weight", "scale"}),
+        ("text", {"embedding"}),
+    ],
+)
+def test_what_is_looped_over(case, unknown):
+    model, x = problem(case)
+    calls = Calls(model, x)
+    calls.verify()
+    found = {name if name in unknown else name.split(".")[0] for name in calls.unknown}
+    assert found == unknown
+
+
+def test_monte_carlo_converges_to_the_exact_diagonal():
+    model, x = problem("normalizations")
+    loss_fn, y = loss_and_targets("cross-entropy", model(x))
+    exact = flat(kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)]), model)
+    errors = []
+    for samples in (10, 1000):
+        generator = torch.Generator().manual_seed(0)
+        options = {"mode": "mc", "mc_samples": samples, "generator": generator}
+        diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], **options)
+        errors.append(relative_error(flat(diagonal, model), exact))
+    assert errors[1] < 0.1
+    assert 3 < errors[0] / errors[1] < 33  # 10, give or take
+
+
+def test_max_memory_changes_nothing_or_is_refused():
+    for case in ("cnn", "called twice", "transposed"):
+        model, x = problem(case)
+        loss_fn, y = loss_and_targets("mse", model(x))
+        expected = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
+        chunked = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], max_memory=20_000)
+        assert relative_error(flat(chunked, model), flat(expected, model)) < TOLERANCE
+        with pytest.raises(ValueError, match="max_memory=100 bytes is too little"):
+            kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], max_memory=100)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False)])
+def test_batch_statistics_are_refused(norm):
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), norm, nn.Flatten())
+    if norm.track_running_stats:
+        model.train()
+    else:
+        model.eval()
+    x, loss_fn = torch.rand(3, 1, 3, 3), nn.MSELoss()
+    y = torch.rand(3, 8)
+    with pytest.raises(ValueError, match=r"BatchNorm2d '1' .* model.eval\(\)"):
+        kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+    with pytest.raises(ValueError, match=r"BatchNorm2d '1' .* model.eval\(\)"):
+        kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
+
+
+class Centred(nn.Module):
+    """Mixes the examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x - x.mean(0)
+
+
+class Overwritten(nn.Module):
+    """Changes what a layer was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        y = self.linear(x)
+        x.mul_(2)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (Centred(), ValueError, "mixes examples"),
+        (nn.Sequential(nn.PReLU(), nn.Dropout(0.5)).train(), ValueError, "random"),
+        (Overwritten(), RuntimeError, "in ?place"),
+        (
+            kfac_tn.tn.nn.randomize(nn.Sequential(nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 1, 1))),
+            ValueError,
+            "RandomizedConvNd '1' .* random",
+        ),
+        (nn.Sequential(nn.Linear(2, 2).requires_grad_(False)), ValueError, "no trainable"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_has_no_gradient_for_each_example_is_refused(model, error, message):
+    torch.manual_seed(0)
+    x, loss_fn = torch.rand(3, 2), nn.MSELoss()
+    with pytest.raises(error, match=message):
+        kfac_tn.compute_per_example_gradients(model, loss_fn, x, x)
+    with pytest.raises(error, match=message):
+        kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, x)])
+
+
+def test_refused_options():
+    model, x = nn.Linear(2, 2), torch.rand(3, 2)
+    for options in ({"mode": "type-2"}, {"mc_samples": 0}, {"max_memory": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            kfac_tn.compute_ggn_diagonal(model, nn.MSELoss(), [(x, x)], **options)
+    with pytest.raises(ValueError, match="empty"):
+        kfac_tn.compute_ggn_diagonal(model, nn.MSELoss(), [])
+    loss_fn = nn.MSELoss(reduction="none")
+    with pytest.raises(ValueError, match="reduction='none'"):
+        kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, x)])
+    with pytest.raises(ValueError, match="scalar"):
+        kfac_tn.compute_per_example_gradients(model, loss_fn, x, x)
+    with pytest.raises(TypeError, match="tuple"):
+        kfac_tn.compute_per_example_gradients(nn.LSTM(2, 2), loss_fn, x, x)
+
+
+def test_dropout_is_no_harm_to_known_layers():
+    """The mask is that of the batch's own forward pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double().train()
+    x, loss_fn = torch.rand(3, 3, dtype=torch.float64), nn.MSELoss()
+    y = torch.rand(3, 2, dtype=torch.float64)
+    torch.manual_seed(1)
+    gradients = kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+    torch.manual_seed(1)
+    loss_fn(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name].sum(0), parameter.grad)
+
+
+def test_leaves_no_trace():
+    model, x = problem("normalizations")
+    loss_fn, y = loss_and_targets("mse", model(x))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
+    kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+    assert (torch.get_rng_state() == random).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not module._forward_hooks for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert (value == state[name]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(dtype):
+    model, x = problem("grouped, dilated")
+    loss_fn, y = loss_and_targets("cross-entropy", model(x))
+    expected = flat(kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)]), model)
+    model, x = model.to(dtype), x.to(dtype)
+    diagonal = flat(kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)]), model)
+    assert diagonal.dtype == torch.float32
+    assert relative_error(diagonal.double(), expected) < (1e-4 if dtype == torch.float32 else 0.05)
