@@ -34,8 +34,8 @@ def compute_ggn_diagonal(
     convolutions and normalizations give it from their inputs and output gradients; for any other
     parameter (embeddings, recurrent layers, one's own), and where the examples aren't on a layer's
     first axis, each example is differentiated alone, which is exact as well but slow: freeze what
-    isn't needed. Which way is right is verified on the first batch. The model is used in the mode
-    it is in; that must not mix examples.
+    isn't needed. Which way is right is verified on the first batch of several examples. The model
+    is used in the mode it is in; that must not mix examples.
 
     Args:
         model: The model; called on each batch's inputs. Returns one tensor, examples first.
@@ -86,14 +86,17 @@ def compute_ggn_diagonal(
         raise ValueError("The model has no trainable parameter.")
     totals = {name: torch.zeros_like(cast(p.detach())) for name, p in parameters.items()}
     total_weight: Tensor | float = 0.0
-    unknown: set[str] | None = None
+    unknown: set[str] = set()
+    batches, verified = 0, False
     for inputs, targets in loader:
         with torch.inference_mode(False), torch.enable_grad():
             calls = Calls(model, inputs)
-            if unknown is None:
+            if not verified:
                 calls.verify()
-            calls.unknown |= unknown or set()
-            unknown = calls.unknown
+                verified = len(calls) > 1  # a single example can't be mistaken for another
+            unknown |= calls.unknown
+            calls.unknown = unknown
+            batches += 1
             outputs = calls.outputs.detach()
             weight: Tensor | float = 1.0
             if likelihood.reduction == "mean":
@@ -102,7 +105,7 @@ def compute_ggn_diagonal(
             columns = _columns(likelihood, outputs, targets, samples, generator, weight)
             _add_batch(totals, calls, model, inputs, columns, weight, max_memory)
             total_weight = total_weight + weight if likelihood.reduction == "mean" else 1.0
-    if unknown is None:
+    if batches == 0:
         raise ValueError("The loader is empty: at least one batch is needed.")
     for name in totals:
         totals[name] /= total_weight
