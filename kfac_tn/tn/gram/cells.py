@@ -14,6 +14,12 @@ from kfac_tn.tn.gram.windows import JointCell, Windows, add_product, every, join
 COPIES = 6
 """Copies of a chunk that are made at most at once, roughly, beside the first."""
 
+LITTLE = 8
+"""What part of the result is little beside it."""
+
+CACHE = 2**18
+"""Elements that stay in a processor's cache while they are written."""
+
 Block = tuple[tuple[int, ...], tuple[int, ...]]
 """A pair of kernel positions, with one number for each axis."""
 
@@ -29,9 +35,7 @@ def gram_by_cells(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -
     Returns:
         `[shared, d, d]`, `d = channels * prod(kernel sizes)`.
     """
-    examples = x.shape[1]
-    limit = max(x.numel(), LEAST_CHUNK)
-    count = max(1, limit * examples // (COPIES * x.numel()))
+    count = examples_at_once(x, windows)
     cells = joint_cells(windows)
     grams: list[Tensor] = []
     for chunk in x.split(count, 1):
@@ -45,6 +49,14 @@ def gram_by_cells(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -
     if scale != 1:
         grams = [gram.mul_(scale) for gram in grams]
     return _assemble(x, _blocks(cells, grams), [window.kernel_size for window in windows])
+
+
+def examples_at_once(x: Tensor, windows: tuple[Windows, ...]) -> int:
+    """Examples whose copies are no more than the tensor, or little beside the result."""
+    shared, examples, channels, *_ = x.shape
+    result = shared * (channels * prod(window.kernel_size for window in windows)) ** 2
+    limit = max(x.numel(), LEAST_CHUNK, result // LITTLE)
+    return min(examples, max(1, limit * examples // (COPIES * x.numel())))
 
 
 class _Images:
@@ -114,13 +126,13 @@ def _blocks(cells: tuple[JointCell, ...], grams: list[Tensor]) -> dict[Block, Te
 def _assemble(x: Tensor, blocks: dict[Block, Tensor], kernels: list[int]) -> Tensor:
     """One matrix from the blocks of all pairs of kernel positions; those that lack are zero."""
     shared, _, channels, *_ = x.shape
-    kernel = prod(kernels)
     positions = list(product(*map(range, kernels)))
     zero = x.new_zeros(shared, channels, channels)
-    result = x.new_empty(shared, channels, kernel, channels * kernel)
-    for at, k in enumerate(positions):
-        row = torch.stack([blocks.get((k, other), zero) for other in positions])
-        # A transposition of matrices: that is what copies fast.
-        turned = row.view(kernel, -1).t().contiguous()
-        result[:, :, at] = turned.view(shared, channels, channels * kernel)
-    return result.view(shared, channels * kernel, channels * kernel)
+    result = x.new_empty(shared, channels, len(positions), channels, len(positions))
+    # Blocks interleave: what they write together should stay in the cache.
+    rows = max(1, CACHE // (shared * channels * len(positions)))
+    for start in range(0, channels, rows):
+        some = slice(start, start + rows)
+        for (i, k), (j, other) in product(enumerate(positions), repeat=2):
+            result[:, some, i, :, j] = blocks.get((k, other), zero)[:, some]
+    return result.view(shared, channels * len(positions), channels * len(positions))

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kfac_tn.tn.gram.cells import COPIES, gram_by_cells
+from kfac_tn.tn.gram.cells import COPIES, LITTLE, gram_by_cells
 from kfac_tn.tn.gram.correlations import CONVOLVE, TapCell, cells_of_taps, gram_by_correlations
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK, division, gram_by_unfolding, symmetric_share
 from kfac_tn.tn.gram.windows import Windows, amounts
@@ -156,7 +156,9 @@ class WindowGram(Step):
         if self.method == "cells":
             there = amounts(self.windows)
             grams = (there.cells + there.sums) * shared * channels**2
-            return x.numel() + min(COPIES * x.numel(), max(x.numel(), LEAST_CHUNK)) + grams
+            result = shared * (channels * self._kernel) ** 2
+            copies = min(COPIES * x.numel(), max(x.numel(), LEAST_CHUNK, result // LITTLE))
+            return x.numel() + copies + grams
         return 2 * x.numel()
 
     def _sizes(self, x: Tensor) -> tuple[int, int, int, int]:
