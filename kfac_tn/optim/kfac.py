@@ -80,7 +80,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"``.
         mc_samples: Samples of the targets for ``"mc"``.
         damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
-            a rule of ``kfac_tn.optim.damping_rules``, such as ``LevenbergMarquardt()``. Acts on the
+            a rule of ``kfac_tn.optim``, such as ``LevenbergMarquardt()``. Acts on the
             option of that name of the parameter groups that have none of their own.
         relative_damping: Whether the damping is in units of each block's mean eigenvalue
             tr(A) tr(B) / (d_in d_out), so that one value serves layers and losses of every scale,
@@ -95,7 +95,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         step_rule: ``"graft"``; ``"kl_clip"``: d, shrunk such that lr^2 d^T m stays below
             ``kl_clip`` (over all layers together); ``"fixed"``: d as it is; ``"quadratic"``:
             learning rate and momentum from the exact GGN on the batch. Or a rule of
-            ``kfac_tn.optim.step_rules``.
+            ``kfac_tn.optim``.
         kl_clip: The limit of the rule of that name.
         trust_region: Limit on lr^2 d^T F d, above which steps are shrunk; by default none.
         other_lr: Learning rate of the parameters without Kronecker structure, in a parameter group

@@ -139,6 +139,6 @@ def step_rule_of(choice: StepRuleName | StepRule, kl_clip: float) -> StepRule:
     if choice not in rules:
         raise ValueError(
             f"step_rule is {choice!r}: choose one of {get_args(StepRuleName)}, or give a rule of "
-            "kfac_tn.optim.step_rules."
+            "kfac_tn.optim."
         )
     return rules[choice]
