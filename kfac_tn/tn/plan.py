@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from kfac_tn.tn.machine import machine
 from kfac_tn.tn.network import Network
+from kfac_tn.tn.node import Delta
+from kfac_tn.tn.pattern import IndexPattern
 from kfac_tn.tn.planner import ALGORITHMS, CONTRACTIONS, Instruction, PlanConstant, Source, draft
 from kfac_tn.tn.steps import COMPUTE
 
@@ -232,6 +234,13 @@ def _tensor(constant: PlanConstant, dtype: torch.dtype, device: torch.device) ->
     return constant.tensor(dtype, device)
 
 
+def _like(constant: PlanConstant, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without data in a constant's place."""
+    if isinstance(constant, IndexPattern | Delta):
+        return torch.empty(constant.shape, dtype=dtype, device=device)
+    return _tensor(constant, dtype, device)
+
+
 def recipe(
     network: Network,
     dtype: torch.dtype = torch.float32,
@@ -337,7 +346,7 @@ def _cost(
     """Run a recipe on tensors without data."""
     device = torch.device("meta")
     with _outside_of_modes():
-        slots = {slot: _tensor(c, dtype, device) for slot, c in constants}
+        slots = {slot: _like(c, dtype, device) for slot, c in constants}
         operands = {
             n: torch.empty(s, device=device, dtype=dtype) for n, s in network.operands.items()
         }

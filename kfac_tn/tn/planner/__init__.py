@@ -14,8 +14,11 @@ Only what is none of these, such as a pattern that has been summed over, is a ma
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from kfac_tn.tn.network import Network
+from kfac_tn.tn.node import Operand
+from kfac_tn.tn.pattern import IndexPattern
 from kfac_tn.tn.planner.draft import Draft, Instruction, PlanConstant, Source
 from kfac_tn.tn.planner.native import NativePlanner, NotAConvolutionError
 from kfac_tn.tn.planner.patterns import Patterns
@@ -88,9 +91,26 @@ def draft(network: Network, algorithm: str) -> Draft | None:
     Returns:
         The steps; None if the network isn't what the algorithm is for.
     """
-    if algorithm != "convolution":
-        return Planner(network, ALGORITHMS[algorithm])
-    try:
-        return NativePlanner(network)
-    except NotAConvolutionError:
-        return None
+    if algorithm == "convolution":
+        try:
+            return NativePlanner(network)
+        except NotAConvolutionError:
+            return None
+    strategy = ALGORITHMS[algorithm]
+    needed = {kind for flag in strategy for kind in NEEDS.get(flag, ())}
+    return Planner(network, strategy) if needed <= _kinds(network) else None
+
+
+NEEDS = {"cells": ("pair",), "correlations": ("pair",), "runs": ("sum",), "joint": ("sum",)}
+"""What a network must have for a part of an algorithm to make a difference."""
+
+
+@lru_cache(maxsize=512)
+def _kinds(network: Network) -> frozenset[str]:
+    """Whether an operand occurs twice, and whether a pattern is summed over."""
+    operands = [node.symbol for node in network.nodes if isinstance(node.symbol, Operand)]
+    patterns = [node.symbol for node in network.nodes if isinstance(node.symbol, IndexPattern)]
+    kinds = {"pair"} if len(set(operands)) < len(operands) else set()
+    if any(pattern.summed for pattern in patterns):
+        kinds.add("sum")
+    return frozenset(kinds)
