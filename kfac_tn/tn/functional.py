@@ -296,8 +296,18 @@ def _apply(
         return _apply(kind, slot, tensors, (1, *shape[1:]), *options)[:0]
     if torch.compiler.is_compiling():
         # The compiler sees the steps alone, and makes their backward pass itself.
-        return run(_compiled_plan(batch.dtype, batch.device, kind, slot, shape, *options), tensors)
+        sizes = _numbers((shape, *options))
+        return run(_compiled_plan(batch.dtype, batch.device, kind, slot, *sizes), tensors)
     return _evaluate(_form(kind, shape, *options), slot, tensors)
+
+
+def _numbers(option: Any) -> Any:
+    """Numbers in the place of a compiler's symbols for sizes: a plan is for one shape."""
+    if isinstance(option, tuple | list):
+        return tuple([_numbers(entry) for entry in option])
+    if isinstance(option, bool | str) or option is None:
+        return option
+    return len(range(option)) if option >= 0 else -len(range(-option))
 
 
 def _convolve(

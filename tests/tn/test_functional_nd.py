@@ -409,3 +409,14 @@ def test_tensors_without_data():
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_compiled_for_batches_of_several_sizes():
+    """The second size makes the compiler see symbols, of which no plan can be made."""
+    torch._dynamo.reset()
+    convolve = torch.compile(lambda x, w: convNd(x, w, padding=1), backend="eager", fullgraph=True)
+    weight = torch.rand(4, 3, 3, 3)
+    for count in (2, 3, 5):
+        x = torch.rand(count, 3, 8, 8)
+        expected = F.conv2d(x, weight, padding=1)
+        torch.testing.assert_close(convolve(x, weight), expected)
