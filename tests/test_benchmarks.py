@@ -131,3 +131,13 @@ def test_inverses(tmp_path):
         assert len(row["seconds"]) >= 2
         assert min(row["seconds"].values()) > 0
     assert "the fastest of the batched ways in" in report
+
+
+@pytest.mark.slow
+def test_estimates(tmp_path):
+    rows, report = run("estimates.py", tmp_path)
+    assert {row["operation"] for row in rows} >= {"forward", "expand factor", "reduce's means"}
+    for row in rows:
+        assert row["chosen"] in row["seconds"]
+        assert row["regret"] >= 1
+    assert "## Constants" in report

@@ -1,6 +1,7 @@
 """How long a machine takes for what steps are made of: the constants of the planner's estimates.
 
-Only their ratios matter for the planner's choices. `benchmarks/machine.py` measures them.
+Only their ratios matter for the planner's choices. `benchmarks/estimates.py` measures them, and how
+good the choices are.
 """
 
 from __future__ import annotations
