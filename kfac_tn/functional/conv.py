@@ -17,8 +17,9 @@ from kfac_tn.functional.common import (
     split,
 )
 from kfac_tn.functional.networks import Geometry, evaluate
-from kfac_tn.functional.products import BLOCK, append_one, average_gram, border, gram, sum_grams
+from kfac_tn.functional.products import append_one, average_gram, border, gram, sum_grams
 from kfac_tn.tn.conv import Ints, Padding
+from kfac_tn.tn.gram import symmetric
 
 
 def conv_input_factor(
@@ -206,7 +207,7 @@ def _expand_grad_output_factor(g: Tensor, groups: int) -> Tensor:
     channels, positions = g.shape[1] // groups, g[0, 0].numel()
     if g.stride(0) == positions * g.stride(-1) and (groups == 1 or channels >= 16):
         chunks = cast_chunks(g)
-    elif channels <= positions and channels < 2 * BLOCK:
+    elif channels <= positions and channels < 2 * symmetric.BLOCK:
         return _sum_of_products(split(g, g.shape[1] * (positions + channels)), groups)
     else:
         chunks = split(g, g[0].numel())

@@ -24,10 +24,10 @@ class Machine(NamedTuple):
 
 
 MACHINES = {
-    "cpu": Machine(work=1 / 90e9, element=0.18e-9, launch=5.5e-6),
+    "cpu": Machine(work=1 / 170e9, element=0.45e-9, launch=4e-6),
     "cuda": Machine(work=1 / 30e12, element=2e-12, launch=6e-6),
 }
-"""By type of device: one core of a server; a data-centre GPU, from its data sheet, not measured."""
+"""By type of device: two cores of a server; a data-centre GPU, by data sheet, not measured."""
 
 
 def machine(device_type: str) -> Machine:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kfac_tn import functional
-from kfac_tn.functional import common, networks, products
+from kfac_tn.functional import common, networks
+from kfac_tn.tn.gram import symmetric
 
 torch.set_num_threads(1)
 MODES = ("zeros", "circular", "reflect", "replicate")
@@ -205,9 +206,10 @@ def test_autocast_lowers_nothing():
             torch.testing.assert_close(factor, without, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("block", [products.BLOCK, 2])
+@pytest.mark.parametrize("block", [symmetric.BLOCK, 2])
 def test_differentiable(monkeypatch, block):
-    monkeypatch.setattr(products, "BLOCK", block)
+    monkeypatch.setattr(symmetric, "BLOCK", block)
+    monkeypatch.setattr(symmetric, "LEAST_SUM", block)
     x = torch.rand(2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tuple(everything(x)), x)
 

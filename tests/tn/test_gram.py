@@ -103,8 +103,8 @@ def test_equals_a_product_of_unfolded_tensors(method, data):
     with pytest.MonkeyPatch.context() as patch:  # small tensors in chunks, too
         patch.setattr("kfac_tn.tn.gram.unfolding.LEAST_CHUNK", least)
         patch.setattr("kfac_tn.tn.gram.cells.LEAST_CHUNK", least)
-        patch.setattr("kfac_tn.tn.gram.unfolding.LEAST_BLOCK", data.draw(st.sampled_from([2, 128])))
-        patch.setattr("kfac_tn.tn.gram.unfolding.LEAST_SUM", data.draw(st.sampled_from([1, 256])))
+        patch.setattr("kfac_tn.tn.gram.symmetric.BLOCK", data.draw(st.sampled_from([2, 128])))
+        patch.setattr("kfac_tn.tn.gram.symmetric.LEAST_SUM", data.draw(st.sampled_from([1, 256])))
         actual = METHODS[method](x, several)
     torch.testing.assert_close(actual, rows @ rows.mT, rtol=1e-12, atol=1e-12)
 
@@ -183,9 +183,9 @@ def test_algorithms_that_do_not_apply_are_refused(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_is_bounded(method):
     """Beside the result at most as much as the tensor takes, a copy laid out for it included."""
-    sizes = {"correlations": (64, 8, 1, 56, 56)}
+    sizes = {"correlations": (64, 8, 1, 56, 56), "positions": (512, 64, 1, 7, 7)}
     x = torch.rand(sizes.get(method, (1, 8, 64, 56, 56)))
-    window = Windows(-1, 3, 56, 1, 1, 56)
+    window = Windows(-1, 3, x.shape[-1], 1, 1, x.shape[-1])
     most = _peak(lambda: METHODS[method](x, (window, window)))
     assert most <= 2.3 * x.numel()
 

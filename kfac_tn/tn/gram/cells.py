@@ -8,8 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kfac_tn.tn.gram.symmetric import add_product
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
-from kfac_tn.tn.gram.windows import JointCell, Windows, add_product, every, joint_cells
+from kfac_tn.tn.gram.windows import JointCell, Windows, every, joint_cells
 
 COPIES = 6
 """Copies of a chunk that are made at most at once, roughly, beside the first."""

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kfac_tn.tn.gram.cells import COPIES, LITTLE, gram_by_cells
 from kfac_tn.tn.gram.correlations import CONVOLVE, TapCell, cells_of_taps, gram_by_correlations
-from kfac_tn.tn.gram.unfolding import LEAST_CHUNK, division, gram_by_unfolding, symmetric_share
+from kfac_tn.tn.gram.positions import MOST_PAIRS, gram_by_positions, groups_at_once
+from kfac_tn.tn.gram.symmetric import symmetric_share
+from kfac_tn.tn.gram.unfolding import LEAST_CHUNK, division, gram_by_unfolding
 from kfac_tn.tn.gram.windows import Windows, amounts
 from kfac_tn.tn.steps import COMPUTE, Step
 from kfac_tn.tn.steps.step import WIDTH, has_depthwise_kernels
@@ -24,11 +26,18 @@ METHODS: dict[str, Method] = {
     "unfolding": gram_by_unfolding,
     "cells": gram_by_cells,
     "correlations": gram_by_correlations,
+    "positions": gram_by_positions,
 }
 """How to compute the Gram matrix of `[shared, examples, channels, *sizes]` through windows."""
 
-DILATED_WASTE = 12
-"""How much longer depthwise convolutions with dilated kernels take than products of matrices."""
+NEAR = 2**22
+"""Elements of a chunk that are read from a cache after they are written."""
+
+DEPTHWISE_WASTE = 4
+"""How much longer depthwise convolutions take than products of matrices."""
+
+DILATED_WASTE = 16
+"""The same for dilated kernels."""
 
 
 def applies(method: str, channels: int, windows: tuple[Windows, ...]) -> bool:
@@ -41,6 +50,9 @@ def applies(method: str, channels: int, windows: tuple[Windows, ...]) -> bool:
     """
     if method == "correlations":
         return channels == 1 and len(windows) in CONVOLVE
+    if method == "positions":
+        pairs = (channels * prod(window.size for window in windows)) ** 2
+        return bool(windows) and pairs <= MOST_PAIRS
     return method != "cells" or bool(windows)
 
 
@@ -98,7 +110,7 @@ class WindowGram(Step):
             work *= symmetric_share(channels * self._kernel, examples * positions)
         if self.method == "correlations":
             dilated = any(window.stride > 1 for window in self.windows)
-            work *= DILATED_WASTE if dilated else 2
+            work *= DILATED_WASTE if dilated else DEPTHWISE_WASTE
         return work
 
     def _flops(self, x: Tensor, width: int) -> int:
@@ -108,6 +120,13 @@ class WindowGram(Step):
             return 2 * shared * size**2 * examples * positions
         if self.method == "cells":
             return 2 * shared * examples * amounts(self.windows).pairs * max(channels, width) ** 2
+        if self.method == "positions":
+            pairs = max(channels * prod(w.size for w in self.windows), width) ** 2
+            total = examples * pairs
+            for window in self.windows:
+                total += pairs * window.kernel_size**2
+                pairs = pairs * window.kernel_size**2 // window.size**2
+            return 2 * shared * total
         *_, last = self.windows
         taps = last.kernel_size**2 * last.output_size
         first = 2 if len(self.windows) > 1 else 1  # half of the offsets along the first axis
@@ -122,27 +141,34 @@ class WindowGram(Step):
         result = shared * (channels * self._kernel) ** 2
         if self.method == "unfolding":
             copied = positions * examples * channels * self._kernel * shared
-            chunks = self._chunks(x)
-            view = not self.windows and (1 in (examples, positions) or chunks == examples)
-            return 2 * (chunks - 1) * result + (0 if view else 3 * copied)
+            apart, added = self._chunks(x)
+            view = not self.windows and (1 in (examples, positions) or added == examples)
+            times = 3 if copied > apart * added * NEAR else 1
+            return 2 * (added - 1) * result + (0 if view else times * copied)
         if self.method == "cells":
             there = amounts(self.windows)
             rows = self.windows[0].size * shared * examples * channels
             blocks = shared * channels**2 * (there.cells + 2 * there.sums)
-            return 2 * there.copied * rows + 2 * x.numel() + blocks + 6 * result
+            return 2 * there.copied * rows + 2 * x.numel() + blocks + 4 * result
+        if self.method == "positions":
+            pairs = shared * channels**2 * self._position_pairs
+            return (3 * len(self.windows) * pairs) // 2 + 2 * result
         return 6 * x.numel() + 4 * result * len(self._cells)
 
     def launches(self, *inputs: Tensor) -> int:
         """Number of operations on tensors."""
         if self.method == "unfolding":
-            return 5 * self._chunks(inputs[0])
+            return 5 * prod(self._chunks(inputs[0]))
         if self.method == "cells":
             there = amounts(self.windows)
             return 4 * there.cells + 6 * there.offsets + 4 * self._kernel + there.sums
+        if self.method == "positions":
+            chunks = -(-self._sizes(inputs[0])[0] // self._groups_at_once(inputs[0]))
+            return 12 * len(self.windows) + chunks * (3 + 4 * len(self.windows))
         *_, last = self.windows
         calls = len(self._cells) * last.kernel_size
         images = inputs[0].shape[0] * prod(self._sizes(inputs[0])[:2])
-        each = 8 if has_depthwise_kernels(inputs[0]) else images
+        each = 30 if has_depthwise_kernels(inputs[0]) else images
         taps = sum(prod(len(members) for _, _, members in cells) for cells in self._cells)
         return each * calls + 3 * taps
 
@@ -159,7 +185,17 @@ class WindowGram(Step):
             result = shared * (channels * self._kernel) ** 2
             copies = min(COPIES * x.numel(), max(x.numel(), LEAST_CHUNK, result // LITTLE))
             return x.numel() + copies + grams
+        if self.method == "positions":
+            return 2 * self._groups_at_once(x) * channels**2 * self._position_pairs
         return 2 * x.numel()
+
+    def _groups_at_once(self, x: Tensor) -> int:
+        shared, examples, channels, _ = self._sizes(x)
+        return groups_at_once((shared, examples, channels), self.windows)
+
+    @property
+    def _position_pairs(self) -> int:
+        return prod(window.size for window in self.windows) ** 2
 
     def _sizes(self, x: Tensor) -> tuple[int, int, int, int]:
         """Shared, examples, channels and positions."""
@@ -170,12 +206,12 @@ class WindowGram(Step):
             sizes = prod(window.output_size for window in self.windows)
         return shared, examples, channels, sizes
 
-    def _chunks(self, x: Tensor) -> int:
+    def _chunks(self, x: Tensor) -> tuple[int, int]:
+        """Numbers of chunks whose results are apart, and of those that are added up."""
         shared, examples, channels, positions = self._sizes(x)
-        sizes = (shared, examples, channels)
-        count, rows = division(sizes, x.numel(), self.windows, positions)
+        groups, count, rows = division((shared, examples, channels), self.windows, positions)
         outputs = self.windows[0].output_size if self.windows else positions
-        return -(-examples // count) * -(-outputs // rows)
+        return -(-shared // groups), -(-examples // count) * -(-outputs // rows)
 
     @property
     def _kernel(self) -> int:

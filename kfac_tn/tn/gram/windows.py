@@ -22,7 +22,6 @@ from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -245,11 +244,3 @@ def unfold(x: Tensor, first_axis: int, windows: tuple[Windows, ...]) -> Tensor:
         span = (window.kernel_size - 1) * window.dilation + 1
         x = x.unfold(axis, span, window.stride)[..., :: window.dilation].transpose(axis, -1)
     return x
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product of batched matrices in place, without a tensor for it where torch can."""
-    if torch._C._functorch.is_batchedtensor(total):
-        total.add_(torch.bmm(left, right))  # vmap has no rule for the other
-    else:
-        total.baddbmm_(left, right)

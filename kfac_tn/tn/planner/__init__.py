@@ -41,6 +41,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "matrices": ("unfolding",),
     "cells": ("fold", "spread", "cells"),
     "correlations": ("fold", "spread", "correlations"),
+    "positions": ("fold", "spread", "positions"),
     "runs": ("fold", "spread", "unfolding", "runs"),
     "joint": ("fold", "spread", "unfolding", "joint"),
     "convolution": (),
@@ -51,7 +52,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
   windows are computed by im2col, in chunks.
 - `spread`: no folds. `matrices`: no windows over zeros either, patterns are matrices of zeros and
   ones.
-- `cells`, `correlations`: as the first, and Gram matrices by these methods of `kfac_tn.tn.gram`.
+- `cells`, `correlations`, `positions`: as the first, and Gram matrices by these methods of
+  `kfac_tn.tn.gram`.
 - `runs`: as the first, and sums over windows are sums over all less some at the borders; `joint`:
   they are products with one matrix for all axes.
 - `convolution`: the network is a convolution or its derivative, computed by torch's own.
@@ -101,7 +103,13 @@ def draft(network: Network, algorithm: str) -> Draft | None:
     return Planner(network, strategy) if needed <= _kinds(network) else None
 
 
-NEEDS = {"cells": ("pair",), "correlations": ("pair",), "runs": ("sum",), "joint": ("sum",)}
+NEEDS = {
+    "cells": ("pair",),
+    "correlations": ("pair",),
+    "positions": ("pair",),
+    "runs": ("sum",),
+    "joint": ("sum",),
+}
 """What a network must have for a part of an algorithm to make a difference."""
 
 
