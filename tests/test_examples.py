@@ -255,3 +255,13 @@ def test_wrap_sgd_quick():
     printed = run_example("wrap_sgd.py")
     assert "KFACPreconditioner" in printed
     assert len(printed.splitlines()) == 2 + 3
+
+
+@pytest.mark.slow
+def test_curvature_spectrum_quick(tmp_path):
+    pytest.importorskip("curvlinops")
+    printed = run_example("curvature_spectrum.py", "--output", tmp_path)
+    rows = dict(line.split() for line in printed.splitlines()[2:5])
+    assert list(rows) == ["GGN", "KFAC", "EKFAC"]
+    assert float(rows["GGN"]) == pytest.approx(float(rows["EKFAC"]), abs=2e-3)
+    assert (tmp_path / "spectrum.png").stat().st_size > 10_000
