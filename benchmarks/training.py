@@ -112,7 +112,7 @@ class Run:
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
 
-    def _step(self, x: Tensor, y: Tensor) -> Tensor | float:
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
         if self.setting.schedule == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * min(1.0, self.seconds / self.horizon)))
             for group, lr in self.groups:
@@ -127,7 +127,7 @@ class Run:
             return loss
 
         if self.large:
-            return self.optimizers[0].step(closure)
+            return self.optimizers[0].step(closure).detach()
         loss = closure()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -289,14 +289,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--threads", type=int, default=2)
-    add("--limit-seconds", type=float, help="for everything (default: 1500; quick: 30)")
+    add("--limit-seconds", type=float, help="for everything (default: 1500; quick: 25)")
     add("--seeds", type=int, help="default: 3; quick: 1")
     add("--problems", nargs="+", choices=list(TASKS), default=list(TASKS))
     add("--quick", action="store_true", help="one learning rate, one seed, a fraction of a second")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     options.seeds = options.seeds or (1 if options.quick else 3)
-    options.limit_seconds = options.limit_seconds or (30.0 if options.quick else 1500.0)
+    options.limit_seconds = options.limit_seconds or (25.0 if options.quick else 1500.0)
     return options
 
 

@@ -180,7 +180,7 @@ def test_competitors_train_everything(training, task, name):
     """Each parameter belongs to exactly one of a competitor's optimizers, and moves."""
     if name == "singd":
         pytest.importorskip("singd")
-    made = training.TASKS[task]()
+    made = training.replace(training.TASKS[task](), batch_size=16, large_batch=16)
     setting = training.Setting(name, 1e-3)
     if (task, name) == ("cnn-groupnorm", "Muon"):
         with pytest.raises(NotImplementedError, match="2-d weights"):
