@@ -291,7 +291,8 @@ def test_estimates(tmp_path):
 
 @pytest.mark.slow
 def test_training(tmp_path):
-    rows, report = run("training.py", tmp_path)
+    # More than it takes on a quiet machine: what is left when the time is up has no row.
+    rows, report = run("training.py", tmp_path, "--limit-seconds", "50")
     assert len(rows) >= 6
     for row in rows:
         named = {o["optimizer"]: o for o in row["optimizers"]}
