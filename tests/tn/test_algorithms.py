@@ -39,6 +39,18 @@ def test_every_algorithm_gives_the_same(builder, spec, simplified):
         assert (actual - expected).abs().max() <= 1e-12 * scale, other.algorithm
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2, 2), (2, 2, 5, 6, 4)])
+def test_positions_behind_the_last_window_are_left_out(shape):
+    spec = tn.ConvSpec(shape, (1, shape[1], 1, 1, 1), stride=(1, 2, 3))
+    network = tn.kfac_expand_input_factor(spec)
+    operands = operands_of(network)
+    rows = operands["input"][:, :, :, ::2, ::3].movedim(1, 0).flatten(1)
+    steps = network.plan()
+    for algorithm in (steps.algorithm, *(other.algorithm for other in steps.others)):
+        actual = network.evaluate(algorithm=algorithm, **operands)[0]
+        torch.testing.assert_close(actual, rows @ rows.T / rows.shape[1], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_convolutions_are_recognized(transposed, groups):

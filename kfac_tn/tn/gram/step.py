@@ -64,7 +64,7 @@ class WindowGram(Step):
         axes: Of the tensor: those that both copies share and the result keeps, those that are
             summed over, those of which each copy has its own, and those with windows. Without
             windows, the last are further ones that are summed over, innermost in memory.
-        windows: Of each axis with windows. The result has the axes
+        windows: Of each axis with windows, which may be longer than they say. The result has axes
             `[*shared, *own, *kernels, *own, *kernels]`.
         method: Name of the method.
         scale: What the result is multiplied by.
@@ -84,6 +84,8 @@ class WindowGram(Step):
         scale: float,
     ) -> Tensor:
         """Multiply."""
+        for axis, window in zip(axes[-1], windows, strict=False):
+            tensor = tensor.narrow(axis, 0, window.size)  # what lies behind is in no window
         shared, examples, own, sizes = ([tensor.shape[a] for a in group] for group in axes)
         last = sizes if windows else [prod(sizes)]
         x = tensor.permute([axis for group in axes for axis in group])
