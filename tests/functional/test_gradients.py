@@ -132,7 +132,8 @@ def test_factors_of_transposed_convolutions(convolution):
     """The vectors `a` by their definition: the output's derivative with respect to the weight."""
     layer, (_, outs, *_), x, options = convolution
     groups, weight = options[4], rand(*convolution[1])
-    jacobian = torch.func.jacrev(lambda w: layer(x, w))(weight)
+    # In chunks: those of all outputs at once may take gigabytes.
+    jacobian = torch.func.jacrev(lambda w: layer(x, w), chunk_size=256)(weight)
     # [N, (G d), *O, (G c), d', *K], of which only equal groups and channels d matter.
     columns = jacobian.flatten(2, 1 + x.ndim - 2).unflatten(1, (groups, outs))[:, :, 0]
     columns = columns.unflatten(3, (groups, -1))[:, :, :, :, :, 0].flatten(4)  # [N, G, O, G, c K]
