@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, UserDict, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.functional import common
 from kfac_tn.graph import differentiate, find, output_edge, remember
 from kfac_tn.hooks import plain
@@ -66,10 +68,12 @@ class Calls:
 
     Args:
         model: The model.
-        x: What to call it with.
+        batch: A batch of data.
+        forward: What to do with it. Default: to call the model with the inputs of a pair.
 
     Attributes:
-        outputs: What it returned, ``[N, ...]``.
+        outputs: What the model returned, ``[N, ...]``.
+        targets: What it should have.
         unknown: Names of trainable parameters that (also) belong to modules of unknown kinds, or
             whose calls don't have the examples on the first axis.
 
@@ -79,8 +83,9 @@ class Calls:
         TypeError: If the model's output isn't a tensor with a batch axis.
     """
 
-    def __init__(self, model: Module, x: Any) -> None:
+    def __init__(self, model: Module, batch: Any, forward: Forward = call_on_pair) -> None:
         refuse_if_not_exact(model)
+        self._model, self._batch, self._forward = model, batch, forward
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._attributes = _known(model)
         self._key = object()
@@ -89,7 +94,7 @@ class Calls:
             m.register_forward_hook(cast(Any, self._after_layer), with_kwargs=True) for m in modules
         ]
         try:
-            outputs = model(x)
+            outputs, self.targets = forward(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -199,6 +204,44 @@ class Calls:
             if expected is None or name not in actual or not _close(actual[name], expected):
                 self.unknown.add(name)
 
+    def alone(self, n: int, names: Sequence[str]) -> Callable[[Tensor], list[Tensor]]:
+        """The way of parameters whose calls tell nothing: run the model on one example alone.
+
+        Args:
+            n: The example's number: in each tensor of the batch that has N rows, the row.
+            names: Of the parameters.
+
+        Returns:
+            A function of a column ``[1, ...]``, which returns the gradients.
+
+        Raises:
+            ValueError: When the example alone has another output than in its batch.
+        """
+        outputs, _ = self._forward(self._model, _row(self._batch, n, len(self)))
+        expected = self.outputs[n : n + 1].detach()
+        if not isinstance(outputs, Tensor) or not _close(outputs.detach(), expected):
+            raise ValueError(
+                f"Parameters {list(names)} are differentiated example by example, but the model's "
+                "output for one example alone differs from that in its batch: some module is "
+                "random (call model.eval() for dropout), mixes examples, or has them on another "
+                "axis than the first. Freeze these parameters to leave them out."
+            )
+        parameters = [self.parameters[name] for name in names]
+
+        def gradients(column: Tensor) -> list[Tensor]:
+            return list(
+                torch.autograd.grad(
+                    outputs,
+                    parameters,
+                    column.to(outputs.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+
+        return gradients
+
 
 def refuse_if_not_exact(model: Module) -> None:
     """Refuse models whose examples have no (exact) gradients of their own.
@@ -262,60 +305,18 @@ def per_example(
     return total
 
 
-def one_by_one(
-    model: Module, x: Any, outputs: Tensor, names: Sequence[str]
-) -> Callable[[int], Callable[[Tensor], list[Tensor]]]:
-    """The way of parameters whose calls tell nothing: forward and backward of every example alone.
+def _row(batch: Any, n: int, count: int) -> Any:
+    """A batch of one example, of the same structure: tensors that have ``count`` rows are cut."""
 
-    Args:
-        model: The model.
-        x: A batch: a tensor, or any structure of tensors with examples first.
-        outputs: What the model returned for all of it.
-        names: Of the parameters, for messages.
-
-    Returns:
-        A function of an example's number, which runs the model on it, and returns a function of a
-        column ``[1, ...]``, which returns the gradients.
-
-    Raises:
-        ValueError: When an example alone has another output than in its batch.
-    """
-    named = dict(model.named_parameters())
-    parameters = [named[name] for name in names]
-
-    def example(n: int) -> Callable[[Tensor], list[Tensor]]:
-        alone = model(_select(x, n, len(outputs)))
-        if not isinstance(alone, Tensor) or not _close(alone.detach(), outputs[n : n + 1].detach()):
-            raise ValueError(
-                f"Parameters {list(names)} are differentiated example by example, but the model's "
-                "output for one example alone differs from that in its batch: some module is "
-                "random (call model.eval() for dropout), mixes examples, or has them on another "
-                "axis than the first. Freeze these parameters to leave them out."
-            )
-
-        def gradients(column: Tensor) -> list[Tensor]:
-            return list(
-                torch.autograd.grad(
-                    alone,
-                    parameters,
-                    column.to(alone.dtype),
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-            )
-
-        return gradients
-
-    return example
-
-
-def _select(x: Any, n: int, count: int) -> Any:
-    def row(leaf: Any) -> Any:
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, UserDict):  # transformers' batches; no structure that torch knows
+            row = copy(leaf)
+            row.data = {key: _row(value, n, count) for key, value in leaf.data.items()}
+            return row
         batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)
         return leaf[n : n + 1] if batched else leaf
 
-    return torch.utils._pytree.tree_map(row, x)
+    return torch.utils._pytree.tree_map(cut, batch)
 
 
 def _known(model: Module) -> dict[Parameter, str]:

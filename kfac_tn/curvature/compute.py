@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn.capture import Capture, Factors, Fisher
+from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
 from kfac_tn.curvature.block import Block, DiagonalBlock
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
@@ -22,12 +24,14 @@ from kfac_tn.likelihood import Likelihood
 def compute_kfac(
     model: Module,
     loss_fn: Module | Likelihood,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[Any],
     approximation: ApproximationChoice = "expand",
     fisher: Fisher = "mc",
     mc_samples: int = 1,
     bias: Bias = "separate",
     generator: torch.Generator | None = None,
+    forward: Forward = call_on_pair,
+    progress_bar: bool = False,
 ) -> Curvature:
     r"""KFAC of a model's loss over a data set: Kronecker factors for every layer.
 
@@ -37,10 +41,11 @@ def compute_kfac(
     mode (train or eval) it is in, and is left as it was.
 
     Args:
-        model: The model; called on each batch's inputs, on whatever device these are.
+        model: The model; called on each batch, on whatever device that is.
         loss_fn: The loss, a module (``kfac_tn.likelihood`` lists which) or a likelihood.
-        loader: Batches ``(inputs, targets)``. The curvature is that of the loss on the whole set:
-            a mean loss is averaged over batches by their number of terms, a sum loss summed.
+        loader: Batches ``(inputs, targets)``, or what ``forward`` takes. The curvature is that of
+            the loss on the whole set: a mean loss is averaged over batches by their number of
+            terms, a sum loss summed.
         approximation: ``"expand"`` (exact for weights shared over positions whose losses add up),
             ``"reduce"`` (for positions that are averaged, and cheaper), a dict by layer name or a
             function of (name, module).
@@ -49,6 +54,10 @@ def compute_kfac(
         mc_samples: Samples of the targets for ``"mc"``; the error falls with their square root.
         bias: ``"separate"``: a block of its own; ``"joint"``: coupled to its weight.
         generator: Source of randomness (on the model's device); by default the global one.
+        forward: For other batches (dicts, more than two parts) and other ways to call the model: a
+            function of model and batch that returns the outputs for the loss, and the targets.
+            Default: the model called with the inputs of a pair.
+        progress_bar: Whether to show how many batches are done (by tqdm). Default: no.
 
     Returns:
         The curvature; ``curvature.blocks["conv1"].input_factor`` is ``[G, d_in, d_in]``,
@@ -59,7 +68,9 @@ def compute_kfac(
         ValueError: For unknown options, a model without trainable parameters, an empty loader,
             results that aren't finite, a loss with ``reduction="none"``, or ``"forward-only"`` with
             parameters that have no Kronecker structure (freeze them, or choose another Fisher).
-        TypeError: For a loss whose likelihood isn't known.
+        TypeError: For a loss whose likelihood isn't known, or batches that are no pairs and no
+            ``forward`` that says what they are.
+        ImportError: For a progress bar without tqdm.
 
     Example:
         >>> import torch, kfac_tn
@@ -82,7 +93,7 @@ def compute_kfac(
         )
     capture = Capture(blocks, loss_fn, fisher, mc_samples, others, lambda device: generator)
     with closing(capture):
-        go_through(model, loader, capture)
+        go_through(model, with_progress(loader, "KFAC", progress_bar), capture, forward)
         statistics = capture.take()
     computed: dict[str, Block] = {}
     for block in blocks:
@@ -104,13 +115,13 @@ def compute_kfac(
     return Curvature(computed, shapes)
 
 
-def go_through(model: Module, loader: Iterable[tuple[Tensor, Tensor]], capture: Capture) -> None:
+def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: Forward) -> None:
     """Show a capture all batches, each with its weight in the loss on the whole set."""
     batches = 0
-    for inputs, targets in loader:
+    for batch in loader:
         batches += 1
         with torch.inference_mode(False), torch.enable_grad():
-            outputs = model(inputs)
+            outputs, targets = forward(model, batch)
             weight: Tensor | float = 1.0
             if capture.likelihood.reduction == "mean":
                 weight = capture.likelihood.num_terms(outputs.detach(), targets)

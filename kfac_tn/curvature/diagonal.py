@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_tn.curvature.calls import Calls, Contributions, one_by_one, sum_of_squares
+from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
+from kfac_tn.curvature.calls import Calls, Contributions, sum_of_squares
 from kfac_tn.curvature.compute import check_finite
 from kfac_tn.functional.common import cast
 from kfac_tn.likelihood import Likelihood, likelihood_of
@@ -21,11 +22,13 @@ Mode = Literal["exact", "mc"]
 def compute_ggn_diagonal(
     model: Module,
     loss_fn: Module | Likelihood,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[Any],
     mode: Mode = "exact",
     mc_samples: int = 1,
     max_memory: int | None = None,
     generator: torch.Generator | None = None,
+    forward: Forward = call_on_pair,
+    progress_bar: bool = False,
 ) -> dict[str, Tensor]:
     """Diagonal of the generalised Gauss-Newton matrix (= Fisher) of a model's loss over a data set.
 
@@ -38,10 +41,11 @@ def compute_ggn_diagonal(
     is used in the mode it is in; that must not mix examples.
 
     Args:
-        model: The model; called on each batch's inputs. Returns one tensor, examples first.
+        model: The model; called on each batch. Its outputs are one tensor, examples first.
         loss_fn: The loss, a module (``kfac_tn.likelihood`` lists which) or a likelihood.
-        loader: Batches ``(inputs, targets)``. The curvature is that of the loss on the whole set:
-            a mean loss is averaged over batches by their number of terms, a sum loss summed.
+        loader: Batches ``(inputs, targets)``, or what ``forward`` takes. The curvature is that of
+            the loss on the whole set: a mean loss is averaged over batches by their number of
+            terms, a sum loss summed.
         mode: ``"exact"`` (default): one backward pass for each output of an example. ``"mc"``: an
             unbiased estimate from targets drawn from the model, one pass for each sample.
         mc_samples: Samples for ``"mc"``; the error falls with their square root. Default: 1.
@@ -49,6 +53,10 @@ def compute_ggn_diagonal(
             output gradients and result: examples and columns come in chunks. Default: 64 MiB, or
             what a single gradient takes if that is more.
         generator: Source of randomness (on the model's device); by default the global one.
+        forward: For other batches (dicts, more than two parts) and other ways to call the model: a
+            function of model and batch that returns the outputs for the loss, and the targets.
+            Default: the model called with the inputs of a pair.
+        progress_bar: Whether to show how many batches are done (by tqdm). Default: no.
 
     Returns:
         By name, for each trainable parameter a tensor of its shape, in float32 at least. Zeros for
@@ -59,7 +67,9 @@ def compute_ggn_diagonal(
             trainable parameters, an empty loader, a loss with ``reduction="none"``, batch
             normalization in training mode or other mixing of examples, or results that aren't
             finite.
-        TypeError: For a loss whose likelihood isn't known, or a model that returns no tensor.
+        TypeError: For a loss whose likelihood isn't known, a model that returns no tensor, or
+            batches that are no pairs and no ``forward`` that says what they are.
+        ImportError: For a progress bar without tqdm.
         RuntimeError: If a layer's input is changed in place after its use.
 
     Example:
@@ -88,22 +98,22 @@ def compute_ggn_diagonal(
     total_weight: Tensor | float = 0.0
     unknown: set[str] = set()
     batches, verified = 0, False
-    for inputs, targets in loader:
+    for batch in with_progress(loader, "GGN diagonal", progress_bar):
         with torch.inference_mode(False), torch.enable_grad():
-            calls = Calls(model, inputs)
+            calls = Calls(model, batch, forward)
             if not verified:
                 calls.verify()
                 verified = len(calls) > 1  # a single example can't be mistaken for another
             unknown |= calls.unknown
             calls.unknown = unknown
             batches += 1
-            outputs = calls.outputs.detach()
+            outputs, targets = calls.outputs.detach(), calls.targets
             weight: Tensor | float = 1.0
             if likelihood.reduction == "mean":
                 weight = likelihood.num_terms(outputs, targets)
             samples = mc_samples if mode == "mc" else None
             columns = _columns(likelihood, outputs, targets, samples, generator, weight)
-            _add_batch(totals, calls, model, inputs, columns, weight, max_memory)
+            _add_batch(totals, calls, columns, weight, max_memory)
             total_weight = total_weight + weight if likelihood.reduction == "mean" else 1.0
     if batches == 0:
         raise ValueError("The loader is empty: at least one batch is needed.")
@@ -135,8 +145,6 @@ def _columns(
 def _add_batch(
     totals: dict[str, Tensor],
     calls: Calls,
-    model: Module,
-    inputs: Tensor,
     columns: Iterable[Tensor],
     weight: Tensor | float,
     max_memory: int | None,
@@ -151,9 +159,8 @@ def _add_batch(
     if not calls.unknown:
         return
     names = sorted(calls.unknown)
-    alone = one_by_one(model, inputs, calls.outputs, names)
     for n in range(len(calls)):
-        differentiate = alone(n)
+        differentiate = calls.alone(n, names)
         for column in columns:
             for name, gradient in zip(names, differentiate(column[n : n + 1]), strict=True):
                 totals[name] += cast(gradient).square() * weight

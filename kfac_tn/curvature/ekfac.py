@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 
 from kfac_tn.capture import Capture, Fisher
+from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
 from kfac_tn.curvature.compute import check_finite, compute_kfac, go_through
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias, EigenBlock
@@ -28,12 +29,14 @@ from kfac_tn.statistics import Call
 def compute_ekfac(
     model: Module,
     loss_fn: Module | Likelihood,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[Any],
     approximation: ApproximationChoice = "expand",
     fisher: Fisher = "mc",
     mc_samples: int = 1,
     bias: Bias = "separate",
     generator: torch.Generator | None = None,
+    forward: Forward = call_on_pair,
+    progress_bar: bool = False,
 ) -> Curvature:
     r"""EKFAC of a model's loss over a data set: eigenvalue-corrected Kronecker factors.
 
@@ -52,6 +55,8 @@ def compute_ekfac(
         mc_samples: Default: 1.
         bias: ``"separate"`` (default): a block of its own, with the eigenvectors of B; ``"joint"``.
         generator: Default: the global one.
+        forward: As in ``compute_kfac``.
+        progress_bar: Whether to show how many batches are done, in each pass. Default: no.
 
     Returns:
         The curvature. ``curvature.blocks["conv1"]`` has ``.input_vectors`` ``[G, d_in, d_in]``,
@@ -62,7 +67,8 @@ def compute_ekfac(
     Raises:
         ValueError: As ``compute_kfac``; for ``"forward-only"``, which has no gradients; for an
             iterator; for layers whose inputs don't have the examples in their first axis.
-        TypeError: For a loss whose likelihood isn't known.
+        TypeError: As ``compute_kfac``.
+        ImportError: For a progress bar without tqdm.
         NotImplementedError: For a registered layer whose family has no ``input_rows``.
 
     Example:
@@ -84,7 +90,8 @@ def compute_ekfac(
             "EKFAC goes through the loader twice, which an iterator doesn't allow: give a "
             "DataLoader or a list of batches."
         )
-    kfac = compute_kfac(model, loss_fn, loader, approximation, fisher, mc_samples, bias, generator)
+    statistics = approximation, fisher, mc_samples, bias, generator
+    kfac = compute_kfac(model, loss_fn, loader, *statistics, forward, progress_bar)
     layers, _ = partition(model, approximation)
     bases: dict[LayerBlock, EigenBlock] = {}
     for layer in layers:
@@ -93,7 +100,7 @@ def compute_ekfac(
         bases[layer] = block.eigen()
     capture = _MomentCapture(bases, loss_fn, fisher, mc_samples, generator)
     with closing(capture):
-        go_through(model, loader, capture)
+        go_through(model, with_progress(loader, "EKFAC", progress_bar), capture, forward)
         moments = capture.take_moments()
     blocks = dict(kfac.blocks)
     for layer, basis in bases.items():

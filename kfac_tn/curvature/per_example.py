@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_tn.curvature.calls import Calls, Contributions, one_by_one, per_example
+from kfac_tn.curvature.calls import Calls, Contributions, per_example
 from kfac_tn.functional.common import cast
 
 
@@ -54,7 +54,7 @@ def compute_per_example_gradients(
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameter.")
     with torch.inference_mode(False), torch.enable_grad():
-        calls = Calls(model, x)
+        calls = Calls(model, (x, y))
         predictions = calls.outputs.detach().requires_grad_()
         # Hooks on the module (an optimizer's, say) are for the user's own calls.
         loss = (loss_fn.forward if isinstance(loss_fn, Module) else loss_fn)(predictions, y)
@@ -73,8 +73,7 @@ def compute_per_example_gradients(
         calls.backward(column, receive)
         if calls.unknown:
             names = sorted(calls.unknown)
-            alone = one_by_one(model, x, calls.outputs, names)
-            rows = [alone(n)(column[n : n + 1]) for n in range(len(calls))]
+            rows = [calls.alone(n, names)(column[n : n + 1]) for n in range(len(calls))]
             for name, parts in zip(names, zip(*rows, strict=True), strict=True):
                 gradients[name] = cast(torch.stack(parts))
         return {

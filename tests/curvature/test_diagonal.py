@@ -264,7 +264,7 @@ def test_per_example_gradients_are_those_of_vmap(case):
 )
 def test_known_layers_need_no_loop_over_examples(case):
     model, x = problem(case)
-    calls = Calls(model, x)
+    calls = Calls(model, (x, None))
     calls.verify()
     assert calls.unknown == set()
 
@@ -280,7 +280,7 @@ def test_known_layers_need_no_loop_over_examples(case):
 )
 def test_what_is_looped_over(case, unknown):
     model, x = problem(case)
-    calls = Calls(model, x)
+    calls = Calls(model, (x, None))
     calls.verify()
     found = {name if name in unknown else name.split(".")[0] for name in calls.unknown}
     assert found == unknown
