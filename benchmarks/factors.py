@@ -15,9 +15,9 @@ of the output gradients (reduce, expand), by
 - floor, for reduce: reading the input once (its sums over positions) and the product of rows of the
   factor's size. Not a way to get the factor: what it can't be faster than.
 
-The ways take turns in one process; times are medians. Batches are of 8 by default: at 32, as
-trained, what im2col holds is too much for a small machine (2.5 GB for a depthwise layer of
-ConvNeXt). Every result is compared with im2col's, up to its scale. Memory is the largest that is
+The ways take turns in one process; times are medians. Batches are of 8 by default; `--batch 32`
+needs a machine with some gigabytes (im2col holds 2.5 for a depthwise layer of ConvNeXt), and writes
+`factors_batch_32`. Every result is compared with im2col's, up to its scale. Memory is the largest that is
 allocated during a call, its result included, the input not.
 """
 
@@ -249,6 +249,20 @@ def bars(rows: list[dict]) -> list[tuple]:
     return table
 
 
+def reach(rows: list[dict]) -> str:
+    """What the floor itself would reach: no way to the factor can be faster beside the others."""
+    lines = []
+    for other in ("im2col", "einconv"):
+        found = [
+            row["seconds"][other] / row["seconds"]["floor"]
+            for row in of(rows, "reduce")
+            if {other, "floor"} <= row["seconds"].keys()
+        ]
+        if found:
+            lines.append(f"- reduce: {other} / floor: {geometric_mean(found):.2f} (geometric mean)")
+    return "\n".join(["The most that the reduce factor's ratios could be:", "", *lines])
+
+
 def ratio_table(rows: list[dict]) -> str:
     """Ratios by factor and kind."""
     others = list(dict.fromkeys(name for names in OTHERS.values() for name in names))
@@ -339,14 +353,16 @@ def main() -> None:
     claims = markdown(
         ["what must hold", "of all", "bar", "measured", "met by", "holds"], bars(rows)
     )
+    claims += f"\n\n{reach(rows)}"
     report = (
         f"# Kronecker factors of convolutions\n\n{setting}\n\n## What must hold\n\n{claims}\n\n"
         "## By kind\n\nTime and peak memory of the others in units of kfac_tn's: geometric means "
         f"over distinct convolutions (and the least). More than 1: kfac_tn is better.\n\n"
         f"{ratio_table(rows)}\n\n## Slowest beside others\n\n{remarks(rows)}"
     )
-    write(options.output, "factors", setting, rows, report)
-    plot(rows, options.output / "factors.png")
+    name = "factors" if options.batch == 8 else f"factors_batch_{options.batch}"
+    write(options.output, name, setting, rows, report)
+    plot(rows, options.output / f"{name}.png")
 
 
 if __name__ == "__main__":
