@@ -17,8 +17,8 @@ of the output gradients (reduce, expand), by
 
 The ways take turns in one process; times are medians. Batches are of 8 by default; `--batch 32`
 needs a machine with some gigabytes (im2col holds 2.5 for a depthwise layer of ConvNeXt), and writes
-`factors_batch_32`. Every result is compared with im2col's, up to its scale. Memory is the largest that is
-allocated during a call, its result included, the input not.
+`factors_batch_32`. Every result is compared with im2col's, up to its scale. Memory is the largest
+that is allocated during a call, its result included, the input not.
 """
 
 from __future__ import annotations
