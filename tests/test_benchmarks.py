@@ -249,6 +249,23 @@ def test_models(tmp_path):
 
 
 @pytest.mark.slow
+def test_curvature(tmp_path):
+    rows, report = run("curvature.py", tmp_path)
+    assert {row["quantity"] for row in rows} == {
+        "exact diagonal", "MC diagonal", "per-example gradients", "KFAC"
+    }  # fmt: skip
+    for row in rows:
+        assert not {"kfac_tn", "torch.func"} & row["refused"].keys()
+        assert row["seconds"].keys() == row["bytes"].keys()
+        others = {way: d for way, d in row["difference"].items() if d is not None}
+        assert max(others.values(), default=0) < 1e-5
+    compared = {row["quantity"]: row["difference"] for row in rows}
+    assert compared["exact diagonal"]["torch.func"] is not None
+    assert compared["per-example gradients"]["torch.func"] is not None
+    assert "## What must hold" in report
+
+
+@pytest.mark.slow
 def test_scaling(tmp_path):
     rows, report = run("scaling.py", tmp_path)
     assert {row["axis"] for row in rows} == {"batch", "channels", "kernel", "resolution"}
