@@ -1,0 +1,434 @@
+"""The extensions: what is made of the gradients at each layer's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_tn.curvature.eigen import Bias, eigh
+from kfac_tn.functional import common, gram
+from kfac_tn.functional.rows import rotated_second_moment
+from kfac_tn.integrations.backpack.backpropagation import ColumnExtension
+from kfac_tn.layers import (
+    Approximation,
+    ConvFamily,
+    ConvTransposeFamily,
+    GradientFamily,
+    LayerFamily,
+    LinearFamily,
+)
+from kfac_tn.likelihood import Likelihood
+
+BackpackFisher: TypeAlias = Literal["mc", "type-2", "empirical"]
+
+
+class KroneckerFactors(NamedTuple):
+    """B (x) A in each group, B first as in BackPACK.
+
+    Attributes:
+        grad_output: B, ``[G, d_out, d_out]``.
+        input: A, ``[G, d_in, d_in]``; ``[G, 1, 1]`` ones for a bias.
+    """
+
+    grad_output: Tensor
+    input: Tensor
+
+
+class EigenFactors(NamedTuple):
+    """(Q_B (x) Q_A) diag(values) (Q_B (x) Q_A)^T in each group.
+
+    Attributes:
+        grad_output_vectors: Q_B, ``[G, d_out, d_out]``, eigenvectors in columns.
+        input_vectors: Q_A, ``[G, d_in, d_in]``; ones ``[G, 1, 1]`` for a bias.
+        values: ``[G, d_out, d_in]``.
+    """
+
+    grad_output_vectors: Tensor
+    input_vectors: Tensor
+    values: Tensor
+
+
+class _FisherExtension(ColumnExtension):
+    """Columns according to a Fisher."""
+
+    def __init__(
+        self,
+        savefield: str,
+        fisher: BackpackFisher,
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(savefield)
+        if fisher not in get_args(BackpackFisher):
+            raise ValueError(f"fisher is {fisher!r}: choose one of {get_args(BackpackFisher)}.")
+        if mc_samples < 1:
+            raise ValueError(f"mc_samples is {mc_samples}: at least 1 is needed.")
+        self.fisher, self.mc_samples, self.generator = fisher, mc_samples, generator
+        self.needs_columns = fisher != "empirical"
+
+    def _loss_columns(
+        self, likelihood: Likelihood, outputs: Tensor, targets: Any, weight: Tensor | None
+    ) -> Iterable[Tensor]:
+        if self.fisher == "type-2":
+            yield from likelihood.columns(outputs, targets, weight)
+            return
+        for _ in range(self.mc_samples):
+            sample = likelihood.sample(outputs, targets, self.generator, weight)
+            yield sample / math.sqrt(self.mc_samples)
+
+
+class DiagGGNExactTN(_FisherExtension):
+    """``diag_ggn_exact_tn``: the exact diagonal of the GGN, shaped like the parameter.
+
+    Sums over back-propagated columns and examples of squared gradients (Dangel et al. 2020,
+    arXiv 1912.10985). The scale is that of the loss as it is differentiated.
+
+    Args:
+        max_memory: Most bytes to hold for squaring gradients of one layer. Default: 64 MiB, or
+            what a single gradient takes if that is more. (The columns are held besides.)
+
+    Raises:
+        NotImplementedError: During ``backward()``, for what ``kfac_tn.integrations.backpack`` says.
+        TypeError: During ``backward()``, for a loss whose likelihood isn't known.
+        ValueError: For normalization by a batch's own statistics; a ``max_memory`` too small.
+
+    Example:
+        >>> import torch
+        >>> from backpack import backpack, extend
+        >>> model = extend(torch.nn.Linear(2, 1, bias=False))
+        >>> loss_fn = extend(torch.nn.MSELoss(reduction="sum"))
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+        >>> with backpack(DiagGGNExactTN()):
+        ...     loss_fn(model(x), torch.zeros(2, 1)).backward()
+        >>> model.weight.diag_ggn_exact_tn.round(decimals=3)
+        tensor([[20.,  8.]])
+    """
+
+    def __init__(self, max_memory: int | None = None) -> None:
+        super().__init__("diag_ggn_exact_tn", "type-2")
+        self.max_memory = _positive(max_memory)
+
+    def _quantities(
+        self, module: Module, family: GradientFamily, x: Tensor, columns: Tensor, names: set[str]
+    ) -> dict[str, Any]:
+        return _diagonals(module, family, x, columns, names, self.max_memory)
+
+
+class DiagGGNMCTN(_FisherExtension):
+    """``diag_ggn_mc_tn``: an unbiased estimate of the GGN's diagonal, shaped like the parameter.
+
+    Args:
+        mc_samples: Samples of the targets from the model; the error falls with their square root.
+            Default: 1.
+        max_memory: As in ``DiagGGNExactTN``.
+        generator: Source of randomness (on the model's device); by default the global one.
+
+    Raises:
+        NotImplementedError: This and the following as ``DiagGGNExactTN``.
+        TypeError: See there.
+        ValueError: See there; and for ``mc_samples < 1``.
+
+    Example:
+        >>> import torch
+        >>> from backpack import backpack, extend
+        >>> model, loss_fn = extend(torch.nn.Linear(2, 3)), extend(torch.nn.CrossEntropyLoss())
+        >>> with backpack(DiagGGNMCTN(mc_samples=10)):
+        ...     loss_fn(model(torch.rand(4, 2)), torch.tensor([0, 1, 2, 0])).backward()
+        >>> model.weight.diag_ggn_mc_tn.shape, model.bias.diag_ggn_mc_tn.shape
+        (torch.Size([3, 2]), torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        mc_samples: int = 1,
+        max_memory: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__("diag_ggn_mc_tn", "mc", mc_samples, generator)
+        self.max_memory = _positive(max_memory)
+
+    def _quantities(
+        self, module: Module, family: GradientFamily, x: Tensor, columns: Tensor, names: set[str]
+    ) -> dict[str, Any]:
+        return _diagonals(module, family, x, columns, names, self.max_memory)
+
+
+class BatchGradTN(ColumnExtension):
+    """``grad_batch_tn``: each example's own gradient, ``[N, *shape]``.
+
+    Rows add up to ``.grad``: they carry the ``1 / N`` of a mean loss, and whatever else the loss is
+    multiplied by before ``backward()``. Any loss module does, and any function besides modules
+    that treats examples independently.
+
+    Raises:
+        NotImplementedError: During ``backward()``, for what ``kfac_tn.integrations.backpack`` says.
+        ValueError: For normalization by a batch's own statistics.
+
+    Example:
+        >>> import torch
+        >>> from backpack import backpack, extend
+        >>> model = extend(torch.nn.Linear(2, 1, bias=False))
+        >>> loss_fn = extend(torch.nn.L1Loss(reduction="sum"))
+        >>> with backpack(BatchGradTN()):
+        ...     loss_fn(model(torch.eye(2)), torch.full((2, 1), -9.0)).backward()
+        >>> model.weight.grad_batch_tn
+        tensor([[[1., 0.]],
+        <BLANKLINE>
+                [[0., 1.]]])
+    """
+
+    needs_columns = False
+    needs_likelihood = False
+
+    def __init__(self) -> None:
+        super().__init__("grad_batch_tn")
+
+    def _quantities(
+        self, module: Module, family: GradientFamily, x: Tensor, columns: Tensor, names: set[str]
+    ) -> dict[str, Any]:
+        (g,) = columns
+        gradients = {}
+        if "weight" in names:
+            gradients["weight"] = family.per_example_weight_gradient(module, x, g)
+        if "bias" in names:
+            gradients["bias"] = family.per_example_bias_gradient(module, g)
+        return gradients
+
+
+class _KroneckerExtension(_FisherExtension):
+    """Kronecker factors of layers, diagonals of normalizations."""
+
+    def __init__(
+        self,
+        savefield: str,
+        approximation: Approximation,
+        fisher: BackpackFisher,
+        mc_samples: int,
+        bias: Bias,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__(savefield, fisher, mc_samples, generator)
+        if bias not in get_args(Bias):
+            raise ValueError(f"bias is {bias!r}: choose one of {get_args(Bias)}.")
+        self.approximation = common.check_approximation(approximation)
+        self.bias = bias
+
+    def _quantities(
+        self, module: Module, family: GradientFamily, x: Tensor, columns: Tensor, names: set[str]
+    ) -> dict[str, Any]:
+        if not isinstance(family, LayerFamily):
+            return _diagonals(module, family, x, columns, names)
+        joint = self.bias == "joint" and names == {"weight", "bias"}
+        g = columns.flatten(0, 1)  # to B, several columns are further examples
+        if self.approximation == "expand":
+            b = family.grad_output_factor(module, g)
+        else:
+            b = gram(family.sum_grad_output(module, g))
+        ones = b.new_ones(len(b), 1, 1)
+        saved: dict[str, Any] = {"bias": None}  # joint: it is part of its weight's
+        if "weight" in names:
+            if self.approximation == "expand":
+                a = family.input_factor(module, x, joint)
+            else:
+                a = gram(family.average_input(module, x, joint)) / columns.shape[1]
+            saved["weight"] = self._block(module, family, x, columns, KroneckerFactors(b, a), joint)
+        if not joint and "bias" in names:
+            saved["bias"] = self._block(module, family, None, columns, KroneckerFactors(b, ones))
+        return saved
+
+    def _block(
+        self,
+        module: Module,
+        family: LayerFamily,
+        x: Tensor | None,
+        columns: Tensor,
+        factors: KroneckerFactors,
+        joint: bool = False,
+    ) -> Any:
+        """What is saved for a weight, or (x is None) a bias."""
+        return factors
+
+
+class KFACExpand(_KroneckerExtension):
+    """``kfac_expand``: KFAC's Kronecker factors, for weights whose shared positions' losses add up.
+
+    On a weight ``KroneckerFactors(B, A)``, per group, of the scale that ``kfac_tn.functional``
+    documents: B carries that of the loss, A is a mean; their order is BackPACK's. A weight's row is
+    flattened as in ``weight.flatten(1)`` (transposed convolutions: of each group, input channels,
+    then kernel positions). On a bias ``(B, 1)``. On the parameters of normalizations, which have no
+    Kronecker structure, the GGN's diagonal as a tensor. (Grosse & Martens 2016, arXiv 1602.01407.)
+
+    Args:
+        fisher: ``"mc"`` (default): targets drawn from the model; ``"type-2"``: exact, a column for
+            each output of an example; ``"empirical"``: gradients at the true targets.
+        mc_samples: Default: 1.
+        bias: ``"separate"`` (default), or ``"joint"``: a bias is coupled to its weight, whose A has
+            a last row and column for it, and itself has None.
+        generator: Source of randomness (on the model's device); by default the global one.
+
+    Raises:
+        NotImplementedError: During ``backward()``, for what ``kfac_tn.integrations.backpack`` says.
+        TypeError: During ``backward()``, for a loss whose likelihood isn't known.
+        ValueError: For unknown options; normalization by a batch's own statistics.
+
+    Example:
+        >>> import torch
+        >>> from backpack import backpack, extend
+        >>> model = extend(torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2),
+        ...                                    torch.nn.Flatten(), torch.nn.Linear(6, 2)))
+        >>> loss_fn = extend(torch.nn.CrossEntropyLoss())
+        >>> with backpack(KFACExpand(fisher="type-2")):
+        ...     loss_fn(model(torch.rand(8, 4, 3, 3)), torch.arange(8) % 2).backward()
+        >>> B, A = model[0].weight.kfac_expand
+        >>> B.shape, A.shape
+        (torch.Size([2, 3, 3]), torch.Size([2, 18, 18]))
+    """
+
+    def __init__(
+        self,
+        fisher: BackpackFisher = "mc",
+        mc_samples: int = 1,
+        bias: Bias = "separate",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__("kfac_expand", "expand", fisher, mc_samples, bias, generator)
+
+
+class KFACReduce(_KroneckerExtension):
+    """``kfac_reduce``: KFAC's Kronecker factors, for weights whose shared positions are averaged.
+
+    As ``KFACExpand``, but inputs are averaged and output gradients summed over positions before the
+    outer products (Eschenhagen et al. 2023, arXiv 2311.00636), which is cheaper.
+
+    Args:
+        fisher: This and the following as in ``KFACExpand``.
+        mc_samples: Default: 1.
+        bias: Default: ``"separate"``.
+        generator: Default: the global one.
+
+    Raises:
+        NotImplementedError: This and the following as ``KFACExpand``.
+        TypeError: See there.
+        ValueError: See there.
+
+    Example:
+        >>> import torch
+        >>> from backpack import backpack, extend
+        >>> model = extend(torch.nn.Sequential(torch.nn.Conv1d(1, 2, 2, padding_mode="circular",
+        ...                                                    padding=1), torch.nn.Flatten()))
+        >>> loss_fn = extend(torch.nn.MSELoss())
+        >>> with backpack(KFACReduce(bias="joint")):
+        ...     loss_fn(model(torch.rand(8, 1, 3)), torch.rand(8, 8)).backward()
+        >>> [factor.shape for factor in model[0].weight.kfac_reduce], model[0].bias.kfac_reduce
+        ([torch.Size([1, 2, 2]), torch.Size([1, 3, 3])], None)
+    """
+
+    def __init__(
+        self,
+        fisher: BackpackFisher = "mc",
+        mc_samples: int = 1,
+        bias: Bias = "separate",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__("kfac_reduce", "reduce", fisher, mc_samples, bias, generator)
+
+
+class EKFAC(_KroneckerExtension):
+    """``ekfac``: the eigenvectors of KFAC's factors, and second moments of gradients along them.
+
+    On a weight ``EigenFactors(Q_B, Q_A, values)``, per group: values are the sums over examples and
+    columns of (Q_B^T G Q_A)^2, so that the block's trace is that of the GGN (George et al. 2018,
+    Eq. 10). Both are of the same batch and, for ``"mc"``, the same samples. On a bias (Q_B, 1,
+    values); on the parameters of normalizations the GGN's diagonal as a tensor.
+
+    Args:
+        approximation: ``"expand"`` (default) or ``"reduce"``: of the factors whose eigenvectors are
+            taken.
+        fisher: This and the following as in ``KFACExpand``.
+        mc_samples: Default: 1.
+        bias: Default: ``"separate"``.
+        generator: Default: the global one.
+
+    Raises:
+        NotImplementedError: This and the following as ``KFACExpand``.
+        TypeError: See there.
+        ValueError: See there.
+
+    Example:
+        >>> import torch
+        >>> from backpack import backpack, extend
+        >>> model, loss_fn = extend(torch.nn.Linear(3, 2)), extend(torch.nn.CrossEntropyLoss())
+        >>> with backpack(EKFAC(fisher="type-2")):
+        ...     loss_fn(model(torch.rand(8, 3)), torch.arange(8) % 2).backward()
+        >>> model.weight.ekfac.values.shape, model.bias.ekfac.values.shape
+        (torch.Size([1, 2, 3]), torch.Size([1, 2, 1]))
+    """
+
+    def __init__(
+        self,
+        approximation: Approximation = "expand",
+        fisher: BackpackFisher = "mc",
+        mc_samples: int = 1,
+        bias: Bias = "separate",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__("ekfac", approximation, fisher, mc_samples, bias, generator)
+
+    def _block(
+        self,
+        module: Module,
+        family: LayerFamily,
+        x: Tensor | None,
+        columns: Tensor,
+        factors: KroneckerFactors,
+        joint: bool = False,
+    ) -> EigenFactors:
+        (_, q_b), (_, q_a) = eigh(factors.grad_output), eigh(factors.input)
+        if x is None:
+            sums = family.sum_grad_output(module, columns.flatten(0, 1))  # [V N, G, d_out]
+            values = (sums.transpose(0, 1) @ q_b).square().sum(1).unsqueeze(-1)
+            return EigenFactors(q_b, q_a, values)
+        _, positions = family.batch_and_positions(module, columns[0])
+        groups, d_out, d_in = len(q_b), q_b.shape[-1], q_a.shape[-1]
+        written = 2 * groups * (positions * (d_in + d_out) + d_in * d_out)
+        size = max(1, common.UNFOLD_BYTES // (written * q_a.itemsize))
+        values = q_b.new_zeros(groups, d_out, d_in)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            a = family.input_rows(module, x[part], joint)
+            for column in columns:
+                g = family.grad_output_rows(module, column[part])
+                values += rotated_second_moment(a, g, q_a, q_b)
+        return EigenFactors(q_b, q_a, values)
+
+
+def _diagonals(
+    module: Module,
+    family: GradientFamily,
+    x: Tensor,
+    columns: Tensor,
+    names: set[str],
+    max_memory: int | None = None,
+) -> dict[str, Tensor]:
+    saved = {}
+    if "weight" in names:
+        # These take all columns at once, and unfold inputs once; families of one's own needn't.
+        many = type(family) in (LinearFamily, ConvFamily, ConvTransposeFamily)
+        parts = [columns] if many else columns
+        terms = [family.weight_diagonal(module, x, part, max_memory) for part in parts]
+        saved["weight"] = torch.stack(terms).sum(0)
+    if "bias" in names:
+        g = columns.flatten(0, 1)
+        saved["bias"] = family.per_example_bias_gradient(module, g).square().sum(0)
+    return saved
+
+
+def _positive(max_memory: int | None) -> int | None:
+    if max_memory is not None and max_memory < 1:
+        raise ValueError(f"max_memory is {max_memory}: it must be a positive number of bytes.")
+    return max_memory
