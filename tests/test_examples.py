@@ -221,8 +221,8 @@ def test_torchvision_layouts(compare, monkeypatch, tmp_path):
         assert images.y_train.tolist() == [0, 1]
 
 
-def run_example(name, *arguments):
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+def run_example(name, *arguments, path=""):
+    paths = [str(ROOT), str(path), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, f"examples/{name}", "--quick", *map(str, arguments)],
         cwd=ROOT,
@@ -265,3 +265,70 @@ def test_curvature_spectrum_quick(tmp_path):
     assert list(rows) == ["GGN", "KFAC", "EKFAC"]
     assert float(rows["GGN"]) == pytest.approx(float(rows["EKFAC"]), abs=2e-3)
     assert (tmp_path / "spectrum.png").stat().st_size > 10_000
+
+
+MOCK_MODULE = """
+from unittest.mock import MagicMock
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return MagicMock()
+"""
+
+
+@pytest.fixture
+def replacements(tmp_path):
+    """Empty, or a torchvision if there is one that can't be imported.
+
+    As in tests/integrations/conftest.py: laplace-torch imports it without need.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        package = tmp_path / "replacements" / "torchvision"
+        package.mkdir(parents=True)
+        for name in ("__init__", "models", "transforms"):
+            (package / f"{name}.py").write_text(MOCK_MODULE)
+    return tmp_path / "replacements"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("laplace") is None, reason="needs laplace-torch")
+def test_laplace_uncertainty_quick(tmp_path, replacements):
+    printed = run_example(
+        "laplace_uncertainty.py", "--output", tmp_path / "pictures", path=replacements
+    )
+    lines = [line.split() for line in printed.splitlines()]
+    moons = {line[0]: [float(value) for value in line[1:]] for line in lines[2:4]}
+    assert list(moons) == ["MAP", "Laplace"]
+    assert moons["MAP"][1] > 0.95  # sure of what it has never seen anything like
+    assert moons["Laplace"][1] < 0.9
+    rows = [line for line in lines if len(line) > 4 and line[-4] in ("MAP", "Laplace")]
+    digits = {(row[0], row[-4]): [float(value) for value in row[-3:]] for row in rows}
+    assert len(digits) == 4
+    for accuracy, nll, error in digits.values():
+        assert 0.3 < accuracy < 1
+        assert 0 < nll < 5
+        assert 0 < error < 0.6
+    for measure in (1, 2):  # of random labels
+        assert digits["30", "Laplace"][measure] < digits["30", "MAP"][measure]
+    for name in ("two_moons.png", "calibration.png"):
+        assert (tmp_path / "pictures" / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_pruning_and_ood_quick(tmp_path):
+    printed = run_example("pruning_and_ood.py", "--output", tmp_path)
+    lines = [line.split() for line in printed.splitlines() if line]
+    curvature, magnitude, random = ([float(v) for v in line[-8:]] for line in lines[2:5])
+    assert lines[2][:2] == ["curvature,", "h"]
+    half = 2  # 50 %, in columns that start at 30 %
+    assert min(curvature[half], magnitude[half]) > 0.9
+    assert random[half] < 0.5
+    areas = [[float(value) for value in line[-2:]] for line in lines[6:8]]
+    assert [line[0] for line in lines[6:8]] == ["with", "network"]
+    assert all(0.9 < area <= 1 for row in areas for area in row)
+    assert (tmp_path / "pruning_and_ood.png").stat().st_size > 10_000
