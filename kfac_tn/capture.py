@@ -10,7 +10,6 @@ and a forward pass that nobody differentiates leaves nothing behind.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +22,13 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
+from kfac_tn.columns import empirical_column, mc_columns, random_signs
+from kfac_tn.functional import common
 from kfac_tn.graph import Found, differentiate, find, output_edge, remember
 from kfac_tn.hooks import WeakHook, plain, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.likelihood import Likelihood, likelihood_of
+from kfac_tn.moments import Basis, MomentCollector, check_examples_first
 from kfac_tn.statistics import (
     Call,
     Factors,
@@ -36,6 +38,7 @@ from kfac_tn.statistics import (
     WeightedSum,
     add_grad_outputs,
     add_inputs,
+    input_statistic,
 )
 
 _ONE = torch.ones(())
@@ -51,14 +54,15 @@ class _Pass:
     calls: dict[Call, None] = field(default_factory=dict)  # that it reached
     grad_outputs: list[tuple[Call, Tensor]] = field(default_factory=list)  # empirical Fisher
     terms: Tensor | int = 1
+    moments: MomentCollector | None = None  # empirical Fisher
 
 
 class Capture:
     """Watches a model and a loss, and turns what they do into Kronecker factors.
 
-    Nothing happens while ``armed`` is false, under ``torch.no_grad()``, during backward passes
-    (activation checkpointing runs layers again there), or after ``close()``. The hooks don't keep
-    this object alive, and copies of the model don't report to it.
+    Nothing happens while ``armed`` is false, under ``torch.no_grad()``, in backward passes (where
+    checkpointing runs layers again), or after ``close()``. The hooks don't keep this object alive,
+    and copies of the model don't report to it.
 
     Scale (curvature is that of the loss as the user computes it): input factors are means over
     the examples of all passes. Output-gradient factors of several losses in one ``backward()`` add
@@ -77,6 +81,8 @@ class Capture:
         mc_samples: Samples for ``"mc"``.
         diagonals: Parameters whose diagonal Fisher is wanted from the same extra passes.
         generator: Source of randomness; by default the device's global one.
+        basis: Along which the gradients of a layer are squared (its input is kept until then), or
+            None for a layer whose aren't, yet.
 
     Raises:
         ValueError: For an unknown ``fisher``, ``mc_samples < 1``, or the empirical Fisher of a loss
@@ -92,6 +98,7 @@ class Capture:
         mc_samples: int = 1,
         diagonals: Iterable[OtherParameter] = (),
         generator: Callable[[torch.device], torch.Generator | None] = lambda device: None,
+        basis: Callable[[LayerBlock], Basis | None] = lambda block: None,
     ) -> None:
         if fisher not in get_args(Fisher):
             raise ValueError(f"fisher is {fisher!r}: choose one of {get_args(Fisher)}.")
@@ -107,26 +114,24 @@ class Capture:
         self.fisher = fisher
         self.mc_samples = mc_samples
         self.generator = generator
+        self._basis = basis
+        self._verified = False  # that the layers' first axis is that of the examples
         self.armed = True
         self.seen_loss = False
         self.seconds: dict[str, float] = {}
         self.diagonals = [other.parameter for other in diagonals]
         self._blocks = {module: block for block in blocks for module in block.modules}
         self._key = object()  # marks our records among those of other captures
+        self._kept: list[Call] = []
         self._reset()
 
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(
-                cast(Any, WeakHook(self, "_after_layer")), with_kwargs=True
-            )
-            for module in self._blocks
-        ]
+        watched = [(module, "_after_layer") for module in self._blocks]
         if isinstance(loss_fn, Module):
-            self._handles.append(
-                loss_fn.register_forward_hook(
-                    cast(Any, WeakHook(self, "_after_loss")), with_kwargs=True
-                )
-            )
+            watched.append((loss_fn, "_after_loss"))
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(cast(Any, WeakHook(self, method)), with_kwargs=True)
+            for module, method in watched
+        ]
         self._finalizer = weakref.finalize(self, remove, self._handles)
 
     def close(self) -> None:
@@ -143,6 +148,10 @@ class Capture:
         self._input_counts: dict[LayerBlock, int] = {}
         self._grad_output_sums: Sums[LayerBlock] = defaultdict(WeightedSum)
         self._diagonal_sums: Sums[Parameter] = defaultdict(WeightedSum)
+        self._moment_sums: Sums[LayerBlock] = defaultdict(WeightedSum)
+        for call in self._kept:
+            call.release()
+        self._kept = []
         self._passes: dict[int, _Pass] = {}
         self._columns_seen = 0
         self.sizes: dict[LayerBlock, tuple[int, int]] = {}  # examples, and times positions
@@ -172,18 +181,15 @@ class Capture:
         self.seen_loss = True
         if not self.armed or not torch.is_grad_enabled():
             return
-        fisher = self.fisher
         task = -1 - len(self._passes)  # each call stands for a backward pass of its own
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         scale = torch.as_tensor(weight, dtype=dtype, device=outputs.device)
         with plain(outputs.device):
-            if fisher == "empirical":
-                self._differentiate(outputs, self._empirical(outputs, targets), scale, task)
-            elif fisher == "forward-only":
+            if self.fisher == "forward-only":
                 self._begin(task, scale, find(outputs, self._key))
-            else:
-                columns = self._columns(outputs, targets, None)
-                self._differentiate(outputs, columns, scale, task)
+                return
+            make = self._empirical if self.fisher == "empirical" else self._columns
+            self._differentiate(outputs, make(outputs, targets), scale, task)
 
     def take(self) -> Statistics:
         """Return the factors of all passes since the last call, and forget them."""
@@ -204,8 +210,10 @@ class Capture:
             parameter: cast(Tensor, total.result(total_scale))
             for parameter, total in self._diagonal_sums.items()
         }
+        sums = self._moment_sums.items()
+        moments = {block: cast(Tensor, total.result(total_scale)) for block, total in sums}
         self._reset()
-        return Statistics(factors, diagonals)
+        return Statistics(factors, diagonals, moments)
 
     def _total_scale(self) -> Tensor:
         """By what the sums over passes are divided."""
@@ -238,16 +246,14 @@ class Capture:
         self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
     ) -> None:
         with plain(output.device):
-            bias = block.bias is not None
-            if block.approximation == "expand":
-                statistic = block.family.input_factor(module, x.detach(), bias)
-            else:
-                statistic = block.family.average_input(module, x.detach(), bias)
+            statistic = input_statistic(block, module, x) if block.has_factors else None
         examples, positions = block.family.batch_and_positions(module, output)
-        statistic = _unshared(statistic, x)
         before = self.sizes.get(block, (0, 0))
         self.sizes[block] = before[0] + examples, before[1] + examples * positions
-        remember(edge, self._key, Call(block, module, output.shape, statistic, examples, positions))
+        call = Call(block, module, output.shape, statistic, examples, positions)
+        if self._basis(block) is not None:
+            call.keep(x)
+        remember(edge, self._key, call)
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
         if not torch.is_grad_enabled() or not isinstance(loss, Tensor):
@@ -266,7 +272,7 @@ class Capture:
         """Runs inside the user's backward pass, before it enters the model."""
         task = torch._C._current_graph_task_id()
         with plain(outputs.device):
-            gradient, weight = _accurate(gradient.detach()), None
+            gradient, weight = common.cast(gradient.detach()), None
             scale = gradient.sum()
             if self.likelihood.reduction == "none":
                 weight = gradient / scale  # positive also for an objective that is maximized
@@ -281,42 +287,27 @@ class Capture:
 
     # Passes ------------------------------------------------------------------------------------
 
-    def _columns(self, outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Iterator[Tensor]:
+    def _columns(
+        self, outputs: Tensor, targets: Tensor, weight: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """What to back-propagate, in turn: columns of a root of the loss Hessian."""
-        predictions = outputs.detach()
         generator = self.generator(outputs.device)
         if self.fisher == "mc":
-            for _ in range(self.mc_samples):
-                sample = self.likelihood.sample(predictions, targets, generator, weight)
-                yield sample / math.sqrt(self.mc_samples)
-            return
-        for column in self.likelihood.columns(predictions, targets, weight):
-            yield self._random_signs(column)
+            return mc_columns(
+                self.likelihood, outputs.detach(), targets, self.mc_samples, generator, weight
+            )
+        columns = self.likelihood.columns(outputs.detach(), targets, weight)
+        return (random_signs(c, generator) for c in columns) if self.diagonals else iter(columns)
 
     def _empirical(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
         self.armed = False  # this call isn't the user's
         try:
-            with torch.enable_grad():
-                predictions = outputs.detach().requires_grad_()
-                loss = self._loss_fn(predictions, targets)
+            column = empirical_column(self._loss_fn, self.likelihood, outputs.detach(), targets)
         finally:
             self.armed = True
-        (gradient,) = torch.autograd.grad(loss, predictions)
-        terms = self.likelihood.num_terms(predictions.detach(), targets)
-        root = torch.as_tensor(terms, dtype=gradient.dtype, device=gradient.device).sqrt()
-        yield self._random_signs(gradient * root)
-
-    def _random_signs(self, column: Tensor) -> Tensor:
-        """Flip whole examples, so that a squared batch gradient has no cross terms on average.
-
-        A layer's factors, sums over examples of g g^T, don't notice.
-        """
-        if not self.diagonals:
-            return column
-        signs = torch.empty(column.shape[0], dtype=column.dtype, device=column.device)
-        signs.bernoulli_(0.5, generator=self.generator(column.device)).mul_(2).sub_(1)
-        return column * signs.view(-1, *[1] * (column.dim() - 1))
+        generator = self.generator(outputs.device)
+        yield random_signs(column, generator) if self.diagonals else column
 
     def _differentiate(
         self, outputs: Tensor, columns: Iterable[Tensor], scale: Tensor, task: int
@@ -325,26 +316,36 @@ class Capture:
         found = find(outputs, self._key)
         if not found and not self.diagonals:
             return
-        one_pass = self._begin(task, scale)
+        one_pass, calls = self._begin(task, scale), self._keep_until_taken(found, outputs)
         for column in columns:
             self._columns_seen += 1
             # A mean over no terms (all targets ignored) is NaN: its weight is zero.
             column = torch.where(scale > 0, column, 0).to(outputs.dtype)
             received: list[tuple[Call, Tensor]] = []
+            moments = MomentCollector(self._basis, calls)
 
-            def receive(call: Call, gradient: Tensor, received: list = received) -> None:
-                received.append((call, call.grad_output_statistic(gradient)))
+            def receive(
+                call: Call, gradient: Tensor, received: list = received, moments: Any = moments
+            ) -> None:
+                if call.block.has_factors:
+                    received.append((call, call.grad_output_statistic(gradient)))
+                moments.add(call, gradient)
 
             gradients = differentiate(outputs, column, found, receive, self.diagonals)
             one_pass.calls.update((call, None) for call, _ in received)
-            self._add_column(received, scale)
+            add_grad_outputs(self._grad_output_sums, received, scale)
+            for block, moment in moments.finish().items():
+                self._moment_sums[block].add(moment, scale)
             for parameter, gradient in zip(self.diagonals, gradients, strict=True):
                 if gradient is not None:
                     self._diagonal_sums[parameter].add(gradient.square(), scale)
 
-    def _add_column(self, received: list[tuple[Call, Tensor]], scale: Tensor) -> None:
-        """Add the statistics of a column's gradients at the calls that it reached."""
-        add_grad_outputs(self._grad_output_sums, received, scale)
+    def _keep_until_taken(self, found: list[Found[Call]], outputs: Tensor) -> list[Call]:
+        """The calls whose inputs are kept, from now on until the statistics are taken."""
+        self._verified = check_examples_first(found, outputs, self.fisher, self._verified)
+        calls = [one.record for one in found if one.record.keeps]
+        self._kept += calls
+        return calls
 
     def _listen(self, outputs: Tensor, targets: Tensor, scale: Tensor, task: int) -> None:
         """Take the gradients of the user's own pass, as it arrives at each layer's output."""
@@ -355,8 +356,10 @@ class Capture:
             )
         one_pass = self._begin(task, scale)
         one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
+        found = find(outputs, self._key)
+        one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))
         hook = WeakHook(self, "_at_layer_backward")
-        for one in find(outputs, self._key):
+        for one in found:
             one.node.register_prehook(lambda gradients, one=one: hook(task, one, gradients))
 
     def _at_layer_backward(self, task: int, one: Found[Call], gradients: tuple) -> None:
@@ -365,12 +368,14 @@ class Capture:
         if gradient is None or not listening:  # a second backward through a retained graph
             return
         with plain(gradient.device):
-            statistic = call.grad_output_statistic(gradient.detach())
-            self._passes[task].grad_outputs.append((call, statistic))
-            self._passes[task].calls[call] = None
+            one_pass, gradient = self._passes[task], gradient.detach()
+            if call.block.has_factors:
+                one_pass.grad_outputs.append((call, call.grad_output_statistic(gradient)))
+                one_pass.calls[call] = None
+            cast(MomentCollector, one_pass.moments).add(call, gradient)
 
     def _begin(self, task: int, scale: Tensor, reached: Iterable[Found[Call]] = ()) -> _Pass:
-        """Note a loss and its factor in the objective of the pass that it belongs to."""
+        """Note a loss and its factor in the objective of its pass."""
         if task not in self._passes:
             self._finish()
             self._passes[task] = _Pass(scale)
@@ -386,15 +391,6 @@ class Capture:
             # M sum_n g g^T, g without the scale it went through
             weight = one_pass.terms / one_pass.scale
             add_grad_outputs(self._grad_output_sums, one_pass.grad_outputs, weight)
-            one_pass.calls, one_pass.grad_outputs = {}, []
-
-
-def _accurate(x: Tensor) -> Tensor:
-    """Half precision is for the model, not for statistics."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _unshared(statistic: Tensor, x: Tensor) -> Tensor:
-    """A copy if it is a view of the input, which the user may overwrite or want freed."""
-    shared = statistic.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    return statistic.clone() if shared else statistic
+            for block, moment in one_pass.moments.finish().items() if one_pass.moments else ():
+                self._moment_sums[block].add(moment, weight)
+            one_pass.calls, one_pass.grad_outputs, one_pass.moments = {}, [], None

@@ -101,10 +101,13 @@ class Statistics:
     Attributes:
         factors: By block; blocks that took no part are missing.
         diagonals: By parameter: an estimate of the Fisher's diagonal, shaped like the parameter.
+        moments: By block: second moments of per-example gradients in its basis,
+            ``[G, d_out, d_in]``, of those blocks that have one.
     """
 
     factors: dict[LayerBlock, Factors]
     diagonals: dict[Parameter, Tensor]
+    moments: dict[LayerBlock, Tensor]
 
 
 @dataclass(eq=False)
@@ -112,7 +115,8 @@ class Call:
     """One call of one module, kept by the autograd node that made its output.
 
     ``input`` is the mean of a a^T (expand) or one average row per example (reduce); None once it
-    is counted, since a loss that the user keeps for its value keeps this too.
+    is counted, since a loss that the user keeps for its value keeps this too. ``kept`` is the very
+    input, where each example's gradient will be asked for, with its version.
     """
 
     block: LayerBlock
@@ -121,6 +125,38 @@ class Call:
     input: Tensor | None
     examples: int
     positions: int
+    keeps: bool = False
+    kept: tuple[Tensor, int | None] | None = None
+
+    def keep(self, x: Tensor) -> None:
+        """Keep the input, until ``release``."""
+        self.keeps, self.kept = True, (x.detach(), _version(x))
+
+    def release(self) -> None:
+        """Forget the input."""
+        self.kept = None
+
+    def kept_input(self) -> Tensor:
+        """The input, as it was.
+
+        Raises:
+            RuntimeError: If it was changed in place (training would fail there, too), or belongs to
+                an earlier step.
+        """
+        name = self.block.name
+        if self.kept is None:
+            raise RuntimeError(
+                f"Layer '{name}' was called before an earlier step, whose inputs aren't kept, but "
+                "its graph is differentiated again: EKFAC and diagonals need the model to be "
+                "called anew."
+            )
+        x, version = self.kept
+        if version != _version(x):
+            raise RuntimeError(
+                f"The input of layer '{name}' was changed in place after its call, but EKFAC and "
+                "diagonals need it as it was: use the operation that isn't in-place there."
+            )
+        return x
 
     def grad_output_statistic(self, gradient: Tensor) -> Tensor:
         """The sum of g g^T (expand) or one summed row per example (reduce)."""
@@ -232,3 +268,18 @@ def add_grad_outputs(
             rows[key] = rows[key] + statistic if key in rows else statistic
     for (block, _), total in rows.items():
         sums[block].add(total, weight, rows=True)
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where autograd doesn't count."""
+    return None if x.is_inference() else x._version
+
+
+def input_statistic(block: LayerBlock, module: Module, x: Tensor) -> Tensor:
+    """The mean of a a^T of a call (expand), or one average row per example (reduce)."""
+    family, bias = block.family, block.bias is not None
+    compute = family.input_factor if block.approximation == "expand" else family.average_input
+    statistic = compute(module, x.detach(), bias)
+    # A view of the input is copied: the user may overwrite it, or want it freed.
+    shared = statistic.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return statistic.clone() if shared else statistic

@@ -13,14 +13,15 @@ from torch.nn import Module, Parameter
 from kfac_tn.capture import Capture, Factors, Statistics
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.compute import layout_of
-from kfac_tn.curvature.exact import EigenFactors, decompose
+from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
+from kfac_tn.curvature.exact import EigenFactors
 from kfac_tn.curvature.intervals import intervals, is_due, layer_work, total
-from kfac_tn.curvature.kronecker import mean_eigenvalue
-from kfac_tn.curvature.moving import MovingFactors, invert
+from kfac_tn.curvature.moving import KroneckerMoving, Moving, MovingFactors
 from kfac_tn.curvature.options import CurvatureOptions
 from kfac_tn.hooks import timed
 from kfac_tn.layers import LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
+from kfac_tn.moments import Basis
 
 
 class CurvatureEstimator:
@@ -51,7 +52,11 @@ class CurvatureEstimator:
         group: Callable[[LayerBlock], int] = lambda block: 0,
     ) -> None:
         self.options = options
-        self._exact = options.damping_split == "exact"
+        self._kinds: dict[str, type[Moving]] = {
+            "kfac": EigenFactors if options.damping_split == "exact" else MovingFactors,
+            "ekfac": MovingEKFAC,
+            "diagonal": MovingDiagonal,
+        }
         self.steps = 0
         self._renewed: dict[str, tuple[int, int]] = {}  # steps of statistics, inverses
         self.seconds: dict[str, float] = {}
@@ -68,7 +73,9 @@ class CurvatureEstimator:
 
     def _divide(self) -> None:
         """Find the blocks of the model as it is, and make room for their factors."""
-        self.blocks, self.others = partition(self._model, self.options.approximation)
+        options = self.options
+        self.blocks, self.others = partition(self._model, options.approximation, options.curvature)
+        options.check(self.blocks)
         self._covered = {p for block in self.blocks for p in block.parameters.values()}
         self._covered.update(other.parameter for other in self.others)
         self._layouts = {block: layout_of(block) for block in self.blocks}
@@ -82,17 +89,25 @@ class CurvatureEstimator:
             input_dim = block.input_dim + (block.bias is not None)
             weight = block.weight
             sizes = block.groups, block.grad_output_dim, input_dim
-            key = (*sizes, weight.dtype, weight.device, self._group(block))
+            key = (block.curvature, *sizes, weight.dtype, weight.device, self._group(block))
             shapes.setdefault(key, []).append(block)
-        kind = EigenFactors if self._exact else MovingFactors
-        self._moving = [kind(blocks, self.options.factor_decay) for blocks in shapes.values()]
-        self._kinds = {p: (p.dtype, p.device) for p in self._covered}
+        self._moving = [
+            self._kinds[kind](blocks, self.options.factor_decay)
+            for (kind, *_), blocks in shapes.items()
+        ]
+        self._moving_of = {block: moving for moving in self._moving for block in moving.blocks}
+        self._places = {p: (p.dtype, p.device) for p in self._covered}
 
     def _watch(self) -> Capture:
         fisher, samples = self.options.fisher, self.options.mc_samples
-        capture = Capture(self.blocks, self._loss_fn, fisher, samples, generator=self._generator)
+        capture = Capture(
+            self.blocks, self._loss_fn, fisher, samples, (), self._generator, self._basis
+        )
         capture.seconds = self.seconds
         return capture
+
+    def _basis(self, block: LayerBlock) -> Basis | None:
+        return self._moving_of[block].basis(block)
 
     def uncovered(self) -> list[Parameter]:
         """Parameters of the model that have no place here, because they were frozen."""
@@ -120,7 +135,9 @@ class CurvatureEstimator:
         with trainable(self._covered):
             self._divide()
         for moving in self._moving:
-            moving.load_state_dict({n: s for n, s in state.items() if _fits(moving, n, s)})
+            moving.load_state_dict(
+                {n: entry for n, entry in state.items() if moving.fits(n, entry)}
+            )
         seen_loss = self.capture.seen_loss
         self.capture.close()
         self.capture = self._watch()
@@ -130,7 +147,7 @@ class CurvatureEstimator:
     def cast(self) -> bool:
         """Take the curvature along when parameters changed dtype or device; true if any did."""
         if all(
-            p.dtype == dtype and p.device == device for p, (dtype, device) in self._kinds.items()
+            p.dtype == dtype and p.device == device for p, (dtype, device) in self._places.items()
         ):
             return False
         state = self._factors_state()
@@ -167,23 +184,30 @@ class CurvatureEstimator:
             moving.update(
                 {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
             )
-        due = is_due(self.steps, self.intervals[1])
-        wanting: dict[float, list[MovingFactors]] = {}
+            moving.update_moments(
+                {b: statistics.moments[b] for b in moving.blocks if b in statistics.moments}
+            )
+        due, relative = is_due(self.steps, self.intervals[1]), self.options.relative_damping
+        wanting: dict[tuple[type[Moving], float], list[Moving]] = {}
         for moving in self._moving:
             if due or moving.lacks_inverse:
-                wanting.setdefault(self._damping(moving.blocks[0]), []).append(moving)
-        self._note({block.name for block in statistics.factors}, wanting.values())
-        renew: Callable[..., list[str]] = decompose if self._exact else invert
-        for damping, movings in wanting.items():
-            for name in renew(movings, damping, self.options.relative_damping):
+                key = type(moving), self._damping(moving.blocks[0])
+                wanting.setdefault(key, []).append(moving)
+        fresh = {block.name for block in (*statistics.factors, *statistics.moments)}
+        self._note(fresh, wanting.values())
+        for (kind, damping), movings in wanting.items():
+            for name in kind.renew(movings, damping, relative):
                 self.warn(
                     f"The factors of layer '{name}' can't be inverted: its last good inverse stays "
                     "in use."
                 )
+        if statistics.moments:
+            for moving in self._moving:
+                moving.dampen(self._damping(moving.blocks[0]), relative)
         self.steps += 1
         self.capture.armed = is_due(self.steps, self.intervals[0])
 
-    def _note(self, fresh: set[str], wanting: Iterable[list[MovingFactors]]) -> None:
+    def _note(self, fresh: set[str], wanting: Iterable[list[Moving]]) -> None:
         """Remember when statistics and inverses of each layer were renewed."""
         inverted = {block.name for movings in wanting for m in movings for block in m.blocks}
         for name in fresh | (inverted & self._renewed.keys()):
@@ -196,9 +220,10 @@ class CurvatureEstimator:
     def finite(self, statistics: Statistics) -> Statistics:
         """The statistics, or none at all if any of them isn't finite."""
         tensors = [d for factors in statistics.factors.values() for d in factors.diagonals()]
+        tensors += statistics.moments.values()
         if tensors and not all_finite(tensors):
             self.warn("The curvature of a batch isn't finite (NaN or inf); it was left out.")
-            return Statistics({}, {})
+            return Statistics({}, {}, {})
         return statistics
 
     @timed("products")
@@ -238,23 +263,26 @@ class CurvatureEstimator:
     def dampings(self) -> dict[Parameter, Tensor]:
         """What is added to the curvature of a layer, not relative: ``[G]``, by parameter."""
         result: dict[Parameter, Tensor] = {}
-        for moving in self._moving:
-            for block in moving.blocks:
-                factors = moving.factors(block)
-                if factors is None:
-                    continue
-                scale = mean_eigenvalue(factors.input) * mean_eigenvalue(factors.grad_output)
-                relative = self.options.relative_damping
-                value = self._damping(block) * (scale if relative else torch.ones_like(scale))
-                result.update(dict.fromkeys(block.parameters.values(), value))
+        for block, _ in self.known():
+            result.update(dict.fromkeys(block.parameters.values(), self.damping(block)))
         return result
+
+    def damping(self, block: LayerBlock) -> Tensor:
+        """What is added to the curvature of a layer that has some, not relative: ``[G]``."""
+        relative = self.options.relative_damping
+        return self._moving_of[block].damping(block, self._damping(block), relative)
+
+    def known(self) -> Iterator[tuple[LayerBlock, Moving]]:
+        """Every layer that has curvature, and that."""
+        for moving in self._moving:
+            yield from ((block, moving) for block in moving.blocks if moving.known(block))
 
     def damped_factors(self) -> Iterator[tuple[LayerBlock, Factors, tuple[Tensor, Tensor]]]:
         """Every layer that has factors, these, and what is added to their diagonals: ``[G]``."""
         for moving in self._moving:
-            relative = self.options.relative_damping
-            if not any(moving.updates):
+            if not isinstance(moving, KroneckerMoving) or not any(moving.updates):
                 continue
+            relative = self.options.relative_damping
             a, b = moving.shifts(self._damping(moving.blocks[0]), relative)
             for slot, block in enumerate(moving.blocks):
                 factors = moving.factors(block)
@@ -267,16 +295,14 @@ class CurvatureEstimator:
         return self.steps - 1 - statistics, self.steps - 1 - inverses
 
     def quadratic_forms(self, vectors: Mapping[Parameter, Tensor]) -> dict[str, Tensor]:
-        """``v^T (B (x) A) v`` of every layer that has factors and is in ``vectors``: scalars."""
+        """``v^T F v`` of every layer that has curvature F and is in ``vectors``: scalars."""
         forms: dict[str, Tensor] = {}
-        for moving in self._moving:
-            for block in moving.blocks:
-                factors = moving.factors(block)
-                named = {n: vectors[p] for n, p in block.parameters.items() if p in vectors}
-                if factors is None or len(named) < len(block.parameters):
-                    continue
-                matrix = self._layouts[block].to_matrix(named).to(factors.input.dtype)
-                forms[block.name] = (factors.grad_output @ matrix @ factors.input * matrix).sum()
+        for block, moving in self.known():
+            named = {n: vectors[p] for n, p in block.parameters.items() if p in vectors}
+            if len(named) == len(block.parameters):
+                matrix = self._layouts[block].to_matrix(named)
+                product = moving.multiply(block, matrix)
+                forms[block.name] = (product * matrix.to(product.dtype)).sum()
         return forms
 
     def factors(self) -> dict[str, Factors]:
@@ -317,11 +343,6 @@ class CurvatureEstimator:
         unknown = state["factors"].keys() - {block.name for block in self.blocks}
         if unknown:
             raise ValueError(f"The state has factors of layers {sorted(unknown)}, unknown here.")
-        if any(("values" in entry) != self._exact for entry in state["factors"].values()):
-            raise ValueError(
-                "The state is of another damping_split: what it has in place of inverses is of no "
-                "use here."
-            )
         for moving in self._moving:
             moving.check_state_dict(state["factors"])
 
@@ -357,7 +378,8 @@ class CurvatureEstimator:
         sizes, passes = self.capture.sizes, self.capture.passes
         if sizes:
             work = total(
-                layer_work(block, *size, passes, self._exact) for block, size in sizes.items()
+                layer_work(block, *size, passes, self._kinds["kfac"] is EigenFactors)
+                for block, size in sizes.items()
             )
             self._automatic = intervals(work, self.options.overhead)
 
@@ -366,9 +388,3 @@ class CurvatureEstimator:
         if key not in self._generators:
             self._generators[key] = torch.Generator(device).manual_seed(self.options.seed)
         return self._generators[key]
-
-
-def _fits(moving: MovingFactors, name: str, entry: Mapping[str, Tensor]) -> bool:
-    """Whether the factors saved for a layer are of the size that it has now."""
-    sizes = {block.name: block.input_dim + (block.bias is not None) for block in moving.blocks}
-    return sizes.get(name) == entry["input"].shape[-1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,57 +13,250 @@ from kfac_tn.capture import Factors
 from kfac_tn.curvature.inverse import damped_inverses
 from kfac_tn.curvature.kronecker import mean_eigenvalue, pi_split
 from kfac_tn.layers import LayerBlock
+from kfac_tn.moments import Basis
 
 
-class MovingFactors:
-    """The factors of layers of one shape, stacked: averages and damped inverses.
+class Moving(ABC):
+    """The curvature of layers of one shape, stacked: averages, and what a direction is made with.
 
-    The average after k updates is sum_j (1 - decay) decay^(k-j) F_j / (1 - decay^k): corrected for
+    An average after k updates is sum_j (1 - decay) decay^(k-j) F_j / (1 - decay^k): corrected for
     its start at zero, as Adam's moments are (Kingma & Ba 2015, Section 3).
 
     Args:
         blocks: Layers with equal groups and factor sizes.
-        decay: Of the average, in [0, 1).
+        decay: Of the averages, in [0, 1).
     """
 
-    _TENSORS = ("input", "grad_output", "input_inverse", "grad_output_inverse")
+    _COUNTS: ClassVar[tuple[str, ...]] = ("updates", "inverted")
 
     def __init__(self, blocks: Iterable[LayerBlock], decay: float) -> None:
         self.blocks = tuple(blocks)
         self.decay = decay
         self.groups = self.blocks[0].groups
+        self.d_in = self.blocks[0].input_dim + (self.blocks[0].bias is not None)
+        self.d_out = self.blocks[0].grad_output_dim
         self._slot = {block: index for index, block in enumerate(self.blocks)}
+        self._forget()
+
+    def _forget(self) -> None:
         self.updates = [0] * len(self.blocks)
         self.inverted = [False] * len(self.blocks)
-        self.input: Tensor  # [blocks, G, d_in, d_in]; these four are made by the first update
-        self.grad_output: Tensor
-        self.input_inverse: Tensor
-        self.grad_output_inverse: Tensor
 
-    def update(self, factors: Mapping[LayerBlock, Factors]) -> None:
+    # What a kind of curvature must say ---------------------------------------------------------
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors held for each layer, by attribute, and their shapes."""
+
+    @staticmethod
+    @abstractmethod
+    def renew(moving: Sequence[Any], damping: float, relative: bool) -> list[str]:
+        """Renew what is renewed every inverse interval, for all layers that have statistics.
+
+        Args:
+            moving: Layers of any shapes, all of this kind.
+            damping: Added to each block.
+            relative: The damping is in units of each block's mean eigenvalue, not of the loss.
+
+        Returns:
+            Names of the layers where that is impossible; what they had stays.
+        """
+
+    @abstractmethod
+    def precondition(self, matrices: Mapping[LayerBlock, Tensor]) -> dict[LayerBlock, Tensor]:
+        """Multiply each ``[G, d_out, d_in]`` with the inverse of the damped block.
+
+        Layers that have no inverse yet are missing in the result.
+        """
+
+    @abstractmethod
+    def multiply(self, block: LayerBlock, matrix: Tensor) -> Tensor:
+        """Multiply ``[G, d_out, d_in]`` with the block of a layer, without damping."""
+
+    @abstractmethod
+    def mean_eigenvalues(self, block: LayerBlock) -> Tensor:
+        """Of the block of a layer: ``[G]``."""
+
+    @abstractmethod
+    def eigenvalues(self, block: LayerBlock) -> Tensor:
+        """Of the block of a layer, ``[G, d_out, d_in]``.
+
+        Raises:
+            torch.linalg.LinAlgError: If they can't be computed.
+        """
+
+    def update(self, factors: Mapping[LayerBlock, Factors]) -> None:  # noqa: B027
         """Average new factors in; layers that are missing keep theirs."""
-        for block, new in factors.items():
-            if not any(self.updates):
-                self._allocate(new)
-            slot = self._slot[block]
-            self.updates[slot] += 1
-            share = (1 - self.decay) / (1 - self.decay ** self.updates[slot])
-            new.average_into(self.input[slot], self.grad_output[slot], share)
+
+    def update_moments(self, moments: Mapping[LayerBlock, Tensor]) -> None:  # noqa: B027
+        """Average new second moments in."""
+
+    def dampen(self, damping: float, relative: bool) -> None:  # noqa: B027
+        """Renew the damping where that costs nothing: whenever there are new statistics."""
+
+    def basis(self, block: LayerBlock) -> Basis | None:
+        """Along which second moments of a layer are wanted, if they are."""
+        return None
+
+    def factors(self, block: LayerBlock) -> Factors | None:
+        """The averages of one layer, or None if it has none (yet)."""
+        return None
+
+    # What they have in common ------------------------------------------------------------------
 
     @property
     def lacks_inverse(self) -> bool:
-        """Whether a layer has factors but never had an inverse."""
+        """Whether a layer has statistics but never had an inverse."""
         return any(
             updates and not inverted
             for updates, inverted in zip(self.updates, self.inverted, strict=True)
         )
 
+    def known(self, block: LayerBlock) -> bool:
+        """Whether a layer has statistics."""
+        return self.updates[self._slot[block]] > 0
+
+    def damping(self, block: LayerBlock, damping: float, relative: bool) -> Tensor:
+        """What is added to the block of a layer, ``[G]``."""
+        means = self.mean_eigenvalues(block)
+        return damping * (or_one(means) if relative else torch.ones_like(means))
+
+    def memory(self, block: LayerBlock) -> int:
+        """Bytes held for a layer."""
+        tensors = [getattr(self, name)[self._slot[block]] for name in self.shapes()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """By layer name: averages, inverses, and how often they were updated."""
+        return {
+            block.name: {
+                **{name: getattr(self, name)[slot] for name in self._COUNTS},
+                **{name: getattr(self, name)[slot].clone() for name in self.shapes()},
+            }
+            for block, slot in self._slot.items()
+            if self.updates[slot]
+        }
+
+    def check_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse what ``load_state_dict`` can't set.
+
+        Raises:
+            ValueError: If a layer's state is of another kind of curvature, or a shape isn't the
+                layer's.
+        """
+        shapes = self.shapes()
+        for block in self.blocks:
+            if block.name not in state:
+                continue
+            if state[block.name].keys() != {*self._COUNTS, *shapes}:
+                raise ValueError(
+                    f"The state has another kind of curvature for layer '{block.name}': it is of "
+                    "another damping_split, or curvature was chosen otherwise."
+                )
+            for name, wanted in shapes.items():
+                shape = state[block.name][name].shape
+                if shape != wanted:
+                    raise ValueError(
+                        f"The state has '{name}' of shape {list(shape)} for layer '{block.name}', "
+                        f"which needs {list(wanted)}: it is another model's."
+                    )
+
+    def fits(self, name: str, entry: Mapping[str, Any]) -> bool:
+        """Whether what was saved of a layer is here, and of the size that it has now."""
+        shapes = self.shapes()
+        mine = any(block.name == name for block in self.blocks)
+        return mine and all(entry[each].shape == shape for each, shape in shapes.items())
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set what ``state_dict`` gave; layers that are missing there start anew.
+
+        Raises:
+            ValueError: As ``check_state_dict``; nothing is changed then.
+        """
+        self.check_state_dict(state)
+        self._forget()
+        for slot, block in enumerate(self.blocks):
+            if block.name not in state:
+                continue
+            entry = state[block.name]
+            if not any(self.updates):
+                like = next(iter(entry[name] for name in self.shapes()))
+                self._allocate(like.to(block.weight.device))
+            for name in self._COUNTS:
+                getattr(self, name)[slot] = entry[name]
+            for name in self.shapes():
+                getattr(self, name)[slot].copy_(entry[name])
+
+    def _allocate(self, like: Tensor) -> None:
+        """Make room, with the first statistics."""
+        for name, shape in self.shapes().items():
+            setattr(self, name, like.new_zeros(len(self.blocks), *shape))
+
+    def _share(self, updates: int) -> float:
+        """The share of the latest statistics in their average."""
+        return (1 - self.decay) / (1 - self.decay**updates)
+
+
+class KroneckerMoving(Moving):
+    """Averages of Kronecker factors."""
+
+    input: Tensor  # [blocks, G, d_in, d_in]; these two are made by the first update
+    grad_output: Tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        a, b = (self.groups, self.d_in, self.d_in), (self.groups, self.d_out, self.d_out)
+        return {"input": a, "grad_output": b}
+
+    def update(self, factors: Mapping[LayerBlock, Factors]) -> None:  # noqa: D102
+        for block, new in factors.items():
+            if not any(self.updates):
+                self._allocate(new.diagonals()[0])
+            slot = self._slot[block]
+            self.updates[slot] += 1
+            share = self._share(self.updates[slot])
+            new.average_into(self.input[slot], self.grad_output[slot], share)
+
+    def factors(self, block: LayerBlock) -> Factors | None:  # noqa: D102
+        slot = self._slot[block]
+        return Factors(self.input[slot], self.grad_output[slot]) if self.updates[slot] else None
+
+    def multiply(self, block: LayerBlock, matrix: Tensor) -> Tensor:  # noqa: D102
+        slot = self._slot[block]
+        return self.grad_output[slot] @ matrix.to(self.input.dtype) @ self.input[slot]
+
+    def mean_eigenvalues(self, block: LayerBlock) -> Tensor:  # noqa: D102
+        slot = self._slot[block]
+        return mean_eigenvalue(self.input[slot]) * mean_eigenvalue(self.grad_output[slot])
+
+    def eigenvalues(self, block: LayerBlock) -> Tensor:  # noqa: D102
+        slot = self._slot[block]
+        a, b = (
+            torch.linalg.eigvalsh(each[slot]).clamp(min=0)
+            for each in (self.input, self.grad_output)
+        )
+        return b.unsqueeze(-1) * a.unsqueeze(-2)
+
     def shifts(self, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
-        """What ``invert`` adds to the diagonals of A and B, ``[blocks, G]`` each."""
+        """What damping adds to the diagonals of A and B, ``[blocks, G]`` each, if divided."""
         if not relative:
             return pi_split(self.input, self.grad_output, damping)
         means = mean_eigenvalue(self.input), mean_eigenvalue(self.grad_output)
-        return damping**0.5 * _or_one(means[0]), damping**0.5 * _or_one(means[1])
+        return damping**0.5 * or_one(means[0]), damping**0.5 * or_one(means[1])
+
+
+class MovingFactors(KroneckerMoving):
+    """Averages of the factors and the inverses of both, with the damping divided between them."""
+
+    input_inverse: Tensor
+    grad_output_inverse: Tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        shapes = super().shapes()
+        return {
+            **shapes,
+            "input_inverse": shapes["input"],
+            "grad_output_inverse": shapes["grad_output"],
+        }
 
     def precondition(self, matrices: Mapping[LayerBlock, Tensor]) -> dict[LayerBlock, Tensor]:
         """Multiply with the damped inverses: B^-1 M A^-1 for each ``[G, d_out, d_in]``.
@@ -80,65 +274,9 @@ class MovingFactors:
         result = torch.bmm(torch.bmm(b.flatten(0, 1), stacked.flatten(0, 1)), a.flatten(0, 1))
         return dict(zip(blocks, result.view_as(stacked).unbind(), strict=True))
 
-    def factors(self, block: LayerBlock) -> Factors | None:
-        """The averages of one layer, or None before its first update."""
-        slot = self._slot[block]
-        return Factors(self.input[slot], self.grad_output[slot]) if self.updates[slot] else None
-
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """By layer name: averages, inverses, and how often they were updated."""
-        return {
-            block.name: {
-                "updates": self.updates[slot],
-                "inverted": self.inverted[slot],
-                **{name: getattr(self, name)[slot].clone() for name in self._TENSORS},
-            }
-            for block, slot in self._slot.items()
-            if self.updates[slot]
-        }
-
-    def check_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Refuse what ``load_state_dict`` can't set.
-
-        Raises:
-            ValueError: If a factor's shape isn't the layer's.
-        """
-        for block in self.blocks:
-            if block.name not in state:
-                continue
-            sizes = block.input_dim + (block.bias is not None), block.grad_output_dim
-            for name, size in zip(self._TENSORS, sizes * 2, strict=True):
-                shape, wanted = state[block.name][name].shape, (block.groups, size, size)
-                if shape != wanted:
-                    raise ValueError(
-                        f"The state has '{name}' of shape {list(shape)} for layer '{block.name}', "
-                        f"which needs {list(wanted)}: it is another model's."
-                    )
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Set what ``state_dict`` gave; layers that are missing there start anew.
-
-        Raises:
-            ValueError: As ``check_state_dict``; nothing is changed then.
-        """
-        self.check_state_dict(state)
-        mine = {block: state[block.name] for block in self.blocks if block.name in state}
-        self.updates = [0] * len(self.blocks)
-        self.inverted = [False] * len(self.blocks)
-        for block, entry in mine.items():
-            if not any(self.updates):
-                device = block.weight.device
-                new = Factors(entry["input"].to(device), entry["grad_output"].to(device))
-                self._allocate(new)
-            slot = self._slot[block]
-            self.updates[slot], self.inverted[slot] = entry["updates"], entry["inverted"]
-            for name in self._TENSORS:
-                getattr(self, name)[slot].copy_(entry[name])
-
-    def _allocate(self, like: Factors) -> None:
-        self.input, self.grad_output = like.new_zeros(len(self.blocks))
-        self.input_inverse = torch.zeros_like(self.input)
-        self.grad_output_inverse = torch.zeros_like(self.grad_output)
+    @staticmethod
+    def renew(moving: Sequence[MovingFactors], damping: float, relative: bool) -> list[str]:  # noqa: D102
+        return invert(moving, damping, relative)
 
 
 def invert(moving: Iterable[MovingFactors], damping: float, relative: bool) -> list[str]:
@@ -174,6 +312,6 @@ def invert(moving: Iterable[MovingFactors], damping: float, relative: bool) -> l
     return failed
 
 
-def _or_one(scale: Tensor) -> Tensor:
-    """A factor that is zero has no scale of its own."""
+def or_one(scale: Tensor) -> Tensor:
+    """A block that is zero has no scale of its own."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias, get_args
 
 from kfac_tn.capture import Fisher
 from kfac_tn.curvature.intervals import Interval
-from kfac_tn.layers import ApproximationChoice
+from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LayerBlock
 
 Split: TypeAlias = Literal["pi", "exact"]
 
@@ -18,6 +18,7 @@ class CurvatureOptions:
 
     Attributes:
         approximation: ``"expand"``, ``"reduce"``, or by layer.
+        curvature: ``"kfac"``, ``"ekfac"``, ``"diagonal"``, or by layer.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
         relative_damping: Whether damping is in units of each block's mean eigenvalue.
@@ -42,6 +43,7 @@ class CurvatureOptions:
     inverse_interval: Interval
     overhead: float
     seed: int
+    curvature: CurvatureChoice = "kfac"
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor_decay < 1:
@@ -60,3 +62,16 @@ class CurvatureOptions:
             )
         if not 0 < self.overhead < float("inf"):
             raise ValueError(f"overhead is {self.overhead}: it must be positive.")
+
+    def check(self, blocks: list[LayerBlock]) -> None:
+        """Refuse layers whose curvature can't be had of this Fisher.
+
+        Raises:
+            ValueError: Naming them.
+        """
+        corrected = [block.name for block in blocks if block.curvature != "kfac"]
+        if self.fisher == "forward-only" and corrected:
+            raise ValueError(
+                f"fisher='forward-only' has no gradients, but curvature is 'ekfac' or 'diagonal' "
+                f"for layers {corrected}: use curvature='kfac' there, or another Fisher."
+            )

@@ -162,7 +162,10 @@ def linear_grad_output_rows(g: Tensor) -> Tensor:
 
 
 def rotated_second_moment(
-    input_rows: Tensor, grad_output_rows: Tensor, input_vectors: Tensor, grad_output_vectors: Tensor
+    input_rows: Tensor,
+    grad_output_rows: Tensor,
+    input_vectors: Tensor | None,
+    grad_output_vectors: Tensor | None,
 ) -> Tensor:
     r"""Sum over examples of the squared entries of their weight gradients in an eigenbasis.
 
@@ -175,8 +178,8 @@ def rotated_second_moment(
     Args:
         input_rows: a, `[groups, N, R, d_in]`.
         grad_output_rows: g, `[groups, N, R, d_out]`.
-        input_vectors: Q_A, `[groups, d_in, d_in]`.
-        grad_output_vectors: Q_B, `[groups, d_out, d_out]`.
+        input_vectors: Q_A, `[groups, d_in, d_in]`, or None for unit vectors.
+        grad_output_vectors: Q_B, `[groups, d_out, d_out]`, or None.
 
     Returns:
         `[groups, d_out, d_in]`.
@@ -203,6 +206,9 @@ def rotated_second_moment(
     return gradients.square().sum(1)
 
 
-def _multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+def _multiply_rows(rows: Tensor, matrix: Tensor | None) -> Tensor:
     """`[groups, N, R, d]` times `[groups, d, d]`, without a copy of the matrix for each example."""
+    if matrix is None:
+        return rows
+    matrix = matrix.to(rows)  # a model may have changed its dtype since these were made
     return torch.bmm(rows.flatten(1, 2), matrix).unflatten(1, rows.shape[1:3])

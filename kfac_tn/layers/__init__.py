@@ -5,6 +5,8 @@ from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.linear import LinearFamily
 from kfac_tn.layers.partition import (
     ApproximationChoice,
+    CurvatureChoice,
+    CurvatureKind,
     LayerBlock,
     OtherParameter,
     gradient_family,
@@ -18,6 +20,8 @@ __all__ = [
     "ApproximationChoice",
     "ConvFamily",
     "ConvTransposeFamily",
+    "CurvatureChoice",
+    "CurvatureKind",
     "GradientFamily",
     "LayerBlock",
     "LayerFamily",

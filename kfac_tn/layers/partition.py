@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch.nn import Module, Parameter
@@ -18,6 +18,10 @@ from kfac_tn.tn.nn import ConvNd, ConvTransposeNd, RandomizedConvNd
 
 ApproximationChoice: TypeAlias = (
     Approximation | Mapping[str, Approximation] | Callable[[str, Module], Approximation]
+)
+CurvatureKind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
+CurvatureChoice: TypeAlias = (
+    CurvatureKind | Mapping[str, CurvatureKind] | Callable[[str, Module], CurvatureKind]
 )
 
 _FAMILIES: dict[type[Module], LayerFamily] = {
@@ -73,6 +77,8 @@ class LayerBlock:
         weight_name: Name of the weight in ``model.named_parameters()``.
         bias_name: Name of the bias there, or None.
         groups: Number of groups, each with its own factor pair.
+        curvature: ``"kfac"``: B (x) A; ``"ekfac"``: its eigenvectors, with second moments of
+            gradients for eigenvalues; ``"diagonal"``: the second moments along unit vectors.
     """
 
     name: str
@@ -84,6 +90,12 @@ class LayerBlock:
     weight_name: str
     bias_name: str | None
     groups: int
+    curvature: CurvatureKind = "kfac"
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether it has Kronecker factors."""
+        return self.curvature != "diagonal"
 
     @property
     def input_dim(self) -> int:
@@ -115,7 +127,9 @@ class OtherParameter:
 
 
 def partition(
-    model: Module, approximation: ApproximationChoice = "expand"
+    model: Module,
+    approximation: ApproximationChoice = "expand",
+    curvature: CurvatureChoice = "kfac",
 ) -> tuple[list[LayerBlock], list[OtherParameter]]:
     """Divide the trainable parameters of a model into Kronecker blocks and others.
 
@@ -126,14 +140,15 @@ def partition(
         model: Any module.
         approximation: ``"expand"`` or ``"reduce"`` for all layers, or a dict by layer name (every
             layer with a block must be named), or a function of name and module.
+        curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer in the same ways.
 
     Returns:
         The blocks, in the order of ``model.named_modules()``, and all other trainable parameters,
         in the order of ``model.named_parameters()``. Together: every trainable parameter, once.
 
     Raises:
-        ValueError: For an unknown approximation, a name that the dict lacks or that is no layer,
-            for parameters of lazy modules that have no shape yet, and for complex ones.
+        ValueError: For an unknown choice, a name that a dict lacks or that is no layer, for
+            parameters of lazy modules that have no shape yet, and for complex ones.
 
     Example:
         >>> import torch
@@ -168,20 +183,22 @@ def partition(
             name=name,
             modules=tuple(dict.fromkeys(owner for _, owner, _ in owners[weight])),
             family=family,
-            approximation=_resolve(approximation, name, module),
+            approximation=_resolve("approximation", approximation, Approximation, name, module),
             weight=weight,
             bias=bias,
             weight_name=names[weight],
             bias_name=None if bias is None else names[bias],
             groups=family.groups(module),
+            curvature=_resolve("curvature", curvature, CurvatureKind, name, module),
         )
         blocks.append(block)
         covered.update(block.parameters.values())
-    if isinstance(approximation, Mapping):
-        unknown = set(approximation) - {block.name for block in blocks}
+    for option, choice in (("approximation", approximation), ("curvature", curvature)):
+        named = set(choice) if isinstance(choice, Mapping) else set()
+        unknown = named - {block.name for block in blocks}
         if unknown:
             raise ValueError(
-                f"approximation names {sorted(unknown)}, which are no layers with a Kronecker "
+                f"{option} names {sorted(unknown)}, which are no layers with a Kronecker "
                 f"block; those are {[block.name for block in blocks]}."
             )
     others = [
@@ -250,21 +267,21 @@ def _settings(module: Module) -> dict[str, object]:
     return {name: getattr(module, name) for name in getattr(type(module), "__constants__", ())}
 
 
-def _resolve(choice: ApproximationChoice, name: str, module: Module) -> Approximation:
-    """The approximation for one layer."""
+def _resolve(option: str, choice: Any, kinds: Any, name: str, module: Module) -> Any:
+    """What an option is for one layer."""
     if isinstance(choice, str):
         resolved: object = choice
     elif isinstance(choice, Mapping):
         if name not in choice:
             raise ValueError(
-                f"approximation has no entry for layer '{name}' ({type(module).__name__}): name "
+                f"{option} has no entry for layer '{name}' ({type(module).__name__}): name "
                 "every layer, or pass a function of (name, module)."
             )
         resolved = choice[name]
     else:
         resolved = choice(name, module)
-    if resolved not in ("expand", "reduce"):
+    if resolved not in get_args(kinds):
         raise ValueError(
-            f"approximation is {resolved!r} for layer '{name}': choose 'expand' or 'reduce'."
+            f"{option} is {resolved!r} for layer '{name}': choose one of {get_args(kinds)}."
         )
     return resolved

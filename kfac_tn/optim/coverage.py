@@ -55,13 +55,18 @@ def coverage(
     rows: dict[str, Row] = {}
     for block in blocks:
         sizes = f"{block.grad_output_dim} x {block.input_dim + (block.bias is not None)}"
-        why = f"{type(block.modules[0]).__name__}: factors {sizes}"
+        what = "factors" if block.has_factors else "second moments"
+        why = f"{type(block.modules[0]).__name__}: {what} {sizes}"
         if block.groups > 1:
             why += f" in {block.groups} groups"
         if len(block.modules) > 1:
             why += f", shared by {len(block.modules)} modules"
         for name, parameter in block.parameters.items():
-            treatment = f"KFAC-{block.approximation}"
+            treatment = (
+                f"{block.curvature.upper()}-{block.approximation}"
+                if block.has_factors
+                else "diagonal"
+            )
             rows[name] = Row(name, tuple(parameter.shape), treatment, why)
     for other in others:
         shape = tuple(other.parameter.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ class LayerDiagnostics:
     """One layer's numbers; the worst of its groups where there are several.
 
     Attributes:
-        input_condition: Largest over smallest eigenvalue of A with its share of the damping.
+        condition: Largest over smallest eigenvalue of the damped block.
+        input_condition: The same of A with its share of the damping; None for EKFAC and diagonals,
+            whose eigenvalues are no products, as the next.
         grad_output_condition: The same of B.
         damping_share: Part of the trace of the damped block that is damping: near 1 the direction
             is the gradient's, near 0 the factors decide.
@@ -33,11 +36,12 @@ class LayerDiagnostics:
         relative_update_norm: The same over the norm of the parameters.
         statistics_age: Steps taken since the last statistics of this layer (0: in the last step).
         inverses_age: Steps taken since its inverses were renewed.
-        memory: Bytes of its factors and inverses.
+        memory: Bytes of its averages, inverses and eigenvectors.
     """
 
-    input_condition: float
-    grad_output_condition: float
+    condition: float
+    input_condition: float | None
+    grad_output_condition: float | None
     damping_share: float
     kl: float | None
     update_norm: float | None
@@ -57,7 +61,7 @@ class Diagnostics:
         layers: By name, for layers that have curvature.
         seconds: Since the optimizer was made, by phase: ``"statistics"`` (in the hooks),
             ``"averages and inverses"``, ``"products"``. On a GPU this is the time to launch.
-        memory: Bytes of all factors and inverses.
+        memory: Bytes of all averages, inverses and eigenvectors.
     """
 
     steps: int
@@ -99,15 +103,22 @@ def diagnose(
     """
     layers: dict[str, LayerDiagnostics] = {}
     forms = estimator.quadratic_forms(steps) if steps else {}
-    total = 0
-    for block, factors, shifts in estimator.damped_factors():
-        conditions, shares = [], []
-        for factor, shift in zip((factors.input, factors.grad_output), shifts, strict=True):
-            values = torch.linalg.eigvalsh(factor.double()).clamp(min=0) + shift.double()[:, None]
-            conditions.append(float((values[:, -1] / values[:, 0]).max()))
-            shares.append(1 - shift.double() / values.mean(1))
-        memory = 2 * sum(f.numel() * f.element_size() for f in (factors.input, factors.grad_output))
-        total += memory
+    damped = {block: (both, shifts) for block, both, shifts in estimator.damped_factors()}
+    for block, moving in estimator.known():
+        input_condition = grad_output_condition = None
+        if block.curvature == "kfac":
+            (factors, shifts), conditions, shares = damped[block], [], []
+            for factor, shift in zip((factors.input, factors.grad_output), shifts, strict=True):
+                values = torch.linalg.eigvalsh(factor.double()).clamp(min=0)
+                values = values + shift.double()[:, None]
+                conditions.append(_condition(values))
+                shares.append(1 - shift.double() / values.mean(1))
+            input_condition, grad_output_condition = conditions
+            condition, share = math.prod(conditions), float((1 - shares[0] * shares[1]).max())
+        else:
+            shift = estimator.damping(block).double()[:, None]
+            values = moving.eigenvalues(block).double().flatten(1) + shift
+            condition, share = _condition(values), float((shift[:, 0] / values.mean(1)).max())
         kl = norm = relative = None
         parameters = list(block.parameters.values())
         if steps and all(p in steps for p in parameters):
@@ -116,12 +127,21 @@ def diagnose(
             size = _norm(parameters)
             relative = norm / size if size else float("inf")
         statistics, inverses = estimator.ages(block)
-        share = float((1 - shares[0] * shares[1]).max())
-        of_input, of_output = conditions
         layers[block.name] = LayerDiagnostics(
-            of_input, of_output, share, kl, norm, relative, statistics, inverses, memory
+            condition=condition,
+            input_condition=input_condition,
+            grad_output_condition=grad_output_condition,
+            damping_share=share,
+            kl=kl,
+            update_norm=norm,
+            relative_update_norm=relative,
+            statistics_age=statistics,
+            inverses_age=inverses,
+            memory=moving.memory(block),
         )
-    return Diagnostics(estimator.steps, estimator.intervals, layers, dict(estimator.seconds), total)
+    memory = sum(layer.memory for layer in layers.values())
+    seconds = dict(estimator.seconds)
+    return Diagnostics(estimator.steps, estimator.intervals, layers, seconds, memory)
 
 
 def log_diagnostics(
@@ -177,7 +197,7 @@ def plot_spectra(user: CurvatureUser, path: str | None = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is missing.
-        ValueError: If no layer has curvature yet.
+        ValueError: If no layer has factors (yet); diagonals have none.
     """
     try:
         from matplotlib.figure import Figure
@@ -185,7 +205,7 @@ def plot_spectra(user: CurvatureUser, path: str | None = None) -> Any:
         raise ImportError("plot_spectra needs matplotlib: pip install matplotlib") from error
     found = list(user._estimator.damped_factors())
     if not found:
-        raise ValueError("No layer has curvature yet: take a step first.")
+        raise ValueError("No layer has factors (yet): take a step first.")
     figure = Figure(figsize=(7, 2.2 * len(found)), layout="constrained")
     axes = figure.subplots(len(found), 2, squeeze=False)
     for row, (block, factors, shifts) in zip(axes, found, strict=True):
@@ -200,6 +220,11 @@ def plot_spectra(user: CurvatureUser, path: str | None = None) -> Any:
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def _condition(values: Tensor) -> float:
+    """Of the worst of the groups ``[G, K]``."""
+    return float((values.amax(1) / values.amin(1)).max())
 
 
 def _norm(tensors: list[Any]) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from kfac_tn.curvature.checks import trainable
+from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.layers import LayerBlock, partition
 
@@ -136,6 +137,26 @@ class GroupedOptimizer(Optimizer):
 
     def _name(self, parameter: Parameter) -> str:
         return next(name for name, p in self._model.named_parameters() if p is parameter)
+
+    def _gradients(self) -> dict[Parameter, Tensor]:
+        """What there is to make a step of; nothing if any of it isn't finite."""
+        gradients = {
+            p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        }
+        for parameter, gradient in gradients.items():
+            if gradient.is_sparse:
+                raise RuntimeError(
+                    f"The gradient of '{self._name(parameter)}' is sparse, which KFAC can't use: "
+                    "build its module with sparse=False."
+                )
+        self._check_unfrozen()
+        if len({group["damping"] for group in self.param_groups}) > 1:
+            for block in self._estimator.blocks:
+                self._group(block)
+        if gradients and not all_finite(list(gradients.values())):
+            self._estimator.warn("A gradient isn't finite (NaN or inf); its steps are left out.")
+            return {}
+        return gradients
 
     def _saved_moments(self, state_dict: dict[str, Any]) -> dict[Parameter, dict[str, Any]]:
         """The entries of a state by parameter.

@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Fisher
-from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, Split
-from kfac_tn.layers import ApproximationChoice
+from kfac_tn.layers import ApproximationChoice, CurvatureChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates
 from kfac_tn.optim.base import CurvatureUser
@@ -77,7 +76,14 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         approximation: ``"expand"`` or ``"reduce"``, a dict by layer name, or a function of
             (name, module). Reduce takes the first axis for the examples, and two calls of a module
             with equally many examples in one loss for calls on the same examples.
-        fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"``.
+        curvature: ``"kfac"``: B (x) A. ``"ekfac"``: its eigenvectors Q_B (x) Q_A, renewed with the
+            inverses, and for eigenvalues the second moments of each example's gradient along them,
+            renewed with the statistics (George et al. 2018). ``"diagonal"``: second moments of
+            each example's gradients as they are. By layer in the ways of ``approximation``, which
+            tells on top of which factors EKFAC is, so both can be chosen. The first axis is that of
+            the examples for the latter two, and inputs are kept until the backward pass. Default:
+            ``"kfac"``, which costs least.
+        fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"`` (KFAC alone).
         mc_samples: Samples of the targets for ``"mc"``.
         damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
             a rule of ``kfac_tn.optim``, such as ``LevenbergMarquardt()``. Acts on the
@@ -87,6 +93,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             or absolute.
         damping_split: ``"pi"``: divided between the factors (Martens & Grosse 2015, Section 6.3);
             ``"exact"``: added to B (x) A, at several times the cost of inverses and products.
+            EKFAC and diagonals add it to their eigenvalues.
         factor_decay: Decay of the moving averages of A and B, by update; their start is corrected.
         factor_interval: Steps between updates of A and B, or ``"auto"``: as many as keep a step's
             cost below ``overhead``, by counting operations (``kfac_tn.curvature.intervals``).
@@ -134,6 +141,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         weight_decay: float = 0.0,
         *,
         approximation: ApproximationChoice = "expand",
+        curvature: CurvatureChoice = "kfac",
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
@@ -159,6 +167,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         self._model, self._loss_fn, self._other_lr = model, loss_fn, other_lr
         self._options = CurvatureOptions(
             approximation=approximation,
+            curvature=curvature,
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,
@@ -322,26 +331,6 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             self._arm_replay()
 
     # The parts of a step -----------------------------------------------------------------------
-
-    def _gradients(self) -> dict[Parameter, Tensor]:
-        """What there is to make a step of; nothing if any of it isn't finite."""
-        gradients = {
-            p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
-        }
-        for parameter, gradient in gradients.items():
-            if gradient.is_sparse:
-                raise RuntimeError(
-                    f"The gradient of '{self._name(parameter)}' is sparse, which KFAC can't use: "
-                    "build its module with sparse=False."
-                )
-        self._check_unfrozen()
-        if len({group["damping"] for group in self.param_groups}) > 1:
-            for block in self._estimator.blocks:
-                self._group(block)
-        if gradients and not all_finite(list(gradients.values())):
-            self._estimator.warn("A gradient isn't finite (NaN or inf); its steps are left out.")
-            return {}
-        return gradients
 
     def _discard(self) -> None:
         """Forget what was seen since the last step."""

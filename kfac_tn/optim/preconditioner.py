@@ -13,7 +13,7 @@ from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, Split
-from kfac_tn.layers import ApproximationChoice
+from kfac_tn.layers import ApproximationChoice, CurvatureChoice
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of
@@ -37,6 +37,7 @@ class KFACPreconditioner(CurvatureUser):
         lr: For ``"kl_clip"``: the learning rate of the optimizer; set ``preconditioner.lr`` when it
             changes.
         approximation: See ``KFAC``, as for all that follow.
+        curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
         damping: Added to each block: a number or a function of the step; set
@@ -77,6 +78,7 @@ class KFACPreconditioner(CurvatureUser):
         kl_clip: float = 1e-3,
         lr: float | None = None,
         approximation: ApproximationChoice = "expand",
+        curvature: CurvatureChoice = "kfac",
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
@@ -103,6 +105,7 @@ class KFACPreconditioner(CurvatureUser):
         self._model, self._loss_fn = model, loss_fn
         self._options = CurvatureOptions(
             approximation=approximation,
+            curvature=curvature,
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,

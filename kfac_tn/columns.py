@@ -1,0 +1,49 @@
+"""What is back-propagated: columns of a root of the loss Hessian, exact, sampled or empirical."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kfac_tn.likelihood import Likelihood
+
+
+def mc_columns(
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+    samples: int,
+    generator: torch.Generator | None = None,
+    weight: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Gradients of the loss for targets drawn from the model: on average, c c^T is its Hessian."""
+    for _ in range(samples):
+        yield likelihood.sample(outputs, targets, generator, weight) / math.sqrt(samples)
+
+
+def empirical_column(
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
+    with torch.enable_grad():
+        predictions = outputs.detach().requires_grad_()
+        loss = loss_fn(predictions, targets)
+    (gradient,) = torch.autograd.grad(loss, predictions)
+    terms = likelihood.num_terms(predictions.detach(), targets)
+    return gradient * torch.as_tensor(terms, dtype=gradient.dtype, device=gradient.device).sqrt()
+
+
+def random_signs(column: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Flip whole examples, so that a squared batch gradient has no cross terms on average.
+
+    A layer's factors, sums over examples of g g^T, don't notice.
+    """
+    signs = torch.empty(column.shape[0], dtype=column.dtype, device=column.device)
+    signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    return column * signs.view(-1, *[1] * (column.dim() - 1))
