@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.curvature.block import DiagonalBlock
-from kfac_tn.curvature.compute import compute_kfac
+from kfac_tn.curvature.compute import compute_kfac, layout_of
 from kfac_tn.curvature.diagonal import compute_ggn_diagonal
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.per_example import compute_per_example_gradients
 from kfac_tn.integrations.optional import load
-from kfac_tn.layers import ApproximationChoice
+from kfac_tn.layers import ApproximationChoice, partition
 
 _Interface: Any = load("laplace.curvature", "laplace-torch>=0.3").GGNInterface
 _Kron: Any = load("laplace.utils", "laplace-torch>=0.3").Kron
@@ -31,10 +31,11 @@ class KFACTNBackend(_Interface):
 
     ``hessian_structure="kron"``: exactly the Kronecker factors that ``compute_kfac`` finds on the
     whole data set, however it is divided into batches. Grouped convolutions have a pair of factors
-    for each group, parameters without Kronecker structure their diagonal. ``"diag"``: the exact
-    diagonal of the GGN, of every parameter, without Jacobians. ``"full"`` and the predictive
-    distributions are laplace-torch's own, from Jacobians that take one backward pass for each
-    output (``torch.func`` in laplace-torch takes one for each output of each example).
+    for each group, transposed ones factors in an order of their own (``GroupedKron``; after
+    ``load_state_dict`` call ``restore``), parameters without Kronecker structure their diagonal.
+    ``"diag"``: the exact diagonal of the GGN, of every parameter, without Jacobians. ``"full"`` and
+    the predictive distributions are laplace-torch's own, from Jacobians that take one backward pass
+    for each output (``torch.func`` in laplace-torch takes one for each output of each example).
 
     All weights, the last layer's, or (``"diag"`` and ``"full"``) a subnetwork's; parameters that
     don't require gradients are left out. The scale is laplace-torch's: the GGN of the negative log
@@ -53,9 +54,7 @@ class KFACTNBackend(_Interface):
         mc_samples: Samples for ``"mc"``. Default: 1.
 
     Raises:
-        ValueError: For unknown options; by ``kron`` for transposed convolutions, whose factors
-            don't lie in the order of their weight; what ``compute_kfac`` and
-            ``compute_ggn_diagonal`` raise.
+        ValueError: For unknown options; what ``compute_kfac`` and ``compute_ggn_diagonal`` raise.
 
     Example:
         >>> from laplace import Laplace
@@ -112,10 +111,32 @@ class KFACTNBackend(_Interface):
         share = len(y) / N
         others = [name for name, block in blocks.items() if isinstance(block, DiagonalBlock)]
         segments = {name: _rows(values) for name, values in self._diagonal(x, y, others).items()}
-        for name, block in blocks.items():
+        for block in blocks.values():
             if isinstance(block, KroneckerBlock):
-                segments.update(_factors(name, block, self.factor, share))
-        return self._loss(x, y), _kron([segments[name] for name in self._names()])
+                segments.update(_factors(block, self.factor, share))
+        kfacs = [factors for name in self._names() for factors in segments[name]]
+        return self._loss(x, y), self.arrange(kfacs)
+
+    def arrange(self, kfacs: list[Factors]) -> Any:
+        """Factors of all segments as laplace-torch's own ``Kron``, or ours where that won't do."""
+        with self._only(self.params):
+            layers, _ = partition(self.model)
+        layouts = {name: layout_of(layer) for layer in layers for name in layer.parameters}
+        counts, orders, start = [], [], 0
+        for name in self._names():
+            shape = self.model.get_parameter(name).shape
+            places = torch.arange(start, start + shape.numel()).view(shape)
+            start += shape.numel()
+            if name in layouts:
+                alone, _ = layouts[name].restrict(name)
+                counts.append(alone.groups)
+                orders.append(alone.to_matrix({name: places}).flatten())
+            else:
+                counts.append(shape.numel() // shape[-1])
+                orders.append(places.flatten())
+        if max(counts) == 1 and not any(layout.transposed for layout in layouts.values()):
+            return _Kron(kfacs)
+        return GroupedKron(kfacs, counts, torch.cat(orders).to(kfacs[0][0].device))
 
     def diag(self, x: Any, y: Tensor, N: int | None = None) -> tuple[Tensor, Tensor]:
         """The loss and the GGN's diagonal of one batch, ``[P]``."""
@@ -178,23 +199,28 @@ class KFACTNBackend(_Interface):
 
 
 class GroupedKron(_Kron):
-    """A ``laplace.utils.Kron`` some of whose parameters have several segments, one for each group.
+    """A ``laplace.utils.Kron`` whose segments needn't be the parameters, nor lie in their order.
+
+    A grouped convolution has a segment for each group. That of a transposed one lies by rows of
+    output channels, its weight by input channels; its input factor has a leading axis of size 1, so
+    that a plain ``Kron``, which doesn't know of any order, can't take it for another.
 
     Args:
-        kfacs: Factors of all segments of the flat parameters, in order.
+        kfacs: Factors of all segments, in order.
         counts: Number of segments of each parameter.
+        order: Where the segments' entries lie among the flat parameters, ``[P]``.
     """
 
-    def __init__(self, kfacs: list[Factors], counts: Sequence[int]) -> None:
+    def __init__(self, kfacs: list[Factors], counts: Sequence[int], order: Tensor) -> None:
         super().__init__(kfacs)
-        self.counts = tuple(counts)
+        self.counts, self.order = tuple(counts), order
 
     def __add__(self, other: Any) -> GroupedKron:
         if not isinstance(other, GroupedKron):
             return self.__radd__(other)
-        if self.counts != other.counts:
+        if self.counts != other.counts or not torch.equal(self.order, other.order):
             raise ValueError("Kronecker factors of different models can't be added.")
-        return GroupedKron(super().__add__(other).kfacs, self.counts)
+        return GroupedKron(super().__add__(other).kfacs, self.counts, self.order)
 
     def __radd__(self, other: Any) -> GroupedKron:
         # What laplace-torch starts with: zeros for each parameter, which know nothing of groups.
@@ -204,16 +230,37 @@ class GroupedKron(_Kron):
         return self
 
     def __mul__(self, scalar: float | Tensor) -> GroupedKron:
-        return GroupedKron(super().__mul__(scalar).kfacs, self.counts)
+        return GroupedKron(super().__mul__(scalar).kfacs, self.counts, self.order)
 
     __rmul__ = __mul__
 
     def decompose(self, damping: bool = False) -> GroupedKronDecomposed:
         """By the eigenvalues of all factors."""
-        plain = super().decompose(damping)
+        plain = self._segments().decompose(damping)
+        arrangement = self.counts, self.order
         return GroupedKronDecomposed(
-            plain.eigenvectors, plain.eigenvalues, self.counts, damping=damping
+            plain.eigenvectors, plain.eigenvalues, *arrangement, damping=damping
         )
+
+    def _bmm(self, W: Tensor) -> Tensor:
+        return self._segments()._bmm(W[..., self.order])[..., self.order.argsort()]
+
+    def logdet(self) -> Tensor:
+        """Of all segments."""
+        return self._segments().logdet()
+
+    def diag(self) -> Tensor:
+        """The diagonal, ``[P]``."""
+        return self._segments().diag()[self.order.argsort()]
+
+    def to_matrix(self) -> Tensor:
+        """The matrix, ``[P, P]``."""
+        back = self.order.argsort()
+        return self._segments().to_matrix()[back][:, back]
+
+    def _segments(self) -> Any:
+        """One after another, in an order of their own."""
+        return _Kron([[f.squeeze(0) if f.ndim == 3 else f for f in each] for each in self.kfacs])
 
 
 class GroupedKronDecomposed(_KronDecomposed):
@@ -224,11 +271,12 @@ class GroupedKronDecomposed(_KronDecomposed):
         eigenvectors: list[Factors],
         eigenvalues: list[Factors],
         counts: Sequence[int],
+        order: Tensor,
         deltas: Tensor | None = None,
         damping: bool = False,
     ) -> None:
         super().__init__(eigenvectors, eigenvalues, deltas, damping)
-        self.counts = tuple(counts)
+        self.counts, self.order = tuple(counts), order
 
     def __add__(self, deltas: Tensor) -> GroupedKronDecomposed:
         if deltas.ndim == 1 and len(deltas) == len(self.counts):
@@ -242,20 +290,55 @@ class GroupedKronDecomposed(_KronDecomposed):
 
     __rmul__ = __mul__
 
+    def _bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        return super()._bmm(W[..., self.order], exponent)[..., self.order.argsort()]
+
+    def diag(self, exponent: float = 1) -> Tensor:
+        """The diagonal, ``[P]``, of a power."""
+        return super().diag(exponent)[self.order.argsort()]
+
+    def to_matrix(self, exponent: float = 1) -> Tensor:
+        """A power, ``[P, P]``."""
+        back = self.order.argsort()
+        return super().to_matrix(exponent)[back][:, back]
+
     def _like(self, plain: Any) -> GroupedKronDecomposed:
+        arrangement = self.counts, self.order
         return GroupedKronDecomposed(
-            plain.eigenvectors, plain.eigenvalues, self.counts, plain.deltas, plain.damping
+            plain.eigenvectors, plain.eigenvalues, *arrangement, plain.deltas, plain.damping
         )
+
+
+def restore(la: Any) -> None:
+    """Finish ``la.load_state_dict(...)`` of a Kronecker-factored Laplace with ``KFACTNBackend``.
+
+    laplace-torch keeps factors without their arrangement and loads them into its own ``Kron``, so
+    that those of grouped convolutions take no prior precision for each layer, and those of
+    transposed ones fail. This arranges them anew by the model; others it leaves as they are.
+
+    Args:
+        la: The ``KronLaplace``, whose model is that of the checkpoint.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> model = torch.nn.Sequential(torch.nn.ConvTranspose1d(2, 2, 2), torch.nn.Flatten())
+        >>> def laplace():
+        ...     return Laplace(model, "regression", "all", "kron", backend=KFACTNBackend)
+        >>> la, loaded = laplace(), laplace()
+        >>> la.fit(DataLoader(TensorDataset(torch.rand(4, 2, 3), torch.rand(4, 8))))
+        >>> loaded.load_state_dict(la.state_dict())
+        >>> restore(loaded)
+        >>> torch.equal(loaded.H.to_matrix(), la.H.to_matrix())
+        True
+    """
+    la.H_facs = la.backend.arrange(la.H_facs.kfacs)
+    la.H = la.H_facs.decompose(damping=la.damping)
 
 
 def _sum_of_output(outputs: Tensor, c: int) -> Tensor:
     return outputs[:, c].sum()
-
-
-def _kron(segments: list[list[Factors]]) -> Any:
-    counts = [len(each) for each in segments]
-    kfacs = [factors for each in segments for factors in each]
-    return _Kron(kfacs) if max(counts) == 1 else GroupedKron(kfacs, counts)
 
 
 def _rows(diagonal: Tensor) -> list[Factors]:
@@ -263,18 +346,12 @@ def _rows(diagonal: Tensor) -> list[Factors]:
     return [[torch.diag(row)] for row in diagonal.reshape(-1, diagonal.shape[-1])]
 
 
-def _factors(
-    name: str, block: KroneckerBlock, factor: float, share: float
-) -> dict[str, list[Factors]]:
+def _factors(block: KroneckerBlock, factor: float, share: float) -> dict[str, list[Factors]]:
     """The blocks of a layer's weight and bias, one for each group."""
     layout = block.layout
-    if layout.transposed:
-        raise ValueError(
-            f"Layer '{name}' is a transposed convolution: the rows of its weight are input "
-            "channels, which laplace-torch's Kronecker factors can't express. Use "
-            "hessian_structure='diag', or kfac_tn.compute_kfac(...).sample(damping=...)."
-        )
     outputs, inputs = factor * block.grad_output_factor, share * block.input_factor
+    if layout.transposed:
+        inputs = inputs.unsqueeze(1)  # see GroupedKron
     named = {layout.weight_name: [[b, a] for b, a in zip(outputs, inputs, strict=True)]}
     if layout.bias_name is not None:
         named[layout.bias_name] = [[b] for b in outputs]
