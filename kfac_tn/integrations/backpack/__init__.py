@@ -60,11 +60,9 @@ B is reduce's | right |
 | Kronecker factors of shared positions | raises NotImplementedError | right |
 """
 
-from kfac_tn.integrations.backpack.extensions import (
+from kfac_tn.integrations.backpack.diagonals import BatchGradTN, DiagGGNExactTN, DiagGGNMCTN
+from kfac_tn.integrations.backpack.kronecker import (
     EKFAC,
-    BatchGradTN,
-    DiagGGNExactTN,
-    DiagGGNMCTN,
     EigenFactors,
     KFACExpand,
     KFACReduce,

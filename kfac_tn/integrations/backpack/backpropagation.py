@@ -17,12 +17,18 @@ from typing import Any, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.nn import Module, Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from kfac_tn.hooks import plain
+from kfac_tn.integrations.backpack.graph import (
+    Edge,
+    count_uses,
+    source_of,
+    vector_jacobian_products,
+)
 from kfac_tn.integrations.optional import load
 from kfac_tn.layers import GradientFamily, LayerFamily, gradient_family
 from kfac_tn.likelihood import Likelihood, likelihood_of
@@ -32,7 +38,6 @@ _PACKAGE = "backpack-for-pytorch>=1.7"
 _Base: Any = load("backpack.extensions.backprop_extension", _PACKAGE).BackpropExtension
 _is_loss: Any = load("backpack.utils.module_classification", _PACKAGE).is_loss
 
-Edge: TypeAlias = "tuple[Node, int]"
 Columns: TypeAlias = "dict[Module, Tensor]"  # [V, N, ...] from each loss
 
 
@@ -141,8 +146,8 @@ class ColumnExtension(_Base):
         if loss in now.losses or (now.losses and not self.needs_columns and self.needs_likelihood):
             self._refuse(loss, "isn't the only call of a loss in this backward pass")
         now.losses.append(loss)
-        _count_uses(outputs, now)
-        edge = _source(outputs)
+        count_uses(outputs, now.uses, now.visited)
+        edge = source_of(outputs)
         if edge is None:
             return
         if self.needs_columns:
@@ -190,7 +195,7 @@ class ColumnExtension(_Base):
         inputs, output = self._inputs(module), module.output
         if not isinstance(output, Tensor):
             self._refuse(module, "returns no tensor")
-        edge, sources = _source(output), [_source(x) for x in inputs if isinstance(x, Tensor)]
+        edge, sources = source_of(output), [source_of(x) for x in inputs if isinstance(x, Tensor)]
         if edge in sources and not _own_parameters(module):
             return  # a view of its input
         if len(output) != now.examples:
@@ -219,8 +224,10 @@ class ColumnExtension(_Base):
         if not self.needs_columns:
             return
         sizes = [len(each) for each in waiting.values()]
-        for i, products in zip(wanted, _vjp(recomputed, arguments, columns), strict=True):
-            source = _source(inputs[i])
+        for i, products in zip(
+            wanted, vector_jacobian_products(recomputed, arguments, columns), strict=True
+        ):
+            source = source_of(inputs[i])
             if source is not None:
                 target = now.waiting.setdefault(source, {})
                 for loss, part in zip(waiting, products.split(sizes), strict=True):
@@ -289,7 +296,7 @@ class ColumnExtension(_Base):
         column = torch.zeros_like(output)
         generator = torch.Generator().manual_seed(0)
         column[0] = torch.randn(output[0].shape, generator=generator).to(column)
-        for gradient in _vjp(output, arguments, column.unsqueeze(0)):
+        for gradient in vector_jacobian_products(output, arguments, column.unsqueeze(0)):
             if len(gradient[0]) != len(output) or gradient[0, 1:].any():
                 self._refuse(module, "mixes examples")
 
@@ -322,20 +329,6 @@ _INSTEAD = (
     "that you don't need; or use kfac_tn.compute_kfac, compute_ekfac, compute_ggn_diagonal or "
     "compute_per_example_gradients, which need neither."
 )
-
-_HOOK = "BackwardHookFunctionBackward"
-_VIEWS = {
-    "AliasBackward0",
-    "CloneBackward0",
-    "ReshapeAliasBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "UnsafeViewBackward0",
-    "UnsqueezeBackward0",
-    "ViewBackward0",
-}
-"""Operations that at most name the axes anew: entries keep their values and their order."""
 
 _INDEPENDENT: frozenset[type[Module]] = frozenset(
     [
@@ -371,47 +364,6 @@ def _has_likelihood(module: Module) -> bool:
     return True
 
 
-def _source(tensor: Tensor) -> Edge | None:
-    """The operation that made a tensor, behind BackPACK's hooks and views; None for leaves."""
-    if tensor.grad_fn is None:
-        return None
-    edge = get_gradient_edge(tensor)
-    node: Node | None = edge.node
-    number = edge.output_nr
-    while node is not None and (node.name() in _VIEWS or node.name() == _HOOK):
-        node, number = node.next_functions[number if node.name() == _HOOK else 0]
-    return None if node is None or hasattr(node, "variable") else (node, number)
-
-
-def _count_uses(outputs: Tensor, now: _Pass) -> None:
-    """Count the operations on the way to a loss that each parameter takes part in."""
-    stack = [outputs.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in now.visited:
-            continue
-        now.visited.add(node)
-        for child, _ in node.next_functions:
-            variable = getattr(child, "variable", None)
-            if isinstance(variable, Parameter):
-                now.uses[variable] += 1
-            else:
-                stack.append(child)
-
-
 def _names(now: _Pass) -> str:
     """Of the operations that no module is known for."""
     return ", ".join(sorted({node.name() for node, _ in now.waiting})) or "no loss"
-
-
-def _vjp(output: Tensor, arguments: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
-    """Products ``[V, *shape]`` of columns with the Jacobians for each argument."""
-    if not output.requires_grad:
-        return [columns.new_zeros(len(columns), *x.shape) for x in arguments]
-    products = [
-        torch.autograd.grad(
-            output, arguments, column, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        for column in columns
-    ]
-    return [torch.stack(each) for each in zip(*products, strict=True)]

@@ -1,0 +1,71 @@
+"""What autograd's graph says about a model of modules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn import Parameter
+
+Edge: TypeAlias = "tuple[Node, int]"
+
+_HOOK = "BackwardHookFunctionBackward"
+_VIEWS = {
+    "AliasBackward0",
+    "CloneBackward0",
+    "ReshapeAliasBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "SqueezeBackward2",
+    "UnsafeViewBackward0",
+    "UnsqueezeBackward0",
+    "ViewBackward0",
+}
+"""Operations that at most name the axes anew: entries keep their values and their order."""
+
+
+def source_of(tensor: Tensor) -> Edge | None:
+    """The operation that made a tensor, behind BackPACK's hooks and views; None for leaves."""
+    if tensor.grad_fn is None:
+        return None
+    edge = get_gradient_edge(tensor)
+    node: Node | None = edge.node
+    number = edge.output_nr
+    while node is not None and (node.name() in _VIEWS or node.name() == _HOOK):
+        node, number = node.next_functions[number if node.name() == _HOOK else 0]
+    return None if node is None or hasattr(node, "variable") else (node, number)
+
+
+def count_uses(outputs: Tensor, uses: Counter[Parameter], visited: set[Node]) -> None:
+    """Add up how many operations that outputs depend on each parameter takes part in."""
+    stack = [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        for child, _ in node.next_functions:
+            variable = getattr(child, "variable", None)
+            if isinstance(variable, Parameter):
+                uses[variable] += 1
+            else:
+                stack.append(child)
+
+
+def vector_jacobian_products(
+    output: Tensor, arguments: Sequence[Tensor], columns: Tensor
+) -> list[Tensor]:
+    """Products ``[V, *shape]`` of columns with the Jacobians for each argument."""
+    if not output.requires_grad:
+        return [columns.new_zeros(len(columns), *x.shape) for x in arguments]
+    products = [
+        torch.autograd.grad(
+            output, arguments, column, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for column in columns
+    ]
+    return [torch.stack(each) for each in zip(*products, strict=True)]
