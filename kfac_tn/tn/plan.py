@@ -357,12 +357,13 @@ def _cost(
         alive = tuple(slots.values())
         kept = set(map(_storage, alive))
         flops = peak = moved = launches = 0
-        work = 0.0
+        work = convolved = 0.0
         for instruction in instructions:
             step, inputs = instruction.step, [slots[i] for i in instruction.inputs]
             result = slots[instruction.slot] = step.estimate(*inputs)
             flops += step.flops(*inputs)
             work += step.work(*inputs)
+            convolved += step.convolved(*inputs)
             moved += step.moved(*inputs)
             launches += step.launches(*inputs)
             if _storage(result) not in map(_storage, inputs):
@@ -373,7 +374,8 @@ def _cost(
             for i in instruction.done:
                 del slots[i]
     constant = machine(device_type)
-    seconds = constant.work * work + constant.element * moved + constant.launch * launches
+    seconds = constant.work * work + constant.convolved * convolved
+    seconds += constant.element * moved + constant.launch * launches
     return Cost(flops, peak, moved, launches, seconds)
 
 

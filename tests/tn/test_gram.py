@@ -102,7 +102,7 @@ def test_equals_a_product_of_unfolded_tensors(method, data):
     rows = unfolded(x, several)
     with pytest.MonkeyPatch.context() as patch:  # small tensors in chunks, too
         patch.setattr("kfac_tn.tn.gram.unfolding.LEAST_CHUNK", least)
-        patch.setattr("kfac_tn.tn.gram.cells.LEAST_CHUNK", least)
+        patch.setattr("kfac_tn.tn.gram.blocks.LEAST_CHUNK", least)
         patch.setattr("kfac_tn.tn.gram.symmetric.BLOCK", data.draw(st.sampled_from([2, 128])))
         patch.setattr("kfac_tn.tn.gram.symmetric.LEAST_SUM", data.draw(st.sampled_from([1, 256])))
         actual = METHODS[method](x, several)
@@ -117,9 +117,10 @@ def test_without_windows(shape):
 
 
 CONVOLUTIONS = {
-    "3x3": ((8, 32, 28, 28), 3, {"padding": 1}, "cells"),
-    "3x3 grouped": ((4, 64, 20, 20), 3, {"padding": 1, "groups": 2}, "cells"),
-    "5x5 dilated": ((4, 64, 28, 28), 5, {"dilation": 2}, "cells"),
+    "3x3": ((8, 32, 28, 28), 3, {"padding": 1}, "lags"),
+    "3x3 grouped": ((4, 64, 20, 20), 3, {"padding": 1, "groups": 2}, "lags"),
+    "5x5 dilated": ((4, 64, 28, 28), 5, {"dilation": 2, "padding": 4}, "lags"),
+    "small": ((8, 512, 4, 4), 3, {"padding": 1}, "cells"),
     "depthwise": ((4, 128, 28, 28), 7, {"padding": 3, "groups": 128}, "correlations"),
     "pointwise": ((4, 32, 20, 20), 1, {}, "unfolding"),
     "few channels": ((2, 3, 32, 32), 7, {"padding": 3, "stride": 2}, "unfolding"),
@@ -156,10 +157,10 @@ def test_explain_names_the_choice_first(monkeypatch):
     network = expand_network("3x3")
     lines = network.plan().explain().splitlines()
     assert lines[0].split()[:2] == ["algorithm", "estimate"]
-    assert [line.split()[0] for line in lines[1:3]] == ["cells", "unfolding"]
-    assert lines[3].startswith("  [")
-    assert "WindowGram" in lines[3]
-    estimates = [float(line.split()[1]) for line in lines[1:3]]
+    assert [line.split()[0] for line in lines[1:4]] == ["lags", "cells", "unfolding"]
+    assert lines[4].startswith("  [")
+    assert "WindowGram" in lines[4]
+    estimates = [float(line.split()[1]) for line in lines[1:4]]
     assert estimates == sorted(estimates)
     assert network.plan("unfolding").algorithm == "unfolding"
     monkeypatch.setenv("KFAC_TN_ALGORITHM", "unfolding")

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import groupby, product
-from math import prod
-
 import torch
 from torch import Tensor
 
+from kfac_tn.tn.gram.blocks import assemble, examples_at_once
 from kfac_tn.tn.gram.symmetric import add_product
-from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
 from kfac_tn.tn.gram.windows import JointCell, Windows, every, joint_cells
 
 COPIES = 6
 """Copies of a chunk that are made at most at once, roughly, beside the first."""
-
-LITTLE = 8
-"""What part of the result is little beside it."""
-
-CACHE = 2**18
-"""Elements that stay in a processor's cache while they are written."""
-
-Block = tuple[tuple[int, ...], tuple[int, ...]]
-"""A pair of kernel positions, with one number for each axis."""
 
 
 def gram_by_cells(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -> Tensor:
@@ -36,7 +24,7 @@ def gram_by_cells(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -
     Returns:
         `[shared, d, d]`, `d = channels * prod(kernel sizes)`.
     """
-    count = examples_at_once(x, windows)
+    count = examples_at_once(x.shape, windows, COPIES)
     cells = joint_cells(windows)
     grams: list[Tensor] = []
     for chunk in x.split(count, 1):
@@ -49,15 +37,7 @@ def gram_by_cells(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -
                 grams.append(torch.bmm(left.mT, right))
     if scale != 1:
         grams = [gram.mul_(scale) for gram in grams]
-    return _assemble(x, _blocks(cells, grams), [window.kernel_size for window in windows])
-
-
-def examples_at_once(x: Tensor, windows: tuple[Windows, ...]) -> int:
-    """Examples whose copies are no more than the tensor, or little beside the result."""
-    shared, examples, channels, *_ = x.shape
-    result = shared * (channels * prod(window.kernel_size for window in windows)) ** 2
-    limit = max(x.numel(), LEAST_CHUNK, result // LITTLE)
-    return min(examples, max(1, limit * examples // (COPIES * x.numel())))
+    return assemble(x, cells, grams, [window.kernel_size for window in windows])
 
 
 class _Images:
@@ -98,42 +78,3 @@ class _Images:
             self.copies[key] = part.contiguous()
         rows = self.copies[key].narrow(1, at, count)
         return rows.reshape(len(rows), -1, rows.shape[-1])
-
-
-def _blocks(cells: tuple[JointCell, ...], grams: list[Tensor]) -> dict[Block, Tensor]:
-    """The blocks `[shared, c, c']`, each a sum of the products of its cells."""
-    blocks: dict[Block, Tensor] = {}
-    numbers = sorted(range(len(cells)), key=lambda at: cells[at].offset)
-    for _, group in groupby(numbers, key=lambda at: cells[at].offset):
-        members = list(group)
-        places = dict.fromkeys(block for at in members for block in cells[at].blocks)
-        sums = [grams[members[0]]] * len(places)
-        if len(members) > 1:
-            # All sums at once, as a product with a matrix of zeros and ones.
-            order = {block: at for at, block in enumerate(places)}
-            chosen = torch.zeros(len(order), len(members))
-            for column, at in enumerate(members):
-                chosen[[order[block] for block in cells[at].blocks], column] = 1
-            stacked = torch.stack([grams[at] for at in members])
-            total = chosen.to(stacked) @ stacked.flatten(1)
-            sums = list(total.view(-1, *stacked.shape[1:]).unbind())
-        for (first, second), block in zip(places, sums, strict=True):
-            blocks[first, second] = block
-            if cells[members[0]].mirrored:
-                blocks[second, first] = block.mT
-    return blocks
-
-
-def _assemble(x: Tensor, blocks: dict[Block, Tensor], kernels: list[int]) -> Tensor:
-    """One matrix from the blocks of all pairs of kernel positions; those that lack are zero."""
-    shared, _, channels, *_ = x.shape
-    positions = list(product(*map(range, kernels)))
-    zero = x.new_zeros(shared, channels, channels)
-    result = x.new_empty(shared, channels, len(positions), channels, len(positions))
-    # Blocks interleave: what they write together should stay in the cache.
-    rows = max(1, CACHE // (shared * channels * len(positions)))
-    for start in range(0, channels, rows):
-        some = slice(start, start + rows)
-        for (i, k), (j, other) in product(enumerate(positions), repeat=2):
-            result[:, some, i, :, j] = blocks.get((k, other), zero)[:, some]
-    return result.view(shared, channels * len(positions), channels * len(positions))

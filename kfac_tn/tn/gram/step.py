@@ -1,4 +1,4 @@
-"""The step that computes a Gram matrix of windows, by one of three methods, and what each costs."""
+"""The step that computes a Gram matrix of windows by one of the methods, and what each costs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kfac_tn.tn.gram.cells import COPIES, LITTLE, gram_by_cells
+from kfac_tn.tn.gram.blocks import LITTLE, examples_at_once
+from kfac_tn.tn.gram.cells import COPIES, gram_by_cells
 from kfac_tn.tn.gram.correlations import CONVOLVE, TapCell, cells_of_taps, gram_by_correlations
+from kfac_tn.tn.gram.lags import COPIES as COPIES_OF_LAGS
+from kfac_tn.tn.gram.lags import (
+    MOST_AXES,
+    gram_by_lags,
+    lags_of_classes,
+)
 from kfac_tn.tn.gram.positions import MOST_PAIRS, gram_by_positions, groups_at_once
 from kfac_tn.tn.gram.symmetric import symmetric_share
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK, division, gram_by_unfolding
@@ -27,6 +34,7 @@ METHODS: dict[str, Method] = {
     "cells": gram_by_cells,
     "correlations": gram_by_correlations,
     "positions": gram_by_positions,
+    "lags": gram_by_lags,
 }
 """How to compute the Gram matrix of `[shared, examples, channels, *sizes]` through windows."""
 
@@ -39,6 +47,12 @@ DEPTHWISE_WASTE = 4
 DILATED_WASTE = 16
 """The same for dilated kernels."""
 
+UNFOLDED_WASTE = 6
+"""How much longer convolutions take that are unfolded by torch."""
+
+LAG = 8
+"""How often an element of what correlations result in is moved."""
+
 
 def applies(method: str, channels: int, windows: tuple[Windows, ...]) -> bool:
     """Whether a method can be used.
@@ -50,6 +64,8 @@ def applies(method: str, channels: int, windows: tuple[Windows, ...]) -> bool:
     """
     if method == "correlations":
         return channels == 1 and len(windows) in CONVOLVE
+    if method == "lags":
+        return 0 < len(windows) <= MOST_AXES
     if method == "positions":
         pairs = (channels * prod(window.size for window in windows)) ** 2
         return bool(windows) and pairs <= MOST_PAIRS
@@ -115,8 +131,21 @@ class WindowGram(Step):
             work *= DILATED_WASTE if dilated else DEPTHWISE_WASTE
         return work
 
+    def convolved(self, *inputs: Tensor) -> float:
+        """Types without kernels of their own are unfolded for it."""
+        if self.method != "lags":
+            return 0
+        shared, examples, channels, _ = self._sizes(inputs[0])
+        waste = 1 if has_depthwise_kernels(inputs[0]) else UNFOLDED_WASTE
+        lags = lags_of_classes(self.windows)
+        pairs = sum(prod(lag.positions * lag.number for lag in joint) for joint in lags)
+        return 2.0 * waste * shared * examples * pairs * max(channels, WIDTH) ** 2
+
     def _flops(self, x: Tensor, width: int) -> int:
         shared, examples, channels, positions = self._sizes(x)
+        if self.method == "lags":
+            pairs = amounts(self.windows, True).border
+            return 2 * shared * examples * pairs * max(channels, width) ** 2
         if self.method == "unfolding":
             size = max(channels * self._kernel, width)
             return 2 * shared * size**2 * examples * positions
@@ -152,6 +181,13 @@ class WindowGram(Step):
             rows = self.windows[0].size * shared * examples * channels
             blocks = shared * channels**2 * (there.cells + 2 * there.sums)
             return 2 * there.copied * rows + 2 * x.numel() + blocks + 4 * result
+        if self.method == "lags":
+            there = amounts(self.windows, True)
+            all_lags = lags_of_classes(self.windows)
+            lags = sum(prod(lag.number for lag in joint) for joint in all_lags)
+            once = COPIES_OF_LAGS * x.numel() * len(all_lags)
+            blocks = there.cells + 2 * there.sums + LAG * lags * self._chunks_of_lags(x)
+            return once + shared * channels**2 * blocks + 4 * result
         if self.method == "positions":
             pairs = shared * channels**2 * self._position_pairs
             return (3 * len(self.windows) * pairs) // 2 + 2 * result
@@ -164,6 +200,10 @@ class WindowGram(Step):
         if self.method == "cells":
             there = amounts(self.windows)
             return 4 * there.cells + 6 * there.offsets + 4 * self._kernel + there.sums
+        if self.method == "lags":
+            there = amounts(self.windows, True)
+            calls = 12 * len(lags_of_classes(self.windows)) * self._chunks_of_lags(inputs[0])
+            return calls + 4 * there.cells + 6 * there.offsets + 4 * self._kernel + there.sums
         if self.method == "positions":
             chunks = -(-self._sizes(inputs[0])[0] // self._groups_at_once(inputs[0]))
             return 12 * len(self.windows) + chunks * (3 + 4 * len(self.windows))
@@ -187,6 +227,11 @@ class WindowGram(Step):
             result = shared * (channels * self._kernel) ** 2
             copies = min(COPIES * x.numel(), max(x.numel(), LEAST_CHUNK, result // LITTLE))
             return x.numel() + copies + grams
+        if self.method == "lags":
+            there = amounts(self.windows, True)
+            lags = sum(prod(lag.number for lag in joint) for joint in lags_of_classes(self.windows))
+            grams = (there.cells + there.sums + lags) * shared * channels**2
+            return max(x.numel(), LEAST_CHUNK) + grams
         if self.method == "positions":
             return 2 * self._groups_at_once(x) * channels**2 * self._position_pairs
         return 2 * x.numel()
@@ -194,6 +239,11 @@ class WindowGram(Step):
     def _groups_at_once(self, x: Tensor) -> int:
         shared, examples, channels, _ = self._sizes(x)
         return groups_at_once((shared, examples, channels), self.windows)
+
+    def _chunks_of_lags(self, x: Tensor) -> int:
+        shared, examples, channels, _ = self._sizes(x)
+        shape = shared, examples, channels, x.numel() // (shared * examples * channels)
+        return -(-examples // examples_at_once(shape, self.windows, COPIES_OF_LAGS))
 
     @property
     def _position_pairs(self) -> int:

@@ -98,11 +98,13 @@ Offset: TypeAlias = tuple[int, int, int]
 
 
 @lru_cache(maxsize=512)
-def offsets_and_cells(window: Windows) -> dict[Offset, tuple[Cell, ...]]:
+def offsets_and_cells(window: Windows, useless: bool = False) -> dict[Offset, tuple[Cell, ...]]:
     """The cells of one axis, by offset.
 
     Args:
         window: The axis' windows.
+        useless: Whether to return cells that belong to no block, too: together they are all pairs
+            of positions within the axis. Default: no.
 
     Returns:
         For each offset its cells, in order; none where all pairs meet a zero.
@@ -126,10 +128,12 @@ def offsets_and_cells(window: Windows) -> dict[Offset, tuple[Cell, ...]]:
         end = min((size - 1 - firsts) // stride, (size - 1 - seconds) // stride) + 1
         ranges = {pair: (taps[pair[0]][0], taps[pair[0]][0] + output_size) for pair in pairs}
         cuts = {min(max(cut, least), end) for ends in ranges.values() for cut in ends}
+        if useless and least < end:
+            cuts |= {least, end}
         found = []
         for low, high in pairwise(sorted(cuts)):
             inside = tuple(p for p in pairs if ranges[p][0] <= low and high <= ranges[p][1])
-            if inside:
+            if inside or useless:
                 first, second = firsts + low * stride, seconds + low * stride
                 found.append(Cell(first, second, high - low, inside))
         cells[residue, other_residue, distance] = tuple(found)
@@ -150,6 +154,11 @@ class JointCell(NamedTuple):
     mirrored: bool
 
     @property
+    def pairs(self) -> int:
+        """Number of pairs of positions."""
+        return prod(cell.count for cell in self.cells)
+
+    @property
     def blocks(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Pairs of kernel positions, with one number for each axis."""
         for pairs in product(*(cell.blocks for cell in self.cells)):
@@ -158,31 +167,41 @@ class JointCell(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def joint_cells(windows: tuple[Windows, ...]) -> tuple[JointCell, ...]:
-    """The cells of several axes; of an offset and its reverse, only one.
+def joint_cells(windows: tuple[Windows, ...], useless: bool = False) -> tuple[JointCell, ...]:
+    """The cells of several axes; of an offset and its reverse, only that which leads forward.
 
     Args:
         windows: Of each axis.
+        useless: Whether to return cells that belong to no block, too. Default: no.
 
     Returns:
         All of them: first those that share cells along the last axes, those of one offset in order.
     """
     found = []
     outer, *inner = windows
-    for inner_offset, inner_cells in _combinations(tuple(inner)):
-        for (outer_offset,), (cell,) in _combinations((outer,)):
+    still = (0,) * len(windows)
+    for inner_offset, inner_cells in _combinations(tuple(inner), useless):
+        for (outer_offset,), (cell,) in _combinations((outer,), useless):
             offset = (outer_offset, *inner_offset)
-            reverse = tuple((second, first, -distance) for first, second, distance in offset)
-            if offset >= reverse:
-                found.append(JointCell(offset, (cell, *inner_cells), offset != reverse))
+            way = displacement(offset, windows)
+            if way >= still:
+                found.append(JointCell(offset, (cell, *inner_cells), way > still))
     return tuple(found)
 
 
+def displacement(offset: tuple[Offset, ...], windows: tuple[Windows, ...]) -> tuple[int, ...]:
+    """What leads from the first position of a pair to the second, along each axis."""
+    return tuple(
+        second - first + distance * window.stride
+        for (first, second, distance), window in zip(offset, windows, strict=True)
+    )
+
+
 def _combinations(
-    windows: tuple[Windows, ...],
+    windows: tuple[Windows, ...], useless: bool
 ) -> Iterator[tuple[tuple[Offset, ...], tuple[Cell, ...]]]:
     """All offsets along some axes with all of their cells."""
-    for found in product(*(offsets_and_cells(window).items() for window in windows)):
+    for found in product(*(offsets_and_cells(window, useless).items() for window in windows)):
         for cells in product(*(cells for _, cells in found)):
             yield tuple(offset for offset, _ in found), cells
 
@@ -196,6 +215,7 @@ class Amounts(NamedTuple):
         copied: Positions along all axes but the first that are copied, for both sides.
         sums: Blocks that are sums over several cells.
         offsets: Offsets along all axes.
+        border: Pairs of positions of all cells but the largest of each offset.
     """
 
     pairs: int
@@ -203,13 +223,17 @@ class Amounts(NamedTuple):
     copied: int
     sums: int
     offsets: int
+    border: int
 
 
 @lru_cache(maxsize=512)
-def amounts(windows: tuple[Windows, ...]) -> Amounts:
+def amounts(windows: tuple[Windows, ...], useless: bool = False) -> Amounts:
     """What there is to compute by cells, for windows along each axis."""
-    cells = joint_cells(windows)
+    cells = joint_cells(windows, useless)
     of_offset = Counter(cell.offset for cell in cells)
+    largest: dict[object, int] = {}
+    for cell in cells:
+        largest[cell.offset] = max(cell.pairs, largest.get(cell.offset, 0))
     blocks = {
         (cell.offset, block)
         for cell in cells
@@ -217,12 +241,14 @@ def amounts(windows: tuple[Windows, ...]) -> Amounts:
         for block in cell.blocks
     }
     inner = {tuple((c.first, c.second, c.count) for c in cell.cells[1:]) for cell in cells}
+    pairs = sum(cell.pairs for cell in cells)
     return Amounts(
-        pairs=sum(prod(c.count for c in cell.cells) for cell in cells),
+        pairs=pairs,
         cells=len(cells),
         copied=sum(prod(count for *_, count in copy) for copy in inner) * 2,
         sums=len(blocks),
         offsets=len(of_offset),
+        border=pairs - sum(largest.values()),
     )
 
 

@@ -42,6 +42,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "cells": ("fold", "spread", "cells"),
     "correlations": ("fold", "spread", "correlations"),
     "positions": ("fold", "spread", "positions"),
+    "lags": ("fold", "spread", "lags"),
     "runs": ("fold", "spread", "unfolding", "runs"),
     "joint": ("fold", "spread", "unfolding", "joint"),
     "convolution": (),
@@ -52,7 +53,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
   windows are computed by im2col, in chunks.
 - `spread`: no folds. `matrices`: no windows over zeros either, patterns are matrices of zeros and
   ones.
-- `cells`, `correlations`, `positions`: as the first, and Gram matrices by these methods of
+- `cells`, `correlations`, `positions`, `lags`: as the first, and Gram matrices by these methods of
   `kfac_tn.tn.gram`.
 - `runs`: as the first, and sums over windows are sums over all less some at the borders; `joint`:
   they are products with one matrix for all axes.
@@ -107,6 +108,7 @@ NEEDS = {
     "cells": ("pair",),
     "correlations": ("pair",),
     "positions": ("pair",),
+    "lags": ("pair",),
     "runs": ("sum",),
     "joint": ("sum",),
 }

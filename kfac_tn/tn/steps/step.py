@@ -41,6 +41,10 @@ class Step:
         """Multiplications and additions of a good matrix product that takes as long."""
         return self.flops(*inputs)
 
+    def convolved(self, *inputs: Tensor) -> float:
+        """The same by kernels for gradients of convolutions' weights. Default: none."""
+        return 0
+
     def moved(self, *inputs: Tensor) -> int:
         """Elements read and written on the way, besides arguments and result. Default: none."""
         return 0
