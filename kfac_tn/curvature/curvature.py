@@ -147,8 +147,8 @@ class Curvature:
             names: Of the parameters; their order is that of the model nonetheless.
 
         Raises:
-            ValueError: For unknown names, or for only one of the weight and the bias of an
-                eigendecomposed block (EKFAC, or an inverse) with ``bias="joint"``.
+            ValueError: For unknown names, or for the weight without the bias of an eigendecomposed
+                block (EKFAC, or an inverse) with ``bias="joint"``.
         """
         unknown = sorted(set(names) - self.shapes.keys())
         if isinstance(names, str) or unknown:

@@ -111,13 +111,18 @@ class EigenBlock(MatrixBlock):
     def restrict(self, names: Collection[str]) -> EigenBlock:  # noqa: D102
         if set(names) >= set(self.names):
             return self
-        if self.bias == "joint":
-            raise ValueError(
-                f"The block couples {' and '.join(self.names)}, and the part of one of them has "
-                "no known eigenvectors: take both, or compute the curvature with bias='separate'."
-            )
         (name,) = names
         layout, columns = self.layout.restrict(name)
+        if self.bias == "joint" and name == self.layout.weight_name:
+            raise ValueError(
+                f"The block couples {' and '.join(self.names)}, and the part of the first one has "
+                "no known eigenvectors: take both, or compute the curvature with bias='separate'."
+            )
+        if self.bias == "joint":  # one column, so that the eigenvectors of B are its own
+            squares = self.input_vectors[:, columns].square()
+            values = (self.values * squares).sum(-1, keepdim=True)
+            one = torch.ones_like(values[:, :1])
+            return EigenBlock(layout, one, self.grad_output_vectors, values)
         return EigenBlock(
             layout,
             self.input_vectors[:, columns, columns],

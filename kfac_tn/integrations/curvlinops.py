@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ class CurvatureOperator(_Base):
 
     Attributes:
         curvature: The curvature.
+        names: Names of its parameters, in the order of the operator's rows and columns.
     """
 
     SELF_ADJOINT = True
 
-    def __init__(self, curvature: Curvature) -> None:
-        shapes = [tuple(shape) for shape in curvature.shapes.values()]
+    def __init__(self, curvature: Curvature, names: Collection[str]) -> None:
+        shapes = [tuple(curvature.shapes[name]) for name in names]
         super().__init__(shapes, shapes)
-        self.curvature = curvature
+        self.curvature, self.names = curvature, tuple(names)
         kinds = {(entry.device, entry.dtype) for entry in curvature.diagonal().values()}
         if len(kinds) > 1:
             raise ValueError(
@@ -52,8 +54,8 @@ class CurvatureOperator(_Base):
 
     def _matmat(self, columns: list[Tensor]) -> list[Tensor]:
         """Multiply with entries ``[*shape, K]``, one for each parameter."""
-        product = self.curvature @ dict(zip(self.curvature.shapes, columns, strict=True))
-        return list(product.values())
+        product = self.curvature @ dict(zip(self.names, columns, strict=True))
+        return [product[name] for name in self.names]
 
     def _adjoint(self) -> CurvatureOperator:
         return self  # inverses in curvlinops ask for it even if SELF_ADJOINT
@@ -76,10 +78,12 @@ class CurvatureOperator(_Base):
 
     def inverse(self, damping: float, split: Damping = "exact") -> CurvatureOperator:
         """(curvature + damping I)^-1, without iterations; see ``Curvature.inverse``."""
-        return CurvatureOperator(self.curvature.inverse(damping, split))
+        return CurvatureOperator(self.curvature.inverse(damping, split), self.names)
 
 
-def as_linear_operator(curvature: Curvature) -> CurvatureOperator:
+def as_linear_operator(
+    curvature: Curvature, parameters: Collection[str] | None = None
+) -> CurvatureOperator:
     """A curvature as a ``PyTorchLinearOperator`` of curvlinops, for everything that takes one.
 
     Products, sums and scalings with curvlinops' own operators, its estimators of traces, diagonals,
@@ -89,15 +93,18 @@ def as_linear_operator(curvature: Curvature) -> CurvatureOperator:
     Args:
         curvature: Over P parameters, on one device and in one dtype. Its scale is that of the loss
             as the user computes it, as in curvlinops.
+        parameters: Names of those that rows and columns are about, in their order: that of the
+            operators this one is to meet. A dict by name, as curvlinops' main branch takes it, will
+            do. Default: all, in the order of ``model.named_parameters()`` (frozen ones left out).
 
     Returns:
-        The operator of shape ``(P, P)``, its parameters in the order of
-        ``model.named_parameters()`` (frozen ones left out). It multiplies with vectors ``[P]``,
+        The operator of shape ``(P, P)``. It multiplies with vectors ``[P]``,
         matrices ``[P, K]``, and lists with one tensor for each parameter, shaped like it or with
         one axis of K columns more.
 
     Raises:
-        ValueError: If the curvature is in several dtypes or on several devices.
+        ValueError: If the curvature is in several dtypes or on several devices; for parameters that
+            it isn't over, or whose part of it has no structure (``Curvature.submatrix``).
         TypeError: If it is no ``Curvature``.
 
     Example:
@@ -117,4 +124,6 @@ def as_linear_operator(curvature: Curvature) -> CurvatureOperator:
             f"as_linear_operator takes a kfac_tn.Curvature (of compute_kfac, compute_ekfac), not a "
             f"{type(curvature).__name__}."
         )
-    return CurvatureOperator(curvature)
+    if parameters is None:
+        parameters = curvature.shapes
+    return CurvatureOperator(curvature.submatrix(parameters), parameters)

@@ -147,6 +147,32 @@ def test_combinations_with_curvlinops_operators(curvature):
     close(part @ torch.eye(4, dtype=torch.float64), dense[rows][:, columns])
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("names", [["6.bias", "0.weight", "1.bias", "6.weight"], ["3.weight"]])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "sum", "inverse"])
+def test_parameters_in_the_order_of_other_operators(name, names, as_dict):
+    """By their names, or as the dict that operators on curvlinops' main branch are made of."""
+    model, data = build()
+    parameters = {name: model.get_parameter(name) for name in names}
+    curvature = CURVATURES[name]
+    sizes = torch.tensor([shape.numel() for shape in curvature.shapes.values()])
+    pieces = dict(
+        zip(curvature.shapes, torch.arange(sizes.sum()).split(sizes.tolist()), strict=True)
+    )
+    places = torch.cat([pieces[name] for name in names])
+    dense = curvature.to_dense()[places][:, places]
+    operator = as_linear_operator(curvature, parameters if as_dict else names)
+    assert operator.shape == dense.shape
+    vector = torch.randn(len(dense), dtype=torch.float64)
+    close(operator @ vector, dense @ vector)
+    close(operator.trace(), dense.trace())
+    ggn = curvlinops.GGNLinearOperator(model, LOSS, list(parameters.values()), data)
+    close((operator + ggn) @ vector, dense @ vector + ggn @ vector)
+    if name != "sum":
+        damped = dense + 0.1 * torch.eye(len(dense), dtype=torch.float64)
+        close(operator.inverse(0.1) @ vector, torch.linalg.solve(damped, vector))
+
+
 ESTIMATORS = {
     "hutchinson_trace": lambda a: curvlinops.hutchinson_trace(a, num_matvecs=7),
     "hutchpp_trace": lambda a: curvlinops.hutchpp_trace(a, num_matvecs=9),
@@ -221,6 +247,8 @@ def test_refused():
     curvature = CURVATURES["kfac"]
     with pytest.raises(TypeError, match="takes a kfac_tn"):
         as_linear_operator(curvature.to_dense())
+    with pytest.raises(ValueError, match="nose"):
+        as_linear_operator(curvature, ["0.weight", "nose"])
     blocks = {**curvature.blocks, "0": curvature.to(torch.float32).blocks["0"]}
     with pytest.raises(ValueError, match=r"one dtype.*curvature\.to"):
         as_linear_operator(kfac_tn.Curvature(blocks, curvature.shapes))
