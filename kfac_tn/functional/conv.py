@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kfac_tn.functional.common import (
@@ -18,6 +17,7 @@ from kfac_tn.functional.common import (
 )
 from kfac_tn.functional.networks import Geometry, evaluate
 from kfac_tn.functional.products import append_one, average_gram, border, gram, sum_grams
+from kfac_tn.tn import gemm
 from kfac_tn.tn.conv import Ints, Padding
 from kfac_tn.tn.gram import symmetric
 
@@ -207,7 +207,7 @@ def _expand_grad_output_factor(g: Tensor, groups: int) -> Tensor:
     channels, positions = g.shape[1] // groups, g[0, 0].numel()
     if g.stride(0) == positions * g.stride(-1) and (groups == 1 or channels >= 16):
         chunks = cast_chunks(g)
-    elif channels <= positions and channels < 2 * symmetric.BLOCK:
+    elif channels <= positions and channels < 4 * symmetric.BLOCK:
         return _sum_of_products(split(g, g.shape[1] * (positions + channels)), groups)
     else:
         chunks = split(g, g[0].numel())
@@ -223,7 +223,7 @@ def _sum_of_products(chunks: Sequence[Tensor], groups: int) -> Tensor:
 
     def factor(chunk: Tensor) -> Tensor:
         columns = cast(chunk).reshape(len(chunk) * groups, chunk.shape[1] // groups, -1)
-        return torch.bmm(columns, columns.mT).unflatten(0, (-1, groups)).sum(0)
+        return gemm.multiply(columns, columns.mT).unflatten(0, (-1, groups)).sum(0)
 
     total = factor(chunks[0])
     for chunk in chunks[1:]:

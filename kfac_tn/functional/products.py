@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kfac_tn.functional.common import cast, cast_chunks, check, full_precision
+from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.symmetric import add_to, lower_blocks, mirror
 
 
@@ -50,7 +50,7 @@ def average_gram(rows: Tensor) -> Tensor:
         return gram(rows).div_(count)
     with full_precision(rows):
         columns = rows.permute(1, 2, 0)
-        return torch.bmm(columns / count, columns.mT)
+        return gemm.multiply(columns / count, columns.mT)
 
 
 def sum_grams(chunks: Sequence[Tensor], columns: Callable[[Tensor], Tensor]) -> Tensor:

@@ -14,22 +14,25 @@ class Machine(NamedTuple):
 
     Attributes:
         work: A multiplication or addition in a product of large float32 matrices.
-        convolved: The same in the gradient of a convolution's weight.
+        blas: How many times as long they take in torch's BLAS, where `kfac_tn.tn.gemm` has better.
+        convolved: One in the gradient of a convolution's weight.
         element: An element that is read or written.
         launch: An operation on tensors, however small, called from Python.
     """
 
     work: float
+    blas: float
     convolved: float
     element: float
     launch: float
 
 
 MACHINES = {
-    "cpu": Machine(work=1 / 170e9, convolved=1 / 340e9, element=0.45e-9, launch=4e-6),
-    "cuda": Machine(work=1 / 30e12, convolved=1 / 10e12, element=2e-12, launch=6e-6),
+    "cpu": Machine(work=1 / 380e9, blas=2.2, convolved=1 / 380e9, element=0.45e-9, launch=4e-6),
+    "cuda": Machine(work=1 / 30e12, blas=1.0, convolved=1 / 10e12, element=2e-12, launch=6e-6),
 }
-"""By type of device: two cores of a server; a data-centre GPU, by data sheet, not measured."""
+"""By type of device: two cores of a server (AMD's, on which MKL, torch's BLAS, is slow); a
+data-centre GPU, by data sheet, not measured."""
 
 
 def machine(device_type: str) -> Machine:

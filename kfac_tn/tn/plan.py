@@ -357,12 +357,12 @@ def _cost(
         alive = tuple(slots.values())
         kept = set(map(_storage, alive))
         flops = peak = moved = launches = 0
-        work = convolved = 0.0
+        work, convolved, constant = 0.0, 0.0, machine(device_type)
         for instruction in instructions:
             step, inputs = instruction.step, [slots[i] for i in instruction.inputs]
             result = slots[instruction.slot] = step.estimate(*inputs)
             flops += step.flops(*inputs)
-            work += step.work(*inputs)
+            work += step.work(*inputs) * (constant.blas if step.by_blas(*inputs) else 1)
             convolved += step.convolved(*inputs)
             moved += step.moved(*inputs)
             launches += step.launches(*inputs)
@@ -373,7 +373,6 @@ def _cost(
             peak = max(peak, sum(sizes) // dtype.itemsize + step.held(*inputs))
             for i in instruction.done:
                 del slots[i]
-    constant = machine(device_type)
     seconds = constant.work * work + constant.convolved * convolved
     seconds += constant.element * moved + constant.launch * launches
     return Cost(flops, peak, moved, launches, seconds)

@@ -7,6 +7,8 @@ from kfac_tn import functional
 from kfac_tn.functional.common import CACHE_BYTES
 
 MiB = 2**20
+SCRATCH = MiB // 2
+"""What a product by oneDNN takes for itself, about a cache; MKL allocates that unseen."""
 
 
 def test_the_measure_sees_temporaries(peak_bytes):
@@ -40,7 +42,7 @@ def test_conv_grad_output_factor(peak_bytes, shape, layout, dtype, groups, appro
     # The result is made of blocks at the end, and there may be one for each example of a chunk.
     channels, positions = shape[1] // groups, g[0, 0].numel()
     chunk = min(CACHE_BYTES, g.numel() * 4 * (1 + min(1, channels / positions)))
-    assert peak <= chunk + 2 * rows + 3 * result + 4096
+    assert peak <= chunk + 2 * rows + 3 * result + 4096 + SCRATCH
 
 
 LINEAR_SHAPES = [(4096, 512), (64, 128, 768), (256, 17, 3, 64), (3, 5)]

@@ -105,6 +105,7 @@ def test_equals_a_product_of_unfolded_tensors(method, data):
         patch.setattr("kfac_tn.tn.gram.blocks.LEAST_CHUNK", least)
         patch.setattr("kfac_tn.tn.gram.symmetric.BLOCK", data.draw(st.sampled_from([2, 128])))
         patch.setattr("kfac_tn.tn.gram.symmetric.LEAST_SUM", data.draw(st.sampled_from([1, 256])))
+        patch.setattr("kfac_tn.tn.gram.symmetric.LEAST_ELEMENTS", 1)
         actual = METHODS[method](x, several)
     torch.testing.assert_close(actual, rows @ rows.mT, rtol=1e-12, atol=1e-12)
 
@@ -118,7 +119,7 @@ def test_without_windows(shape):
 
 CONVOLUTIONS = {
     "3x3": ((8, 32, 28, 28), 3, {"padding": 1}, "lags"),
-    "3x3 grouped": ((4, 64, 20, 20), 3, {"padding": 1, "groups": 2}, "lags"),
+    "3x3 grouped": ((8, 64, 28, 28), 3, {"padding": 1, "groups": 2}, "lags"),
     "5x5 dilated": ((4, 64, 28, 28), 5, {"dilation": 2, "padding": 4}, "lags"),
     "small": ((8, 512, 4, 4), 3, {"padding": 1}, "cells"),
     "depthwise": ((4, 128, 28, 28), 7, {"padding": 3, "groups": 128}, "correlations"),
@@ -157,7 +158,9 @@ def test_explain_names_the_choice_first(monkeypatch):
     network = expand_network("3x3")
     lines = network.plan().explain().splitlines()
     assert lines[0].split()[:2] == ["algorithm", "estimate"]
-    assert [line.split()[0] for line in lines[1:4]] == ["lags", "cells", "unfolding"]
+    first, *others = (line.split()[0] for line in lines[1:4])
+    assert first == "lags"
+    assert sorted(others) == ["cells", "unfolding"]
     assert lines[4].startswith("  [")
     assert "WindowGram" in lines[4]
     estimates = [float(line.split()[1]) for line in lines[1:4]]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.blocks import assemble, examples_at_once
 from kfac_tn.tn.gram.symmetric import add_product
 from kfac_tn.tn.gram.windows import JointCell, Windows, every, joint_cells
@@ -34,7 +34,7 @@ def gram_by_cells(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -
             if at < len(grams):
                 add_product(grams[at], left.mT, right)
             else:
-                grams.append(torch.bmm(left.mT, right))
+                grams.append(gemm.multiply(left.mT, right))
     if scale != 1:
         grams = [gram.mul_(scale) for gram in grams]
     return assemble(x, cells, grams, [window.kernel_size for window in windows])

@@ -14,10 +14,10 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.blocks import assemble, by_offset, examples_at_once
 from kfac_tn.tn.gram.windows import JointCell, Windows, displacement, every, joint_cells
 from kfac_tn.tn.steps import ConvolveBackward
@@ -177,7 +177,7 @@ class _Slabs:
         counts = [c.count for c in cell.cells]
         left = self._matrix(thin, [c.first for c in cell.cells], counts)
         right = self._matrix(thin, [c.second for c in cell.cells], counts)
-        return torch.bmm(left.mT, right)
+        return gemm.multiply(left.mT, right)
 
     def _matrix(self, thin: int, firsts: list[int], counts: list[int]) -> Tensor:
         """Positions along all axes, `[shared, positions, channels]`."""

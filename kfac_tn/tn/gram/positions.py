@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
 from kfac_tn.tn.gram.windows import Windows
 
@@ -58,7 +59,7 @@ def doubled_pattern(window: Windows, like: Tensor) -> Tensor:
 def _gram(x: Tensor, windows: tuple[Windows, ...], doubled: list[Tensor]) -> Tensor:
     shared, _, channels, *sizes = x.shape
     rows = x.flatten(2)
-    pairs = torch.bmm(rows.mT, rows).view(shared, channels, *sizes, channels, *sizes)
+    pairs = gemm.multiply(rows.mT, rows).view(shared, channels, *sizes, channels, *sizes)
     axes = len(windows)
     for axis, pattern in enumerate(doubled):
         # What is summed goes, what takes its place comes last: the next axis is the second always.

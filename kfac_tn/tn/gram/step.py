@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.blocks import LITTLE, examples_at_once
 from kfac_tn.tn.gram.cells import COPIES, gram_by_cells
 from kfac_tn.tn.gram.correlations import CONVOLVE, TapCell, cells_of_taps, gram_by_correlations
@@ -141,6 +142,22 @@ class WindowGram(Step):
         pairs = sum(prod(lag.positions * lag.number for lag in joint) for joint in lags)
         return 2.0 * waste * shared * examples * pairs * max(channels, WIDTH) ** 2
 
+    def by_blas(self, *inputs: Tensor) -> bool:
+        """Whether the products are small, or lie such that they had to be copied."""
+        x = inputs[0]
+        shared, examples, channels, positions = self._sizes(x)
+        rows, terms, aligned = channels, examples * positions, False
+        if self.method == "correlations":
+            return not has_depthwise_kernels(x)
+        if self.method == "unfolding":
+            groups, chunks = self._chunks(x)
+            shared, aligned = shared // groups, True
+            rows, terms = channels * self._kernel, examples * positions // chunks
+        if self.method == "positions":
+            rows, terms = channels * prod(window.size for window in self.windows), examples
+        large = x.dtype is torch.float32 and gemm.worth(shared, rows, terms, rows)
+        return not large or not (aligned or rows >= gemm.LEAST_COPY)
+
     def _flops(self, x: Tensor, width: int) -> int:
         shared, examples, channels, positions = self._sizes(x)
         if self.method == "lags":
@@ -174,7 +191,7 @@ class WindowGram(Step):
             copied = positions * examples * channels * self._kernel * shared
             apart, added = self._chunks(x)
             view = not self.windows and (1 in (examples, positions) or added == examples)
-            times = 3 if copied > apart * added * NEAR else 1
+            times = (2 if self.windows else 1) + 2 * (copied > apart * added * NEAR)
             return 2 * (added - 1) * result + (0 if view else times * copied)
         if self.method == "cells":
             there = amounts(self.windows)

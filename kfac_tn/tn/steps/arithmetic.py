@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
 
+from kfac_tn.tn import gemm
 from kfac_tn.tn.steps.step import WIDTH, Step
 
 SMALL_PRODUCT = 20_000
@@ -50,6 +50,10 @@ class Apply(Step):
         last = self.axis == inputs[0].ndim - 1
         slices = 0 if last else prod(inputs[0].shape[: self.axis])
         return self.flops(*inputs) + SMALL_PRODUCT * slices
+
+    def by_blas(self, *inputs: Tensor) -> bool:
+        """Always: these matrices are small."""
+        return True
 
 
 def _apply(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
@@ -143,7 +147,10 @@ class Product(Step):
     ) -> Tensor:
         """Multiply and reshape."""
         first = first.mT if left else first
-        return torch.bmm(first, second.mT if right else second).reshape(shape)
+        return gemm.multiply(first, second.mT if right else second).reshape(shape)
+
+    def _matrices(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return first.mT if self.left else first, second.mT if self.right else second
 
     def flops(self, *inputs: Tensor) -> int:
         """Multiplications and additions."""
@@ -155,3 +162,7 @@ class Product(Step):
         columns = inputs[1].shape[1 if self.right else 2]
         waste = max(rows, WIDTH) * max(columns, WIDTH) / (rows * columns)
         return self.flops(*inputs) * waste
+
+    def by_blas(self, *inputs: Tensor) -> bool:
+        """Whether they are small, or lie such that they had to be copied."""
+        return not gemm.takes(*self._matrices(*inputs))

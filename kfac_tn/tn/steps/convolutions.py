@@ -42,6 +42,10 @@ class _Convolutional(Step):
             return self.flops(*inputs) * min(self.groups, 2)
         return self.flops(*inputs) * max(rows, WIDTH) * max(columns, WIDTH) / (rows * columns)
 
+    def by_blas(self, *inputs: Tensor) -> bool:
+        """Whether the dtype is one that oneDNN has no convolutions for."""
+        return not has_depthwise_kernels(inputs[0])
+
     def launches(self, *inputs: Tensor) -> int:
         """Number of operations on tensors."""
         return 2 if has_depthwise_kernels(inputs[0]) else 2 + 4 * self.groups

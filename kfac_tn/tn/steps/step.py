@@ -45,6 +45,10 @@ class Step:
         """The same by kernels for gradients of convolutions' weights. Default: none."""
         return 0
 
+    def by_blas(self, *inputs: Tensor) -> bool:
+        """Whether torch's BLAS does the work, even where oneDNN is faster. Default: no."""
+        return False
+
     def moved(self, *inputs: Tensor) -> int:
         """Elements read and written on the way, besides arguments and result. Default: none."""
         return 0

@@ -1,0 +1,109 @@
+"""Products of float32 matrices on a CPU: by oneDNN, which is up to twice as fast as torch's BLAS.
+
+torch multiplies matrices with the BLAS that it was built with, mostly MKL, which doesn't use all of
+every processor (AVX-512 on AMD's, say). Its convolutions are oneDNN's, and so is a linear layer
+that its compiler calls, an operator without a derivative. It is taken for large products of plain
+tensors that nobody differentiates, transforms, traces or counts; everything else is `torch.bmm`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+LEAST_PRODUCT = 2**20
+"""Multiplications of matrices that are worth the longer call."""
+
+LEAST_SUM = 64
+"""Terms of the sums from which on several products of one batch are worth being put together."""
+
+LEAST_COPY = 96
+"""Rows or columns that each element of a matrix meets, for which the matrix may be copied."""
+
+PLAIN = (Tensor, Parameter)
+
+
+def _find() -> object:
+    """The operator; None where torch has been built without it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_linear = _find()
+
+
+def multiply(first: Tensor, second: Tensor) -> Tensor:
+    """Multiply batches of matrices, as `torch.bmm`.
+
+    Args:
+        first: `[batch, rows, sum]`.
+        second: `[batch, sum, columns]`.
+
+    Returns:
+        `[batch, rows, columns]`.
+
+    Example:
+        >>> multiply(torch.ones(1, 2, 3), torch.ones(1, 3, 1))
+        tensor([[[3.],
+                 [3.]]])
+    """
+    if torch.compiler.is_compiling() or not takes(first, second) or not _able(first, second):
+        return torch.bmm(first, second)
+    once = first.stride(0) == 0 and not first[0].is_contiguous()
+    rows = [first[0].contiguous()] * len(first) if once else first.unbind()
+    if len(first) == 1:
+        return _multiply(rows[0], second[0]).unsqueeze(0)
+    result = first.new_empty(len(first), first.shape[1], second.shape[2])
+    for part, a, b in zip(result, rows, second, strict=True):
+        part.copy_(_multiply(a, b))
+    return result
+
+
+def takes(first: Tensor, second: Tensor) -> bool:
+    """Whether oneDNN multiplies matrices of such shapes and layouts, if they are on a CPU."""
+    batch, rows, terms = first.shape
+    columns = second.shape[2]
+    if batch * rows * terms * columns < LEAST_PRODUCT or first.dtype is not torch.float32:
+        return False
+    copied = 1 if first.stride(0) == 0 else batch  # what doesn't lie in rows is copied once
+    if first.stride(2) != 1 and columns * batch < LEAST_COPY * copied:
+        return False
+    return worth(batch, rows, terms, columns) and (rows >= LEAST_COPY or _is_dense(second))
+
+
+def worth(batch: int, rows: int, terms: int, columns: int) -> bool:
+    """Whether products of float32 matrices are large enough for oneDNN."""
+    return rows * columns * terms >= LEAST_PRODUCT and (batch == 1 or terms >= LEAST_SUM)
+
+
+def _able(*tensors: Tensor) -> bool:
+    """Whether an operator can be called that autograd and the likes of it know nothing of."""
+    return (
+        _linear is not None
+        and all(
+            type(t) in PLAIN and t.device.type == "cpu" and t.dtype is torch.float32
+            for t in tensors
+        )
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def _multiply(first: Tensor, second: Tensor) -> Tensor:
+    weight = second.mT
+    if not _is_dense(second.unsqueeze(0)):
+        weight = weight.contiguous()  # with gaps between rows, oneDNN has no fast kernel
+    return _linear(first, weight, None, "none", [], "")  # type: ignore[operator]
+
+
+def _is_dense(matrices: Tensor) -> bool:
+    """Whether the rows of each matrix follow each other without gaps, or its columns do."""
+    _, rows, columns = matrices.shape
+    return matrices.stride()[1:] in ((columns, 1), (1, rows))
