@@ -28,6 +28,11 @@ from kfac_tn.integrations import backpack as tn
 TOLERANCE = 1e-10
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def run(extension, model, loss_fn, x, y, objective=None, retain_graph=False):
     """What an extension saves on each parameter, by name; nothing for what it leaves out."""
     model, loss_fn = extend(copy.deepcopy(model)), extend(copy.deepcopy(loss_fn))
@@ -288,7 +293,6 @@ def order(layer, names):
 
 
 def doubled(*layers, size=None):
-    torch.manual_seed(0)
     model = nn.Sequential(*layers).double()
     if size is not None:
         model(torch.rand(4, *size, dtype=torch.float64))
@@ -424,13 +428,16 @@ def tokens():
     return model, nn.CrossEntropyLoss(), torch.rand(4, 2, 4).double(), y
 
 
-def with_loss(loss_fn, y=None, model=None):
-    x, labels = vectors()
-    return lambda: (model or mlp(), loss_fn, x, labels if y is None else y)
+def with_loss(loss_fn, y=None, outputs=3):
+    def build():
+        x, labels = vectors()
+        return mlp(outputs), loss_fn, x, labels if y is None else y
+
+    return build
 
 
-def with_layer(layer):
-    return lambda: (cnn(layer), nn.CrossEntropyLoss(), *images())
+def with_layer(kind, *args, **options):
+    return lambda: (cnn(kind(*args, **options)), nn.CrossEntropyLoss(), *images())
 
 
 CE = nn.CrossEntropyLoss
@@ -446,49 +453,56 @@ MISSING = NotImplementedError
 DIFFERENCES = {
     "padding_mode='circular'": (
         DIAGONAL,
-        with_layer(nn.Conv2d(4, 4, **SAME, padding_mode="circular")),
+        with_layer(nn.Conv2d, 4, 4, **SAME, padding_mode="circular"),
         0.05,
         RIGHT,
     ),
     "padding_mode='reflect'": (
         DIAGONAL,
-        with_layer(nn.Conv2d(4, 4, **SAME, padding_mode="reflect")),
+        with_layer(nn.Conv2d, 4, 4, **SAME, padding_mode="reflect"),
         0.05,
         RIGHT,
     ),
     "padding_mode='replicate'": (
         GRADIENTS,
-        with_layer(nn.Conv2d(4, 4, **SAME, padding_mode="replicate")),
+        with_layer(nn.Conv2d, 4, 4, **SAME, padding_mode="replicate"),
         0.05,
         RIGHT,
     ),
     "padding='same'": (
         DIAGONAL,
-        with_layer(nn.Conv2d(4, 4, 3, padding="same")),
+        with_layer(nn.Conv2d, 4, 4, 3, padding="same"),
         TypeError,
         RIGHT,
     ),
     "output_padding": (
         DIAGONAL,
-        with_layer(nn.ConvTranspose2d(4, 4, 2, stride=2, output_padding=1)),
+        with_layer(nn.ConvTranspose2d, 4, 4, 2, stride=2, output_padding=1),
         RuntimeError,
         RIGHT,
     ),
-    "float64 AvgPool": (DIAGONAL, with_layer(nn.AvgPool2d(2)), RuntimeError, RIGHT),
+    "float64 AvgPool": (DIAGONAL, with_layer(nn.AvgPool2d, 2), RuntimeError, RIGHT),
     "AvgPool(ceil_mode=True)": (
         DIAGONAL,
-        with_layer(nn.AvgPool2d(2, ceil_mode=True)),
+        with_layer(nn.AvgPool2d, 2, ceil_mode=True),
         ValueError,
         RIGHT,
     ),
     "AdaptiveAvgPool, no divisor": (
         DIAGONAL,
-        with_layer(nn.AdaptiveAvgPool2d(2)),
+        with_layer(nn.AdaptiveAvgPool2d, 2),
         MISSING,
         RIGHT,
     ),
-    "GroupNorm": (DIAGONAL, with_layer(nn.GroupNorm(2, 4)), MISSING, RIGHT),
-    "GELU": (DIAGONAL, with_layer(nn.GELU()), MISSING, RIGHT),
+    "GroupNorm": (DIAGONAL, with_layer(nn.GroupNorm, 2, 4), MISSING, RIGHT),
+    "GELU": (
+        DIAGONAL,
+        with_layer(
+            nn.GELU,
+        ),
+        MISSING,
+        RIGHT,
+    ),
     "class weights": (
         DIAGONAL,
         with_loss(CE(torch.tensor([0.2, 5.0, 1.0]).double())),
@@ -507,14 +521,14 @@ DIFFERENCES = {
         with_loss(
             nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0).double()),
             torch.tensor([[0.0], [1], [1], [0]]).double(),
-            mlp(1),
+            outputs=1,
         ),
         MISSING,
         RIGHT,
     ),
     "several binary outputs": (
         DIAGONAL,
-        with_loss(nn.BCEWithLogitsLoss(), torch.rand(4, 3).double()),
+        with_loss(nn.BCEWithLogitsLoss(), torch.arange(12.0).view(4, 3).double() / 12),
         MISSING,
         RIGHT,
     ),
@@ -545,11 +559,11 @@ DIFFERENCES = {
     "module called twice": (DIAGONAL, twice, AttributeError, REFUSED),
     "examples and positions in one axis": (DIAGONAL, tokens, 0.05, REFUSED),
     "Dropout in train mode": (DIAGONAL, zeros_into_dropout, 0.1, REFUSED),
-    "BatchNorm in train mode": (DIAGONAL, with_layer(nn.BatchNorm2d(4)), MISSING, REFUSED),
+    "BatchNorm in train mode": (DIAGONAL, with_layer(nn.BatchNorm2d, 4), MISSING, REFUSED),
     "scale of a convolution's factors": (KRONECKER, one_convolution, 14.9, RIGHT),  # 16 times
     "Kronecker factors of groups": (
         KRONECKER,
-        with_layer(nn.Conv2d(4, 4, 2, groups=2)),
+        with_layer(nn.Conv2d, 4, 4, 2, groups=2),
         MISSING,
         None,
     ),
@@ -723,6 +737,36 @@ def test_frozen_parameters_several_extensions_and_repeated_passes():
         model.zero_grad()
 
 
+class Functions(nn.Module):
+    """Sums and flattens by functions, and calls an activation twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.act, self.last = nn.Tanh(), nn.Linear(50, 3)
+        self.double()
+
+    def forward(self, x):
+        x = self.act(self.first(x))
+        x = x + self.act(self.second(x))
+        return self.last(x.flatten(1))
+
+
+def test_backpacks_converter():
+    """What a refusal recommends."""
+    (x, y), loss_fn = images(), extend(CE())
+    with pytest.raises(NotImplementedError, match="use_converter=True"):
+        run(tn.DiagGGNExactTN(), Functions(), CE(), x, y)
+    expected = dense_ggn(Functions(), CE(), x, y).diagonal()
+    model = extend(Functions(), use_converter=True)
+    with backpack(tn.DiagGGNExactTN()):
+        loss_fn(model(x), y).backward()
+    named = dict(model.named_parameters())
+    names = trainable(Functions())
+    assert_close(torch.cat([named[name].diag_ggn_exact_tn.flatten() for name in names]), expected)
+
+
 class Cubic(nn.Module):
     """A loss of one's own: sum_n sum_c z^4 / 12."""
 
@@ -846,6 +890,96 @@ def test_refusals(name):
     for extension in which:
         with pytest.raises(NotImplementedError, match=f"(?s){message}.*use kfac_tn.compute_kfac"):
             run(extension(), build(), CE(), *vectors())
+
+
+def refuse(extension, message, model, loss_fn, call, kind=NotImplementedError):
+    extend(model)
+    extend(loss_fn)
+    with backpack(extension), pytest.raises(kind, match=f"(?s){message}"):
+        call(model, loss_fn).backward()
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_refused_calls(build):
+    """Calls of models and losses that BackPACK doesn't see enough of, or nobody understands."""
+    x, y = vectors()
+    with backpack(build()), pytest.raises(NotImplementedError, match=r"extend\(loss_fn\)"):
+        CE()(extend(mlp())(x), y).backward()
+    refuse(build(), "without a batch axis", mlp(), CE(), lambda m, f: f(m(x[0]), y[0]))
+    refuse(build(), "first positional", mlp(), CE(), lambda m, f: f(input=m(x), target=y))
+    refuse(build(), "targets that require", mlp(), nn.MSELoss(), lambda m, f: f(m(x), m(x)))
+    other = extend(CE())
+    refuse(
+        build(),
+        "has 4 examples, another one 2|has 2 examples, another one 4",
+        mlp(),
+        CE(),
+        lambda m, f: f(m(x), y) + other(m(x[:2]), y[:2]),
+    )
+    for sizes, kind in (((), {"output_size": (9, 9)}), (((9, 9),), {})):
+        layer = nn.ConvTranspose2d(2, 1, 2, stride=2)
+        refuse(
+            build(),
+            "output_size.*output_padding",
+            Calls(lambda m, x, a=sizes, k=kind: m[0](x, *a, **k).flatten(1), layer),
+            CE(),
+            lambda m, f: f(m(images()[0][..., :4, :4]), y),
+            (NotImplementedError, ValueError),
+        )
+
+
+def test_a_second_loss_for_the_empirical_fisher():
+    x, y = vectors()
+    model, other = mlp(), extend(CE())
+
+    def call(m, f):
+        outputs = m(x)
+        return f(outputs, y) + other(outputs, y)
+
+    refuse(tn.EKFAC(fisher="empirical"), "isn't the only call", model, CE(), call)
+
+
+@pytest.mark.parametrize("build", ALL[:-1])
+def test_unknown_losses(build):
+    (x, _), kind = vectors(), TypeError
+    refuse(build(), "no likelihood", mlp(), nn.L1Loss(), lambda m, f: f(m(x), x[:, :3]), kind)
+
+
+def test_unknown_options():
+    with pytest.raises(ValueError, match="fisher is 'exact'"):
+        tn.KFACExpand("exact")
+    with pytest.raises(ValueError, match="bias is 'both'"):
+        tn.KFACReduce(bias="both")
+    with pytest.raises(ValueError, match="approximation must be"):
+        tn.EKFAC("mean")
+    for kind in (tn.KFACExpand, tn.KFACReduce, tn.EKFAC, tn.DiagGGNMCTN):
+        with pytest.raises(ValueError, match="mc_samples is 0"):
+            kind(mc_samples=0)
+    with pytest.raises(NotImplementedError, match="register_layer"):
+        tn.BatchGradTN().set_module_extension(nn.PReLU, None)
+
+
+def test_max_memory():
+    network = PLAIN["cnn"]()
+    for kind in (tn.DiagGGNExactTN, tn.DiagGGNMCTN):
+        with pytest.raises(ValueError, match="max_memory is 0"):
+            kind(max_memory=0)
+        with pytest.raises(ValueError, match="max_memory=8"):
+            run(kind(max_memory=8), *network)
+    expected = flat(run(tn.DiagGGNExactTN(), *network))
+    assert_close(flat(run(tn.DiagGGNExactTN(max_memory=20_000), *network)), expected)
+
+
+def test_autocast_is_refused_where_modules_run_again():
+    x, y = vectors()
+    model = mlp().float()
+
+    def call(model, loss_fn):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_fn(model(x.float()).float(), y)
+
+    for build in WITH_COLUMNS:
+        refuse(build(), "autocast|ToCopyBackward0", model, CE(), call)
 
 
 def test_missing_package(monkeypatch):

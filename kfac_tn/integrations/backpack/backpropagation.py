@@ -324,10 +324,10 @@ class ColumnExtension(_Base):
 
 
 _INSTEAD = (
-    "Write it with modules that BackPACK sees (nn.ReLU() for relu(x), nn.Flatten, "
-    "backpack.custom_module.branching.SumModule for x + y), each called once; freeze parameters "
-    "that you don't need; or use kfac_tn.compute_kfac, compute_ekfac, compute_ggn_diagonal or "
-    "compute_per_example_gradients, which need neither."
+    "Write it with modules that treat examples independently, each called once "
+    "(extend(model, use_converter=True) rewrites sums, flattening and modules without parameters "
+    "that are called twice); freeze parameters that aren't needed; or use kfac_tn.compute_kfac, "
+    "compute_ekfac, compute_ggn_diagonal or compute_per_example_gradients, which need none of this."
 )
 
 _INDEPENDENT: frozenset[type[Module]] = frozenset(

@@ -60,12 +60,12 @@ def vector_jacobian_products(
     output: Tensor, arguments: Sequence[Tensor], columns: Tensor
 ) -> list[Tensor]:
     """Products ``[V, *shape]`` of columns with the Jacobians for each argument."""
-    if not output.requires_grad:
-        return [columns.new_zeros(len(columns), *x.shape) for x in arguments]
-    products = [
-        torch.autograd.grad(
-            output, arguments, column, retain_graph=True, allow_unused=True, materialize_grads=True
+    products = [columns.new_zeros(len(columns), *x.shape) for x in arguments]
+    for v, column in enumerate(columns if output.requires_grad else ()):
+        gradients = torch.autograd.grad(
+            output, arguments, column, retain_graph=True, allow_unused=True
         )
-        for column in columns
-    ]
-    return [torch.stack(each) for each in zip(*products, strict=True)]
+        for product, gradient in zip(products, gradients, strict=True):
+            if gradient is not None:
+                product[v] = gradient
+    return products
