@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import empirical_column, mc_columns, random_signs
 from kfac_tn.functional import common
+from kfac_tn.functional.blocks import split_rows
 from kfac_tn.graph import Found, differentiate, find, output_edge, remember
 from kfac_tn.hooks import WeakHook, plain, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
@@ -202,8 +203,8 @@ class Capture:
             a = inputs.result(self._input_counts[block])
             if self.fisher == "forward-only":
                 like = a.rows if isinstance(a, Gram) else a
-                b = torch.eye(block.grad_output_dim, dtype=like.dtype, device=like.device)
-                factors[block] = Factors(a, b.expand(block.groups, -1, -1))
+                ones = split_rows(like.new_ones(block.grad_output_dim), block.grad_output_pieces)
+                factors[block] = Factors(a, torch.diag_embed(ones).repeat(block.groups, 1, 1))
             else:
                 factors[block] = Factors(a, self._grad_output_sums[block].result(total_scale))
         diagonals = {
@@ -245,12 +246,12 @@ class Capture:
     def _record(
         self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
     ) -> None:
-        with plain(output.device):
-            statistic = input_statistic(block, module, x) if block.has_factors else None
-        examples, positions = block.family.batch_and_positions(module, output)
+        counts = examples, positions = block.family.batch_and_positions(module, output)
         before = self.sizes.get(block, (0, 0))
         self.sizes[block] = before[0] + examples, before[1] + examples * positions
-        call = Call(block, module, output.shape, statistic, examples, positions)
+        with plain(output.device):
+            statistic = input_statistic(block, module, x, counts) if block.has_factors else None
+        call = Call(block, module, output.shape, statistic, *counts)
         if self._basis(block) is not None:
             call.keep(x)
         remember(edge, self._key, call)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn import functional
+from kfac_tn.functional import common
+from kfac_tn.functional.blocks import block_gram, split_rows
 from kfac_tn.layers import LayerBlock
 
 Key = TypeVar("Key")
@@ -30,8 +32,10 @@ class Factors:
     """The two Kronecker factors of one block, of one step.
 
     Args:
-        input: A, ``[G, d_in, d_in]``; d_in counts the 1 of the bias if the block has one.
-        grad_output: B, ``[G, d_out, d_out]``.
+        input: A, ``[G, d_in, d_in]``; d_in counts the 1 of the bias if the block has one. Of a
+            factor above the limit of its dimension only blocks on its diagonal, ``[G * p, s, s]``
+            (see ``kfac_tn.functional.blocks``).
+        grad_output: B, ``[G, d_out, d_out]``, or blocks of it.
     """
 
     def __init__(self, input: Tensor | Gram, grad_output: Tensor | Gram) -> None:
@@ -160,11 +164,20 @@ class Call:
 
     def grad_output_statistic(self, gradient: Tensor) -> Tensor:
         """The sum of g g^T (expand) or one summed row per example (reduce)."""
-        family = self.block.family
+        family, pieces = self.block.family, self.block.grad_output_pieces
         gradient = gradient.reshape(self.output_shape)
-        if self.block.approximation == "expand":
+        if self.block.approximation == "reduce":
+            return _cut(family.sum_grad_output(self.module, gradient), pieces)
+        if pieces == 1:
             return family.grad_output_factor(self.module, gradient)
-        return family.sum_grad_output(self.module, gradient)
+        per_example = gradient.numel() // self.examples
+        return block_gram(
+            (
+                family.grad_output_rows(self.module, part).flatten(1, 2)
+                for part in _chunks(gradient, self.examples, per_example)
+            ),
+            pieces,
+        )
 
 
 class WeightedSum:
@@ -275,11 +288,37 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def input_statistic(block: LayerBlock, module: Module, x: Tensor) -> Tensor:
-    """The mean of a a^T of a call (expand), or one average row per example (reduce)."""
-    family, bias = block.family, block.bias is not None
-    compute = family.input_factor if block.approximation == "expand" else family.average_input
-    statistic = compute(module, x.detach(), bias)
+def input_statistic(block: LayerBlock, module: Module, x: Tensor, counts: tuple) -> Tensor:
+    """The mean of a a^T of a call (expand), or one average row per example (reduce).
+
+    Args:
+        block: The layer.
+        module: Its module that was called.
+        x: With what.
+        counts: Examples, and positions of each.
+    """
+    family, bias, pieces = block.family, block.bias is not None, block.input_pieces
+    x = x.detach()
+    if block.approximation == "reduce":
+        statistic = _cut(family.average_input(module, x, bias), pieces)
+    elif pieces == 1:
+        statistic = family.input_factor(module, x, bias)
+    else:
+        examples, positions = counts
+        parts = _chunks(x, examples, block.groups * positions * block.joint_dim)
+        rows = (family.input_rows(module, part, bias).flatten(1, 2) for part in parts)
+        statistic = block_gram(rows, pieces).div_(examples * positions)
     # A view of the input is copied: the user may overwrite it, or want it freed.
     shared = statistic.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     return statistic.clone() if shared else statistic
+
+
+def _cut(rows: Tensor, pieces: int) -> Tensor:
+    """``[N, G, d]`` to ``[N, G * pieces, s]``."""
+    return rows if pieces == 1 else split_rows(rows, pieces).flatten(1, 2)
+
+
+def _chunks(x: Tensor, examples: int, per_example: int) -> tuple[Tensor, ...]:
+    """Examples in chunks of so many elements that two copies stay within bounds."""
+    size = common.UNFOLD_BYTES // (2 * per_example * common.accumulation_dtype(x).itemsize)
+    return (x,) if size >= examples else x.split(max(1, size))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfac_tn.curvature.exact import EigenFactors
 from kfac_tn.curvature.moving import Moving
+from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
 from kfac_tn.moments import Basis
 
@@ -52,7 +53,8 @@ class MovingEKFAC(EigenFactors):
         if not self.inverted[slot]:
             return super().multiply(block, matrix)
         a, b = self.input_vectors[slot], self.grad_output_vectors[slot]
-        return b @ (self.values[slot] * (b.mT @ matrix.to(a.dtype) @ a)) @ a.mT
+        rotated = self._rotated(b, matrix.to(a.dtype), a)
+        return self._rotated_back(b, self.values[slot] * rotated, a)
 
     def eigenvalues(self, block: LayerBlock) -> Tensor:  # noqa: D102
         slot = self._slot[block]
@@ -62,16 +64,17 @@ class MovingEKFAC(EigenFactors):
         slot = self._slot[block]
         if not self.inverted[slot]:
             return super().mean_eigenvalues(block)
-        return self.values[slot].mean((-2, -1))
+        return self.values[slot].sum((-2, -1)) / (self.d_out * self.d_in)
 
     def _rotate(self, slot: int, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
         if not self.moment_updates[slot]:
             super()._rotate(slot, a, b)
             return
         inputs = (self.input_vectors[slot].mT @ a[1]).square()
-        outputs = (b[1].mT @ self.grad_output_vectors[slot]).square()
+        outputs = (self.grad_output_vectors[slot].mT @ b[1]).square()
         self.input_vectors[slot], self.grad_output_vectors[slot] = a[1], b[1]
-        self.values[slot] = outputs @ self.values[slot] @ inputs
+        left = multiply_blocks(self.values[slot].mT, outputs).mT
+        self.values[slot] = multiply_blocks(left, inputs)
 
 
 class MovingDiagonal(Moving):

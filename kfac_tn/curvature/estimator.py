@@ -74,7 +74,8 @@ class CurvatureEstimator:
     def _divide(self) -> None:
         """Find the blocks of the model as it is, and make room for their factors."""
         options = self.options
-        self.blocks, self.others = partition(self._model, options.approximation, options.curvature)
+        kinds = options.approximation, options.curvature, options.max_dim, options.large_factors
+        self.blocks, self.others = partition(self._model, *kinds)
         options.check(self.blocks)
         self._covered = {p for block in self.blocks for p in block.parameters.values()}
         self._covered.update(other.parameter for other in self.others)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_tn.curvature.moving import KroneckerMoving
+from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
 
 
@@ -31,7 +32,11 @@ class EigenFactors(KroneckerMoving):
             **shapes,
             "input_vectors": shapes["input"],
             "grad_output_vectors": shapes["grad_output"],
-            "values": (self.groups, self.d_out, self.d_in),
+            "values": (
+                self.groups,
+                self.pieces[1] * self.sizes[1],
+                self.pieces[0] * self.sizes[0],
+            ),
             "shift": (self.groups,),
         }
 
@@ -53,8 +58,9 @@ class EigenFactors(KroneckerMoving):
         for slot, block in enumerate(self.blocks):
             if not self.updates[slot]:
                 continue
+            factors = zip((self.input, self.grad_output), (self.d_in, self.d_out), strict=True)
             try:
-                decomposed = [_eigh(each[slot]) for each in (self.input, self.grad_output)]
+                decomposed = [self._decompose(each[slot], size) for each, size in factors]
             except torch.linalg.LinAlgError:
                 failed.append(block.name)
                 continue
@@ -62,6 +68,17 @@ class EigenFactors(KroneckerMoving):
             self.inverted[slot] = True
             self.shift[slot] = self.damping(block, damping, relative)
         return failed
+
+    def _decompose(self, factor: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``[G, d]`` and vectors ``[G * pieces, s, s]``, d being filled up."""
+        used = size - (len(factor) // self.groups - 1) * factor.shape[-1]  # of the last piece
+        if used < factor.shape[-1]:
+            # What is filled up gets eigenvalues unlike any others, so it isn't mixed with the rest.
+            factor = factor.clone()
+            last = factor.unflatten(0, (self.groups, -1))[:, -1].diagonal(dim1=-2, dim2=-1)
+            last[:, used:] = -1 - last.sum(1, keepdim=True)
+        values, vectors = _eigh(factor)
+        return values.view(self.groups, -1), vectors
 
     def _rotate(self, slot: int, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
         """Set eigenvectors and values of one layer."""
@@ -78,9 +95,19 @@ class EigenFactors(KroneckerMoving):
             slots = [self._slot[block] for block in blocks]
         a, b = self.input_vectors[slots], self.grad_output_vectors[slots]
         stacked = torch.stack([matrices[block] for block in blocks]).to(a.dtype)
-        rotated = b.mT @ stacked @ a
-        rotated /= self.values[slots] + self.shift[slots][..., None, None]
-        return dict(zip(blocks, (b @ rotated @ a.mT).unbind(), strict=True))
+        a, b = a.flatten(0, 1), b.flatten(0, 1)
+        rotated = self._rotated(b, stacked.flatten(0, 1), a)
+        rotated /= (self.values[slots] + self.shift[slots][..., None, None]).flatten(0, 1)
+        result = self._rotated_back(b, rotated, a).view_as(stacked)
+        return dict(zip(blocks, result.unbind(), strict=True))
+
+    def _rotated(self, b: Tensor, matrices: Tensor, a: Tensor) -> Tensor:
+        """Q_B^T M Q_A of ``[K, d_out, d_in]``, as large as they are filled up."""
+        return multiply_blocks(multiply_blocks(matrices.mT, b).mT, a)
+
+    def _rotated_back(self, b: Tensor, matrices: Tensor, a: Tensor) -> Tensor:
+        """Q_B M Q_A^T, ``[K, d_out, d_in]``."""
+        return self._both_sides(b.mT, matrices, a.mT)
 
 
 def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,15 +88,25 @@ def layer_work(
         >>> layer_work(block, examples=8, rows=8, passes=1)
         Work(model=1920, products=1120, statistics=2496, inverses=95992)
     """
-    d_in, d_out = block.input_dim + (block.bias is not None), block.grad_output_dim
+    d_in, d_out = block.joint_dim, block.grad_output_dim
     forward = 2 * rows * block.groups * d_in * d_out
+    corrected = block.curvature != "kfac"
+    moments = corrected * passes * forward  # gradients of examples are formed
+    if not block.has_factors:
+        entries = 2 * block.groups * d_in * d_out
+        return Work(3 * forward, entries, moments + passes * forward)
+    exact = exact or corrected
+    pieces = block.input_pieces, block.grad_output_pieces
+    s_in, s_out = -(-d_in // pieces[0]), -(-d_out // pieces[1])
     vectors = rows if block.approximation == "expand" else examples
-    grams = 2 * vectors * block.groups * (d_in**2 + d_out**2 * passes)
+    grams = 2 * vectors * block.groups * (d_in * s_in + d_out * s_out * passes)
+    rotations = corrected * 2 * rows * block.groups * (d_in * s_in + d_out * s_out) * passes
+    inversions = pieces[0] * _inversion(s_in, exact) + pieces[1] * _inversion(s_out, exact)
     return Work(
         model=3 * forward,
-        products=(2 + 2 * exact) * block.groups * d_in * d_out * (d_in + d_out),
-        statistics=grams + passes * forward,
-        inverses=block.groups * (_inversion(d_in, exact) + _inversion(d_out, exact)),
+        products=(2 + 2 * exact) * block.groups * d_in * d_out * (s_in + s_out),
+        statistics=grams + rotations + moments + passes * forward,
+        inverses=block.groups * inversions,
     )
 
 

@@ -38,7 +38,14 @@ def pi_split(
         >>> pi_split(A, B, damping=0.01)
         (tensor([0.2000]), tensor([0.0500]))
     """
-    ratio = mean_eigenvalue(input_factor) / mean_eigenvalue(grad_output_factor)
+    return pi_shares(mean_eigenvalue(input_factor), mean_eigenvalue(grad_output_factor), damping)
+
+
+def pi_shares(
+    input_mean: Tensor, grad_output_mean: Tensor, damping: Scalar
+) -> tuple[Tensor, Tensor]:
+    """``pi_split`` from the factors' mean eigenvalues alone, of any shape."""
+    ratio = input_mean / grad_output_mean
     pi = torch.where((ratio > 0) & ratio.isfinite(), ratio, torch.ones_like(ratio)).sqrt()
     root = damping**0.5
     return root * pi, root / pi

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kfac_tn.capture import Factors
 from kfac_tn.curvature.inverse import damped_inverses
-from kfac_tn.curvature.kronecker import mean_eigenvalue, pi_split
+from kfac_tn.curvature.kronecker import pi_shares
+from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
 from kfac_tn.moments import Basis
 
@@ -33,8 +34,7 @@ class Moving(ABC):
         self.blocks = tuple(blocks)
         self.decay = decay
         self.groups = self.blocks[0].groups
-        self.d_in = self.blocks[0].input_dim + (self.blocks[0].bias is not None)
-        self.d_out = self.blocks[0].grad_output_dim
+        self.d_in, self.d_out = self.blocks[0].joint_dim, self.blocks[0].grad_output_dim
         self._slot = {block: index for index, block in enumerate(self.blocks)}
         self._forget()
 
@@ -198,13 +198,25 @@ class Moving(ABC):
 
 
 class KroneckerMoving(Moving):
-    """Averages of Kronecker factors."""
+    """Averages of Kronecker factors.
 
-    input: Tensor  # [blocks, G, d_in, d_in]; these two are made by the first update
+    Factors above the limit of their dimension are block-diagonal: as if they had so many more
+    groups (see ``kfac_tn.functional.blocks``), with zeros where the last one is filled up.
+    """
+
+    input: Tensor  # [blocks, G * pieces, s, s]; these two are made by the first update
     grad_output: Tensor
 
+    def __init__(self, blocks: Iterable[LayerBlock], decay: float) -> None:
+        super().__init__(blocks, decay)
+        self.pieces = self.blocks[0].input_pieces, self.blocks[0].grad_output_pieces
+        self.sizes = -(-self.d_in // self.pieces[0]), -(-self.d_out // self.pieces[1])
+
     def shapes(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
-        a, b = (self.groups, self.d_in, self.d_in), (self.groups, self.d_out, self.d_out)
+        a, b = (
+            (self.groups * pieces, size, size)
+            for pieces, size in zip(self.pieces, self.sizes, strict=True)
+        )
         return {"input": a, "grad_output": b}
 
     def update(self, factors: Mapping[LayerBlock, Factors]) -> None:  # noqa: D102
@@ -222,26 +234,42 @@ class KroneckerMoving(Moving):
 
     def multiply(self, block: LayerBlock, matrix: Tensor) -> Tensor:  # noqa: D102
         slot = self._slot[block]
-        return self.grad_output[slot] @ matrix.to(self.input.dtype) @ self.input[slot]
+        matrix = matrix.to(self.input.dtype)
+        return self._both_sides(self.grad_output[slot], matrix, self.input[slot])
+
+    def _both_sides(self, b: Tensor, matrices: Tensor, a: Tensor) -> Tensor:
+        """B^T M A of ``[K, d_out, d_in]``."""
+        left = multiply_blocks(matrices.mT, b)[..., : self.d_out].mT
+        return multiply_blocks(left, a)[..., : self.d_in]
 
     def mean_eigenvalues(self, block: LayerBlock) -> Tensor:  # noqa: D102
-        slot = self._slot[block]
-        return mean_eigenvalue(self.input[slot]) * mean_eigenvalue(self.grad_output[slot])
+        of_input, of_output = self._means(self._slot[block])
+        return of_input * of_output
+
+    def _means(self, slots: int | slice = slice(None)) -> list[Tensor]:
+        """Mean eigenvalues of A and of B, ``[..., G]``."""
+        factors = self.input[slots], self.grad_output[slots]
+        return [
+            factor.diagonal(dim1=-2, dim2=-1).unflatten(-2, (self.groups, -1)).sum((-2, -1)) / size
+            for factor, size in zip(factors, (self.d_in, self.d_out), strict=True)
+        ]
 
     def eigenvalues(self, block: LayerBlock) -> Tensor:  # noqa: D102
         slot = self._slot[block]
         a, b = (
-            torch.linalg.eigvalsh(each[slot]).clamp(min=0)
+            torch.linalg.eigvalsh(each[slot]).clamp(min=0).view(self.groups, -1)
             for each in (self.input, self.grad_output)
         )
         return b.unsqueeze(-1) * a.unsqueeze(-2)
 
     def shifts(self, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
-        """What damping adds to the diagonals of A and B, ``[blocks, G]`` each, if divided."""
-        if not relative:
-            return pi_split(self.input, self.grad_output, damping)
-        means = mean_eigenvalue(self.input), mean_eigenvalue(self.grad_output)
-        return damping**0.5 * or_one(means[0]), damping**0.5 * or_one(means[1])
+        """What damping adds to A and B if divided, ``[blocks, G * pieces]`` for each."""
+        of_input, of_output = self._means()
+        if relative:
+            a, b = damping**0.5 * or_one(of_input), damping**0.5 * or_one(of_output)
+        else:
+            a, b = pi_shares(of_input, of_output, damping)
+        return a.repeat_interleave(self.pieces[0], 1), b.repeat_interleave(self.pieces[1], 1)
 
 
 class MovingFactors(KroneckerMoving):
@@ -271,7 +299,7 @@ class MovingFactors(KroneckerMoving):
         if len(blocks) < len(self.blocks):
             slots = [self._slot[block] for block in blocks]
             a, b = a[slots], b[slots]
-        result = torch.bmm(torch.bmm(b.flatten(0, 1), stacked.flatten(0, 1)), a.flatten(0, 1))
+        result = self._both_sides(b.flatten(0, 1), stacked.flatten(0, 1), a.flatten(0, 1))
         return dict(zip(blocks, result.view_as(stacked).unbind(), strict=True))
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias, get_args
 
 from kfac_tn.capture import Fisher
 from kfac_tn.curvature.intervals import Interval
-from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LayerBlock
+from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors, LayerBlock
 
 Split: TypeAlias = Literal["pi", "exact"]
 
@@ -19,6 +19,8 @@ class CurvatureOptions:
     Attributes:
         approximation: ``"expand"``, ``"reduce"``, or by layer.
         curvature: ``"kfac"``, ``"ekfac"``, ``"diagonal"``, or by layer.
+        max_dim: Dimension above which only a part of a factor is computed.
+        large_factors: That part: ``"diagonal"`` or ``"blocks"``.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
         relative_damping: Whether damping is in units of each block's mean eigenvalue.
@@ -44,6 +46,8 @@ class CurvatureOptions:
     overhead: float
     seed: int
     curvature: CurvatureChoice = "kfac"
+    max_dim: int | None = 8192
+    large_factors: LargeFactors = "diagonal"
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor_decay < 1:
@@ -59,6 +63,13 @@ class CurvatureOptions:
         if self.damping_split not in get_args(Split):
             raise ValueError(
                 f"damping_split is {self.damping_split!r}: choose one of {get_args(Split)}."
+            )
+        limit = self.max_dim
+        if limit is not None and (isinstance(limit, str) or limit < 1 or limit != int(limit)):
+            raise ValueError(f"max_dim is {limit!r}: it must be a positive whole number, or None.")
+        if self.large_factors not in get_args(LargeFactors):
+            raise ValueError(
+                f"large_factors is {self.large_factors!r}: choose one of {get_args(LargeFactors)}."
             )
         if not 0 < self.overhead < float("inf"):
             raise ValueError(f"overhead is {self.overhead}: it must be positive.")

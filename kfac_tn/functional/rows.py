@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.functional.common import cast, check, full_precision
 from kfac_tn.functional.networks import Geometry, evaluate
 from kfac_tn.functional.products import append_one
@@ -40,6 +40,7 @@ def conv_input_rows(
         ValueError: As `conv_input_factor`.
 
     Example:
+        >>> import torch
         >>> conv_input_rows(torch.arange(4.0).reshape(1, 1, 4), 3, bias=True)
         tensor([[[[0., 1., 2., 1.],
                   [1., 2., 3., 1.]]]])
@@ -77,6 +78,7 @@ def conv_transpose_input_rows(
         ValueError: As `conv_transpose_input_factor`.
 
     Example:
+        >>> import torch
         >>> conv_transpose_input_rows(torch.tensor([[[2.0, 3.0]]]), 2)
         tensor([[[[2., 0.],
                   [3., 2.],
@@ -110,6 +112,7 @@ def conv_grad_output_rows(g: Tensor, groups: int = 1) -> Tensor:
         ValueError: As `conv_grad_output_factor`.
 
     Example:
+        >>> import torch
         >>> conv_grad_output_rows(torch.ones(2, 4, 3, 3), groups=2).shape
         torch.Size([2, 2, 9, 2])
     """
@@ -133,6 +136,7 @@ def linear_input_rows(x: Tensor, bias: bool = False) -> Tensor:
         ValueError: As `linear_input_factor`.
 
     Example:
+        >>> import torch
         >>> linear_input_rows(torch.ones(2, 5, 3), bias=True).shape
         torch.Size([1, 2, 5, 4])
     """
@@ -154,6 +158,7 @@ def linear_grad_output_rows(g: Tensor) -> Tensor:
         ValueError: As `linear_input_factor`.
 
     Example:
+        >>> import torch
         >>> linear_grad_output_rows(torch.ones(2, 3)).shape
         torch.Size([1, 2, 1, 3])
     """
@@ -178,13 +183,15 @@ def rotated_second_moment(
     Args:
         input_rows: a, `[groups, N, R, d_in]`.
         grad_output_rows: g, `[groups, N, R, d_out]`.
-        input_vectors: Q_A, `[groups, d_in, d_in]`, or None for unit vectors.
+        input_vectors: Q_A, `[groups, d_in, d_in]`, or the blocks of a block-diagonal matrix (see
+            `kfac_tn.functional.blocks`), or None for unit vectors.
         grad_output_vectors: Q_B, `[groups, d_out, d_out]`, or None.
 
     Returns:
-        `[groups, d_out, d_in]`.
+        `[groups, d_out, d_in]`; as much larger as blocks were filled up.
 
     Example:
+        >>> import torch
         >>> a, g = torch.tensor([[[[1.0, 2.0], [0.0, 1.0]]]]), torch.tensor([[[[3.0], [1.0]]]])
         >>> rotated_second_moment(a, g, torch.eye(2)[None], torch.eye(1)[None])  # 3 a_1 + a_2
         tensor([[[ 9., 49.]]])
@@ -207,8 +214,8 @@ def rotated_second_moment(
 
 
 def _multiply_rows(rows: Tensor, matrix: Tensor | None) -> Tensor:
-    """`[groups, N, R, d]` times `[groups, d, d]`, without a copy of the matrix for each example."""
+    """`[groups, N, R, d]` times `[groups, d, d]` or blocks: no copy of them for each example."""
     if matrix is None:
         return rows
     matrix = matrix.to(rows)  # a model may have changed its dtype since these were made
-    return torch.bmm(rows.flatten(1, 2), matrix).unflatten(1, rows.shape[1:3])
+    return multiply_blocks(rows.flatten(1, 2), matrix).unflatten(1, rows.shape[1:3])

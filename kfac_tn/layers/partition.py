@@ -20,6 +20,7 @@ ApproximationChoice: TypeAlias = (
     Approximation | Mapping[str, Approximation] | Callable[[str, Module], Approximation]
 )
 CurvatureKind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
+LargeFactors: TypeAlias = Literal["diagonal", "blocks"]
 CurvatureChoice: TypeAlias = (
     CurvatureKind | Mapping[str, CurvatureKind] | Callable[[str, Module], CurvatureKind]
 )
@@ -79,6 +80,10 @@ class LayerBlock:
         groups: Number of groups, each with its own factor pair.
         curvature: ``"kfac"``: B (x) A; ``"ekfac"``: its eigenvectors, with second moments of
             gradients for eigenvalues; ``"diagonal"``: the second moments along unit vectors.
+        max_dim: Dimension above which a factor is cut into pieces, of which only the blocks on the
+            diagonal are kept; None: never.
+        large_factors: ``"diagonal"``: pieces of one row; ``"blocks"``: as few as have at most
+            ``max_dim`` rows.
     """
 
     name: str
@@ -91,6 +96,28 @@ class LayerBlock:
     bias_name: str | None
     groups: int
     curvature: CurvatureKind = "kfac"
+    max_dim: int | None = None
+    large_factors: LargeFactors = "diagonal"
+
+    @property
+    def joint_dim(self) -> int:
+        """Rows of the input factor, the bias' one included."""
+        return self.input_dim + (self.bias is not None)
+
+    @property
+    def input_pieces(self) -> int:
+        """Into how many pieces the input factor is cut, in each group."""
+        return self._pieces(self.joint_dim)
+
+    @property
+    def grad_output_pieces(self) -> int:
+        """Into how many pieces the output-gradient factor is cut, in each group."""
+        return self._pieces(self.grad_output_dim)
+
+    def _pieces(self, size: int) -> int:
+        if self.max_dim is None or size <= self.max_dim:
+            return 1
+        return size if self.large_factors == "diagonal" else -(-size // self.max_dim)
 
     @property
     def has_factors(self) -> bool:
@@ -130,6 +157,8 @@ def partition(
     model: Module,
     approximation: ApproximationChoice = "expand",
     curvature: CurvatureChoice = "kfac",
+    max_dim: int | None = None,
+    large_factors: LargeFactors = "diagonal",
 ) -> tuple[list[LayerBlock], list[OtherParameter]]:
     """Divide the trainable parameters of a model into Kronecker blocks and others.
 
@@ -141,6 +170,8 @@ def partition(
         approximation: ``"expand"`` or ``"reduce"`` for all layers, or a dict by layer name (every
             layer with a block must be named), or a function of name and module.
         curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer in the same ways.
+        max_dim: See ``LayerBlock``, as for the next.
+        large_factors: ``"diagonal"`` or ``"blocks"``.
 
     Returns:
         The blocks, in the order of ``model.named_modules()``, and all other trainable parameters,
@@ -190,6 +221,8 @@ def partition(
             bias_name=None if bias is None else names[bias],
             groups=family.groups(module),
             curvature=_resolve("curvature", curvature, CurvatureKind, name, module),
+            max_dim=max_dim,
+            large_factors=large_factors,
         )
         blocks.append(block)
         covered.update(block.parameters.values())

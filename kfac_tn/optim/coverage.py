@@ -59,6 +59,9 @@ def coverage(
         why = f"{type(block.modules[0]).__name__}: {what} {sizes}"
         if block.groups > 1:
             why += f" in {block.groups} groups"
+        if block.has_factors:
+            why += _cut("input", block.input_pieces, block.joint_dim, block)
+            why += _cut("output", block.grad_output_pieces, block.grad_output_dim, block)
         if len(block.modules) > 1:
             why += f", shared by {len(block.modules)} modules"
         for name, parameter in block.parameters.items():
@@ -75,3 +78,12 @@ def coverage(
         rows.get(name, Row(name, tuple(parameter.shape), "none", "frozen"))
         for name, parameter in model.named_parameters()
     )
+
+
+def _cut(side: str, pieces: int, size: int, block: LayerBlock) -> str:
+    """What is said of a factor that is larger than its limit."""
+    if pieces == 1:
+        return ""
+    rows = -(-size // pieces)
+    part = "diagonal" if rows == 1 else f"{pieces} diagonal blocks of {rows}"
+    return f", the {side}'s only its {part} (above max_dim={block.max_dim})"

@@ -108,24 +108,30 @@ def diagnose(
         input_condition = grad_output_condition = None
         if block.curvature == "kfac":
             (factors, shifts), conditions, shares = damped[block], [], []
-            for factor, shift in zip((factors.input, factors.grad_output), shifts, strict=True):
+            sizes = block.joint_dim, block.grad_output_dim
+            both = factors.input, factors.grad_output
+            for factor, shift, size in zip(both, shifts, sizes, strict=True):
                 values = torch.linalg.eigvalsh(factor.double()).clamp(min=0)
-                values = values + shift.double()[:, None]
-                conditions.append(_condition(values))
-                shares.append(1 - shift.double() / values.mean(1))
+                # Pieces of a group side by side, without the zeros that fill up the last.
+                values = values.reshape(block.groups, -1).sort(1).values[:, -size:]
+                added = shift.double().view(block.groups, -1)[:, :1]
+                conditions.append(_condition(values + added))
+                shares.append(1 - (added / (values + added).mean(1, keepdim=True))[:, 0])
             input_condition, grad_output_condition = conditions
             condition, share = math.prod(conditions), float((1 - shares[0] * shares[1]).max())
         else:
             shift = estimator.damping(block).double()[:, None]
-            values = moving.eigenvalues(block).double().flatten(1) + shift
+            count = block.joint_dim * block.grad_output_dim
+            values = moving.eigenvalues(block).double().flatten(1).sort(1).values
+            values = values[:, -count:] + shift
             condition, share = _condition(values), float((shift[:, 0] / values.mean(1)).max())
         kl = norm = relative = None
         parameters = list(block.parameters.values())
         if steps and all(p in steps for p in parameters):
             kl = float(forms[block.name]) / 2
             norm = _norm([steps[p] for p in parameters])
-            size = _norm(parameters)
-            relative = norm / size if size else float("inf")
+            length = _norm(parameters)
+            relative = norm / length if length else float("inf")
         statistics, inverses = estimator.ages(block)
         layers[block.name] = LayerDiagnostics(
             condition=condition,

@@ -13,7 +13,7 @@ from kfac_tn.capture import Fisher
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, Split
-from kfac_tn.layers import ApproximationChoice, CurvatureChoice
+from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates
 from kfac_tn.optim.base import CurvatureUser
@@ -83,6 +83,12 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             tells on top of which factors EKFAC is, so both can be chosen. The first axis is that of
             the examples for the latter two, and inputs are kept until the backward pass. Default:
             ``"kfac"``, which costs least.
+        max_dim: Dimension above which a factor (and its eigenvectors) is only computed in part: its
+            cost grows with the cube, its memory with the square. 8192: two thirds of a GB for a
+            factor with its inverse, minutes for an eigendecomposition on a CPU; heads with the size
+            of a vocabulary are above it. None: no limit.
+        large_factors: That part: ``"diagonal"`` (default; the order of words has no meaning), or
+            ``"blocks"`` along the diagonal, of at most ``max_dim`` rows each.
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"`` (KFAC alone).
         mc_samples: Samples of the targets for ``"mc"``.
         damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
@@ -142,6 +148,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         *,
         approximation: ApproximationChoice = "expand",
         curvature: CurvatureChoice = "kfac",
+        max_dim: int | None = 8192,
+        large_factors: LargeFactors = "diagonal",
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
@@ -168,6 +176,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         self._options = CurvatureOptions(
             approximation=approximation,
             curvature=curvature,
+            max_dim=max_dim,
+            large_factors=large_factors,
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,

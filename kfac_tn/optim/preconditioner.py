@@ -13,7 +13,7 @@ from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, Split
-from kfac_tn.layers import ApproximationChoice, CurvatureChoice
+from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of
@@ -38,6 +38,8 @@ class KFACPreconditioner(CurvatureUser):
             changes.
         approximation: See ``KFAC``, as for all that follow.
         curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer.
+        max_dim: Dimension above which a factor is only computed in part; None: no limit.
+        large_factors: That part: ``"diagonal"`` or ``"blocks"``.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
         damping: Added to each block: a number or a function of the step; set
@@ -79,6 +81,8 @@ class KFACPreconditioner(CurvatureUser):
         lr: float | None = None,
         approximation: ApproximationChoice = "expand",
         curvature: CurvatureChoice = "kfac",
+        max_dim: int | None = 8192,
+        large_factors: LargeFactors = "diagonal",
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
@@ -106,6 +110,8 @@ class KFACPreconditioner(CurvatureUser):
         self._options = CurvatureOptions(
             approximation=approximation,
             curvature=curvature,
+            max_dim=max_dim,
+            large_factors=large_factors,
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,

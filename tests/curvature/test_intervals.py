@@ -147,3 +147,25 @@ def test_grouped_layers_count_each_group():
     one, four = layer_work(single, 3, 6, 1), layer_work(grouped, 3, 6, 1)
     for name in ("model", "products", "statistics", "inverses"):
         assert getattr(four, name) == 4 * getattr(one, name)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_work_of_other_kinds_of_curvature(exact):
+    """EKFAC costs more than exact damping, a diagonal needs no inverse, pieces cost their share."""
+
+    def work(**options):
+        (block,), _ = partition(torch.nn.Linear(63, 64), **options)
+        return layer_work(block, 8, 24, 2, exact)
+
+    kfac, ekfac, diagonal = (work(curvature=kind) for kind in ("kfac", "ekfac", "diagonal"))
+    assert kfac.model == ekfac.model == diagonal.model
+    assert ekfac.statistics > kfac.statistics
+    assert (
+        ekfac.inverses
+        == layer_work(partition(torch.nn.Linear(63, 64))[0][0], 8, 24, 2, True).inverses
+    )
+    assert diagonal.inverses == 0 < diagonal.products < kfac.products
+    halves = work(max_dim=32, large_factors="blocks")
+    assert halves.products * 2 == kfac.products
+    assert halves.inverses < kfac.inverses
+    assert work(max_dim=32).inverses < halves.inverses
