@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from kfac_tn.curvature.block import Block
 from kfac_tn.curvature.curvature import Curvature
-from kfac_tn.curvature.eigen import EigenBlock, MatrixBlock
+from kfac_tn.curvature.eigen import EigenBlock
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.layout import Layout
 from kfac_tn.integrations.optional import load
+from kfac_tn.integrations.single import single_layouts
 
 _PACKAGE = "nngeometry>=0.4"
 _layers: Any = load("nngeometry.layercollection", _PACKAGE)
@@ -62,15 +62,17 @@ def as_pmat(curvature: Curvature) -> Any:
         >>> as_pmat(kfac_tn.compute_kfac(model, loss_fn, data, **options)).trace()
         tensor(4.)
     """
-    if not isinstance(curvature, Curvature):
-        raise TypeError(f"as_pmat takes a kfac_tn.Curvature, not a {type(curvature).__name__}.")
-    if any(isinstance(block, EigenBlock) for block in curvature.blocks.values()):
-        kind: Any = EigenBlock
-    else:
-        kind = KroneckerBlock
+    layouts = single_layouts(curvature, (2, *_LAYERS), "nngeometry")
+    found = {type(block) for block in curvature.blocks.values()}
+    if len(found) > 1 or not found <= {KroneckerBlock, EigenBlock}:
+        raise ValueError(
+            f"nngeometry has matrices of Kronecker products or of eigendecomposed ones, but this "
+            f"curvature is made of {sorted(kind.__name__ for kind in found)}: take `inverse` or "
+            "`sqrt` of all, or parts of one kind with `curvature.submatrix`."
+        )
     collection = _layers.LayerCollection()
-    for name, block in curvature.blocks.items():
-        collection.add_layer(name, _layer(_expressible(name, block, kind)))
+    for name, layout in layouts.items():
+        collection.add_layer(name, _layer(layout))
     kinds = {(entry.device, entry.dtype) for entry in curvature.diagonal().values()}
     if len(kinds) > 1:
         raise ValueError(
@@ -79,34 +81,12 @@ def as_pmat(curvature: Curvature) -> Any:
         )
     blocks: dict[str, Any] = dict(curvature.blocks)
     generator = _Generator(collection, *kinds.pop())
-    if kind is KroneckerBlock:
+    if found == {KroneckerBlock}:
         factors = {n: (b.input_factor[0], b.grad_output_factor[0]) for n, b in blocks.items()}
         return _objects.PMatKFAC(generator, data=factors)
     vectors = {n: (b.input_vectors[0], b.grad_output_vectors[0]) for n, b in blocks.items()}
     values = {name: block.values.flatten() for name, block in blocks.items()}
     return _objects.PMatEKFAC(generator, data=(vectors, values))
-
-
-def _expressible(name: str, block: Block, kind: Any) -> Layout:
-    """The layout of a block that nngeometry can express."""
-    if not isinstance(block, MatrixBlock):
-        raise ValueError(
-            f"'{name}' has no Kronecker structure, so no place in nngeometry's matrix: freeze it "
-            "(requires_grad_(False)) before, or leave it out with `curvature.submatrix`."
-        )
-    layout = block.layout
-    if not isinstance(block, kind):
-        problem, advice = f"is a {type(block).__name__}, others aren't", "take parts of one kind"
-    elif layout.groups > 1:
-        problem, advice = f"has {layout.groups} groups", "leave it out with `curvature.submatrix`"
-    elif layout.transposed or len(layout.weight_shape) not in (2, *_LAYERS):
-        problem = "is a transposed convolution or one of more than two dimensions"
-        advice = "leave it out with `curvature.submatrix`"
-    elif layout.bias_name is not None and block.bias != "joint":
-        problem, advice = "has a bias of its own", "compute the curvature with bias='joint'"
-    else:
-        return layout
-    raise ValueError(f"Layer '{name}' {problem}, which nngeometry can't express: {advice}.")
 
 
 def _layer(layout: Layout) -> Any:

@@ -144,11 +144,11 @@ def mixed():
     [
         (lambda: compute(grouped), "'0' has 2 groups.*submatrix"),
         (lambda: compute(transposed), "'0' is a transposed.*submatrix"),
-        (lambda: compute(volume), "'0' is a .*more than two dimensions"),
+        (lambda: compute(volume), "'0' is a 3-d convolution"),
         (lambda: compute(norm), "'1.weight' has no Kronecker structure.*requires_grad_"),
         (lambda: compute(mlp, bias="separate"), "'0' has a bias of its own.*bias='joint'"),
-        (lambda: compute(mlp) + compute(mlp), "'0' is a SumBlock"),
-        (mixed, "'0' is a KroneckerBlock, others aren't"),
+        (lambda: compute(mlp) + compute(mlp), r"made of \['SumBlock'\]"),
+        (mixed, "EigenBlock', 'KroneckerBlock"),
     ],
 )
 def test_what_it_can_not_express_is_refused(make, message):
@@ -164,7 +164,7 @@ def test_parts_can_be_left_out():
 
 def test_only_curvatures_in_one_dtype_are_taken():
     curvature = compute(mlp)
-    with pytest.raises(TypeError, match="takes a kfac_tn"):
+    with pytest.raises(TypeError, match=r"a Tensor here, not a kfac_tn\.Curvature"):
         as_pmat(curvature.to_dense())
     blocks = {**curvature.blocks, "0": curvature.to(torch.float32).blocks["0"]}
     with pytest.raises(ValueError, match=r"one dtype.*curvature\.to"):
