@@ -35,6 +35,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "betas=(0.9, 0.95)": {"betas": (0.9, 0.95)},
     "betas=(0.9, 0.999)": {"betas": (0.9, 0.999)},
     "approximation='reduce'": {"approximation": "reduce"},
+    "curvature='ekfac'": {"curvature": "ekfac"},
+    "curvature='diagonal'": {"curvature": "diagonal"},
+    "ekfac, factor_interval=5": {"curvature": "ekfac", "factor_interval": 5},
+    "ekfac, inverse_interval=500": {"curvature": "ekfac", "inverse_interval": 500},
+    "damping_split='exact'": {"damping_split": "exact"},
+    "max_dim=64, blocks": {"max_dim": 64, "large_factors": "blocks"},
+    "max_dim=64, diagonal": {"max_dim": 64, "large_factors": "diagonal"},
     "fisher='empirical'": {"fisher": "empirical"},
     "fisher='forward-only'": {"fisher": "forward-only"},
     "mc_samples=4": {"mc_samples": 4},
@@ -110,10 +117,16 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="for each run")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[""], help="variants with one of these words")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    compare_optimizers.OPTIMIZERS.update({name: make(o) for name, o in VARIANTS.items()})
+    variants = [
+        name
+        for name in VARIANTS
+        if name == "defaults" or any(word in name for word in options.only)
+    ]
+    compare_optimizers.OPTIMIZERS.update({name: make(VARIANTS[name]) for name in variants})
     images = load_images("digits")
     problems = [
         classifier(images, "digits"),
@@ -123,7 +136,7 @@ def main() -> None:
     ]
     columns: dict[str, dict[str, float]] = {}
     for problem in problems:
-        runs = [Run(problem, name, None, 256, seed=0) for name in VARIANTS]
+        runs = [Run(problem, name, None, 256, seed=0) for name in variants]
         runs += [Run(problem, "Adam", lr, 256, seed=0) for lr in problem.learning_rates["Adam"]]
         compete(runs, options.seconds)
         losses = {run.name: run.final_loss for run in runs if run.lr is None}
@@ -135,7 +148,7 @@ def main() -> None:
         f"then relative to it; {describe_machine()}."
     )
     lines = [["", *columns], ["---", *["---:"] * len(columns)]]
-    for name in [*VARIANTS, "best Adam"]:
+    for name in [*variants, "best Adam"]:
         cells = [
             f"{losses[name]:.2e}"
             if name == "defaults"

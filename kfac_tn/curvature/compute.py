@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,8 +17,12 @@ from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.layout import Layout
-from kfac_tn.layers import ApproximationChoice, LayerBlock, partition
+from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
+from kfac_tn.moments import Basis
+
+LARGEST = 16384
+"""Largest dimension of a factor by default."""
 
 
 def compute_kfac(
@@ -32,6 +36,8 @@ def compute_kfac(
     generator: torch.Generator | None = None,
     forward: Forward = call_on_pair,
     progress_bar: bool = False,
+    curvature: CurvatureChoice = "kfac",
+    max_dim: int | None = LARGEST,
 ) -> Curvature:
     r"""KFAC of a model's loss over a data set: Kronecker factors for every layer.
 
@@ -58,16 +64,23 @@ def compute_kfac(
             function of model and batch that returns the outputs for the loss, and the targets.
             Default: the model called with the inputs of a pair.
         progress_bar: Whether to show how many batches are done (by tqdm). Default: no.
+        curvature: ``"kfac"``; or ``"diagonal"``: second moments of each example's gradients, the
+            very diagonal of the generalised Gauss-Newton matrix for ``"type-2"``, for layers whose
+            factors would be too large. For all layers or by layer, in the ways of
+            ``approximation``. The first axis of such a layer is that of the examples.
+        max_dim: Largest dimension of a factor, above which a layer is refused: all functions of a
+            block are of whole factors. Default: 16384, which takes 1 GB in float32. None: no limit.
 
     Returns:
         The curvature; ``curvature.blocks["conv1"].input_factor`` is ``[G, d_in, d_in]``,
-        ``.grad_output_factor`` ``[G, d_out, d_out]``. Layers that the loss doesn't depend on have
-        zero blocks.
+        ``.grad_output_factor`` ``[G, d_out, d_out]``. Layers with diagonals have one block for each
+        parameter, under its name. Layers that the loss doesn't depend on have zero blocks.
 
     Raises:
         ValueError: For unknown options, a model without trainable parameters, an empty loader,
-            results that aren't finite, a loss with ``reduction="none"``, or ``"forward-only"`` with
-            parameters that have no Kronecker structure (freeze them, or choose another Fisher).
+            results that aren't finite, a loss with ``reduction="none"``, a layer larger than
+            ``max_dim``, or ``"forward-only"`` with diagonals or parameters that have no Kronecker
+            structure (freeze them, or choose another Fisher).
         TypeError: For a loss whose likelihood isn't known, or batches that are no pairs and no
             ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.
@@ -83,7 +96,8 @@ def compute_kfac(
     """
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias is {bias!r}: choose 'joint' or 'separate'.")
-    blocks, others = partition(model, approximation)
+    blocks, others = partition(model, approximation, curvature)
+    _check_kinds(blocks, fisher, max_dim)
     if not blocks and not others:
         raise ValueError("The model has no trainable parameter.")
     if fisher == "forward-only" and others:
@@ -91,12 +105,18 @@ def compute_kfac(
             "fisher='forward-only' knows nothing of parameters without Kronecker structure: freeze "
             f"{[other.name for other in others]} (requires_grad_(False)) or choose another Fisher."
         )
-    capture = Capture(blocks, loss_fn, fisher, mc_samples, others, lambda device: generator)
+    unit = {block: Basis() for block in blocks if not block.has_factors}
+    capture = Capture(
+        blocks, loss_fn, fisher, mc_samples, others, lambda device: generator, unit.get
+    )
     with closing(capture):
         go_through(model, with_progress(loader, "KFAC", progress_bar), capture, forward)
         statistics = capture.take()
     computed: dict[str, Block] = {}
     for block in blocks:
+        if not block.has_factors:
+            computed |= _diagonals(block, statistics.moments.get(block))
+            continue
         factors = statistics.factors.get(block) or _zero(block)
         check_finite(block.name, *factors.diagonals())
         input_factor = factors.input
@@ -139,6 +159,39 @@ def layout_of(block: LayerBlock) -> Layout:
         block.groups,
         block.family.transposed,
     )
+
+
+def _check_kinds(blocks: Sequence[LayerBlock], fisher: Fisher, max_dim: int | None) -> None:
+    """Refuse what can't be had, naming the layer."""
+    for block in blocks:
+        if block.curvature == "ekfac":
+            raise ValueError(
+                f"curvature is 'ekfac' for layer '{block.name}': compute_ekfac computes that; here "
+                "it is 'kfac' or 'diagonal'."
+            )
+        if not block.has_factors and fisher == "forward-only":
+            raise ValueError(
+                "fisher='forward-only' has no gradients, but curvature is 'diagonal' for layer "
+                f"'{block.name}': use 'kfac' there, or another Fisher."
+            )
+        size = max(block.joint_dim, block.grad_output_dim)
+        if block.has_factors and max_dim is not None and size > max_dim:
+            raise ValueError(
+                f"Layer '{block.name}' has a factor of dimension {size:,}, above max_dim="
+                f"{max_dim:,}: it alone would take {4 * block.groups * size**2 / 1e9:.2g} GB in "
+                "float32. Choose curvature='diagonal' for this layer (compute_kfac), freeze it, or "
+                "raise max_dim."
+            )
+
+
+def _diagonals(block: LayerBlock, moments: Tensor | None) -> dict[str, Block]:
+    """The diagonal of each parameter of a layer."""
+    if moments is None:
+        shape = block.groups, block.grad_output_dim, block.joint_dim
+        moments = torch.zeros(shape, dtype=_accurate(block.weight), device=block.weight.device)
+    check_finite(block.name, moments)
+    named = layout_of(block).from_matrix(moments)
+    return {name: DiagonalBlock(name, values.contiguous()) for name, values in named.items()}
 
 
 def _zero(block: LayerBlock) -> Factors:

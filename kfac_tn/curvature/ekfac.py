@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from kfac_tn.capture import Capture, Fisher
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
-from kfac_tn.curvature.compute import check_finite, compute_kfac, go_through
+from kfac_tn.curvature.compute import LARGEST, check_finite, compute_kfac, go_through
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
@@ -32,6 +32,7 @@ def compute_ekfac(
     generator: torch.Generator | None = None,
     forward: Forward = call_on_pair,
     progress_bar: bool = False,
+    max_dim: int | None = LARGEST,
 ) -> Curvature:
     r"""EKFAC of a model's loss over a data set: eigenvalue-corrected Kronecker factors.
 
@@ -52,6 +53,7 @@ def compute_ekfac(
         generator: Default: the global one.
         forward: As in ``compute_kfac``.
         progress_bar: Whether to show how many batches are done, in each pass. Default: no.
+        max_dim: As in ``compute_kfac``.
 
     Returns:
         The curvature. ``curvature.blocks["conv1"]`` has ``.input_vectors`` ``[G, d_in, d_in]``,
@@ -86,7 +88,7 @@ def compute_ekfac(
             "DataLoader or a list of batches."
         )
     statistics = approximation, fisher, mc_samples, bias, generator
-    kfac = compute_kfac(model, loss_fn, loader, *statistics, forward, progress_bar)
+    kfac = compute_kfac(model, loss_fn, loader, *statistics, forward, progress_bar, max_dim=max_dim)
     # Without factors of their own: nothing but moments is wanted in this pass.
     layers, _ = partition(model, approximation, "diagonal")
     eigen = {}

@@ -231,6 +231,52 @@ def test_second_moments_of_any_shape(groups, count, positions, d_in, d_out, seed
     torch.testing.assert_close(rotated_second_moment(a, g, q_a, q_b), expected)
 
 
+# Diagonals in place of factors --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("case", CASES)
+def test_layers_with_diagonals_have_the_ggns(case, loss):
+    """Of two batches, against the diagonal of autograd's GGN; the other layers are KFAC's."""
+    model, data = problem(case)
+    loss_fn = LOSSES[loss]()
+
+    def kind(name, module):
+        return "kfac" if name == "head" else "diagonal"
+
+    curvature = kfac_tn.compute_kfac(model, loss_fn, data, fisher="type-2", curvature=kind)
+    plain = kfac_tn.compute_kfac(model, loss_fn, data, fisher="type-2")
+    ggn = testing.dense_ggn(model, loss_fn, *whole(data))
+    for name, values in curvature.diagonal().items():
+        if name.startswith("head"):
+            torch.testing.assert_close(values, plain.diagonal()[name])
+            continue
+        assert isinstance(curvature.blocks[name], DiagonalBlock)
+        exact = testing.diagonal_block(ggn, model, (name,)).diagonal()
+        torch.testing.assert_close(values.flatten(), exact, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("compute", [kfac_tn.compute_kfac, kfac_tn.compute_ekfac])
+def test_factors_above_the_limit_are_refused_before_anything_is_computed(compute):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 50_000))
+    loss_fn = nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match=r"Layer '1' has a factor of dimension 50,000.* 10 GB"):
+        compute(model, loss_fn, [])
+    with pytest.raises(ValueError, match=r"Layer '0' has a factor of dimension 4, above max_dim=3"):
+        compute(model, loss_fn, [], max_dim=3)
+
+
+def test_diagonals_that_cannot_be_had_are_refused():
+    model, data = problem("linear")
+    for options, message in (
+        ({"curvature": "ekfac"}, "'ekfac' for layer 'module': compute_ekfac"),
+        ({"curvature": "diagonal", "fisher": "forward-only"}, "'diagonal' for layer 'module'"),
+        ({"curvature": {"module": "kfac"}}, "curvature has no entry for layer 'head'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kfac_tn.compute_kfac(model, nn.CrossEntropyLoss(), data, **options)
+
+
 # Around it ---------------------------------------------------------------------------------------
 
 
