@@ -94,7 +94,7 @@ def test_equals_a_product_of_unfolded_tensors(method, data):
     dimensions = data.draw(st.integers(1, 3))
     limits = {1: (5, 7), 2: (4, 5), 3: (2, 3)}[dimensions]
     several = tuple(data.draw(windows(*limits)) for _ in range(dimensions))
-    channels = 1 if method == "correlations" else data.draw(st.integers(1, 3))
+    channels = data.draw(st.integers(1, 3))
     assume(applies(method, channels, several))
     shape = (2, data.draw(st.integers(1, 3)), channels, *(w.size for w in several))
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -103,6 +103,8 @@ def test_equals_a_product_of_unfolded_tensors(method, data):
     with pytest.MonkeyPatch.context() as patch:  # small tensors in chunks, too
         patch.setattr("kfac_tn.tn.gram.unfolding.LEAST_CHUNK", least)
         patch.setattr("kfac_tn.tn.gram.blocks.LEAST_CHUNK", least)
+        patch.setattr("kfac_tn.tn.gram.correlations.LEAST_CHUNK", least)
+        patch.setattr("kfac_tn.tn.gram.correlations.STRETCH", data.draw(st.sampled_from([2, 28])))
         patch.setattr("kfac_tn.tn.gram.symmetric.BLOCK", data.draw(st.sampled_from([2, 128])))
         patch.setattr("kfac_tn.tn.gram.symmetric.LEAST_SUM", data.draw(st.sampled_from([1, 256])))
         patch.setattr("kfac_tn.tn.gram.symmetric.LEAST_ELEMENTS", 1)

@@ -11,7 +11,8 @@ compute it, and the planner takes the one that it estimates to be fastest:
 - `cells`: one product for all blocks `(k, k')` of equal offset `k' - k`, nothing is unfolded;
 - `lags`: as `cells`, but all pairs of positions come from the gradient of one convolution's weight,
   and only those at the border, which not all blocks have, are products of cells;
-- `correlations`: for one channel, depthwise convolutions of the tensor with itself;
+- `correlations`: for one channel or a few, products of stretches of the last axis at each offset
+  along the others;
 - `positions`: for a few positions, all pairs of them first, summed over windows after.
 
 A tensor without windows (of a pointwise convolution, or a linear layer) is the first method's

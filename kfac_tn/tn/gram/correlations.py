@@ -1,8 +1,9 @@
-"""The Gram matrix of windows of one channel: a depthwise convolution of the tensor with itself.
+"""The Gram matrix of windows of few channels: products of stretches of the last axis.
 
-Along the last axis, what kernel position k sees is convolved with all that windows see, which gives
-the products with all k' at once. Along the others, positions fall into cells that see the same
-kernel positions; a cell is convolved with its surroundings, which gives all offsets at once.
+Along the last axis, a stretch of positions is multiplied with all that its windows see. Of the
+product, the diagonals count, each summed over the positions of each kernel position. Along the
+others, positions fall into cells that see the same kernel positions; a cell is multiplied with what
+is at each offset from it. All factors are views of one padded copy of the tensor.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
-from kfac_tn.tn.gram.windows import Windows, every, fit
+from kfac_tn.tn.gram.windows import Windows, every
 
-CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+MOST_CHANNELS = 8
+"""Channels in a group up to which that is thought of."""
 
-COPIES = 6
-"""Copies of a chunk that are made, roughly, torch's own included."""
+STRETCH = 28
+"""Positions of the last axis that are multiplied at once: fewer for more channels."""
+
+COPIES = 4
+"""Copies of a chunk that are made, roughly."""
 
 TapCell = tuple[int, int, tuple[int, ...]]
 """First position and number of positions, at the distance of the stride, and their taps."""
@@ -58,15 +63,15 @@ def cells_of_taps(window: Windows) -> tuple[TapCell, ...]:
 
 
 def gram_by_correlations(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -> Tensor:
-    """Convolve cells with their surroundings.
+    """Multiply cells with what is at each offset from them.
 
     Args:
-        x: `[shared, examples, 1, *sizes]`.
-        windows: Of each of the last axes, one to three.
+        x: `[shared, examples, channels, *sizes]`.
+        windows: Of each of the last axes, at least one.
         scale: The result is multiplied by that.
 
     Returns:
-        `[shared, d, d]`, `d = prod(kernel sizes)`.
+        `[shared, d, d]`, `d = channels * prod(kernel sizes)`.
     """
     count = max(1, max(x.numel() // COPIES, LEAST_CHUNK) // x[0].numel())
     result = torch.cat([_gram(chunk, windows) for chunk in x.split(count)])
@@ -74,33 +79,46 @@ def gram_by_correlations(x: Tensor, windows: tuple[Windows, ...], scale: float =
 
 
 def _gram(x: Tensor, windows: tuple[Windows, ...]) -> Tensor:
-    shared, examples = x.shape[:2]
-    images = fit(x[:, :, 0], 2, windows)
-    images = images.reshape(1, shared * examples, *images.shape[2:])
+    shared, _, channels, *_ = x.shape
     *kernels, last = [window.kernel_size for window in windows]
     axes = len(kernels)
-    blocks = x.new_zeros(*kernels, *kernels, shared, last, last)
+    images = _padded(x, windows)
+    taps_of_last = _taps(windows[-1], images)
+    blocks = x.new_zeros(*kernels, *kernels, shared, channels, last, channels, last)
     for cells in product(*map(cells_of_taps, windows[:-1])):
-        correlations = _correlate(images, cells, windows, examples)  # [k, shared, *offsets, k']
-        offsets = range(2, 2 + axes)
-        correlations = correlations.permute(*offsets, 1, 0, 2 + axes).contiguous()
+        sums = _correlate(images, taps_of_last, cells, windows)  # [*offsets, shared, c, k, c', k']
         for taps in product(*(members for _, _, members in cells)):
-            target, source = blocks[taps], correlations  # [*k', shared, k, k'], [*offsets, ...]
+            target, source = blocks[taps], sums  # [*k', ...], [*offsets, ...]
             for axis, (k, (_, _, members)) in enumerate(zip(taps, cells, strict=True)):
                 first = k if axis == 0 else 0
                 count = kernels[axis] - first
                 target = target.narrow(axis, first, count)
                 source = source.narrow(axis, 0 if axis == 0 else max(members) - k, count)
             target.add_(source)
-    turned = [2 * axes, *range(axes), 2 * axes + 1, *range(axes, 2 * axes), 2 * axes + 2]
-    result = blocks.permute(turned).contiguous()
+    left, right = range(axes), range(axes, 2 * axes)
+    group, c, k, other_c, other_k = range(2 * axes, 2 * axes + 5)
+    result = blocks.permute(group, c, *left, k, other_c, *right, other_k).contiguous()
     if axes:
-        _mirror(result.view(shared, kernels[0], -1, kernels[0], prod(kernels[1:]) * last))
-    return result.view(shared, prod(kernels) * last, -1)
+        rest = prod(kernels[1:]) * last
+        _mirror(result.view(shared, channels, kernels[0], rest, channels, kernels[0], rest))
+    return result.view(shared, channels * prod(kernels) * last, -1)
+
+
+def _padded(x: Tensor, windows: tuple[Windows, ...]) -> Tensor:
+    """A copy with zeros as far as products reach: `[shared, *outer sizes, examples, last, c]`."""
+    *outer, last = windows
+    reach = (last.kernel_size - 1) * last.dilation
+    amounts = [0, 0, reach, reach, 0, 0]
+    for window in reversed(outer):
+        amounts += [max(amount, 0) for amount in window.overhang]
+    return F.pad(x.permute(0, *range(3, x.ndim - 1), 1, x.ndim - 1, 2), amounts).contiguous()
 
 
 def _correlate(
-    images: Tensor, cells: Sequence[TapCell], windows: tuple[Windows, ...], examples: int
+    images: Tensor,
+    taps_of_last: Sequence[Tensor],
+    cells: Sequence[TapCell],
+    windows: tuple[Windows, ...],
 ) -> Tensor:
     """Products of a cell's positions with all that their kernel positions see.
 
@@ -108,39 +126,91 @@ def _correlate(
     images of others. Along the others offsets begin with that of the cell's last kernel position.
 
     Returns:
-        `[k, shared, *offsets, k']`, k and k' of the last axis; a sum over examples.
+        `[*offsets, shared, c, k, c', k']`, k and k' of the last axis; a sum over examples.
     """
-    *outer, last = windows
-    surroundings = kernels = images
-    for axis, ((first, count, taps), window) in enumerate(zip(cells, outer, strict=True), start=2):
-        first -= window.start  # where `fit` has put it
-        reach = (window.kernel_size - 1 - min(taps)) * window.dilation
-        before = 0 if axis == 2 else max(taps) * window.dilation
-        size = before + (count - 1) * window.stride + reach + 1
-        surroundings = surroundings.narrow(axis, first - before, size)
-        kernels = every(kernels, axis, first, count, window.stride)
-    surroundings = surroundings.contiguous()
-    dimensions = len(windows)
-    strides = [window.stride for window in windows]
-    dilations = [window.dilation for window in windows]
-    products = [
-        CONVOLVE[dimensions](
-            surroundings,
-            every(kernels, dimensions + 1, k * last.dilation, last.output_size, last.stride)
-            .movedim(0, 1)
-            .contiguous(),
-            stride=dilations,
-            dilation=strides,
-            groups=images.shape[1],
-        )
-        .unflatten(1, (-1, examples))
-        .sum(2)
-        for k in range(last.kernel_size)
-    ]
-    return torch.stack(products)[:, 0]
+    left, around = images, images
+    numbers = []
+    for axis, ((first, count, taps), window) in enumerate(zip(cells, windows, strict=False), 1):
+        first += max(window.overhang[0], 0)  # where `_padded` has put it
+        back = 0 if axis == 1 else max(taps)
+        numbers.append(back + window.kernel_size - min(taps))
+        start = first - back * window.dilation
+        size = (numbers[-1] - 1) * window.dilation + (count - 1) * window.stride + 1
+        around = around.narrow(axis, start, size)
+        left = every(left, axis, first, count, window.stride)
+    reach = (windows[-1].kernel_size - 1) * windows[-1].dilation
+    left = left.narrow(-2, reach, windows[-1].size).flatten(1, -3)
+    found = []
+    for offset in product(*map(range, numbers)):
+        right = around
+        for axis, (at, (_, count, _), window) in enumerate(
+            zip(offset, cells, windows, strict=False), 1
+        ):
+            right = every(right, axis, at * window.dilation, count, window.stride)
+        found.append(_sums(left, right.flatten(1, -3), taps_of_last, windows[-1]))
+    sums = torch.stack(found)
+    return sums.unflatten(0, numbers) if numbers else sums[0]
+
+
+def _sums(left: Tensor, right: Tensor, taps: Sequence[Tensor], window: Windows) -> Tensor:
+    """Products along the last axis, of each kernel position with each other.
+
+    Args:
+        left: `[shared, rows, size, c]`.
+        right: `[shared, rows, reach + size + reach, c]`.
+        taps: For each stretch, which positions belong to each kernel position.
+        window: Of the axis.
+
+    Returns:
+        `[shared, c, k, c', k']`.
+    """
+    kernel_size, reach = window.kernel_size, (window.kernel_size - 1) * window.dilation
+    total: Tensor | None = None
+    start = 0
+    for some in taps:
+        count = some.shape[1]
+        wide = count + 2 * reach
+        positions = left.narrow(2, start, count).flatten(2)
+        around = right.narrow(2, start, wide).flatten(2)
+        pairs = torch.bmm(positions.mT, around).view(len(left), count, -1, wide, left.shape[3])
+        # Along diagonals: what is at each lag from a position.
+        lags = pairs.permute(0, 2, 4, 1, 3).flatten(3).unfold(3, 2 * reach + 1, wide + 1)
+        lags = lags[..., :: window.dilation].movedim(3, 0)  # [positions, shared, c, c', lags]
+        part = some @ lags.reshape(count, -1)
+        total = part if total is None else total.add_(part)
+        start += count
+    assert total is not None
+    # Of kernel position k, k' is at lag k' - k.
+    total = total.view(kernel_size, *lags.shape[1:]).movedim(0, 3)
+    total = total.flatten(3)[..., kernel_size - 1 :]
+    return total.unfold(3, kernel_size, max(1, 2 * kernel_size - 2)).movedim(2, 3)
+
+
+def stretches(window: Windows, channels: int) -> tuple[tuple[int, int], ...]:
+    """Stretches of the last axis: their positions, and those that these are multiplied with."""
+    around = 2 * (window.kernel_size - 1) * window.dilation
+    number = -(-window.size * channels // STRETCH)
+    count = -(-window.size // number)
+    starts = range(0, window.size, count)
+    counts = [min(count, window.size - start) for start in starts]
+    return tuple((count, count + around) for count in counts)
+
+
+def _taps(window: Windows, like: Tensor) -> list[Tensor]:
+    """Which positions belong to each kernel position: zeros and ones `[k, positions]`.
+
+    One for each stretch.
+    """
+    taps = torch.arange(window.kernel_size) * window.dilation + window.start
+    behind = torch.arange(window.size) - taps[:, None]  # its place in the first window
+    last = (window.output_size - 1) * window.stride
+    taken = (behind % window.stride == 0) & (behind >= 0) & (behind <= last)
+    counts = [count for count, _ in stretches(window, like.shape[-1])]
+    return list(taken.to(like).split(counts, 1))
 
 
 def _mirror(result: Tensor) -> None:
-    """Fill the blocks below the diagonal of `[shared, k, rest, k', rest']` with those above."""
-    for k in range(result.shape[1] - 1):
-        result[:, k + 1 :, :, k].copy_(result[:, k, :, k + 1 :].permute(0, 2, 3, 1))
+    """Fill the blocks below the diagonal of `[shared, c, k, rest, c', k', rest']` with others."""
+    for k in range(result.shape[2] - 1):
+        above = result[:, :, k, :, :, k + 1 :]  # [shared, c, rest, c', k', rest']
+        result[:, :, k + 1 :, :, :, k].copy_(above.permute(0, 3, 4, 5, 1, 2))

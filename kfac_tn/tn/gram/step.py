@@ -14,7 +14,13 @@ from torch import Tensor
 from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.blocks import LITTLE, examples_at_once
 from kfac_tn.tn.gram.cells import COPIES, gram_by_cells
-from kfac_tn.tn.gram.correlations import CONVOLVE, TapCell, cells_of_taps, gram_by_correlations
+from kfac_tn.tn.gram.correlations import (
+    MOST_CHANNELS,
+    TapCell,
+    cells_of_taps,
+    gram_by_correlations,
+    stretches,
+)
 from kfac_tn.tn.gram.lags import COPIES as COPIES_OF_LAGS
 from kfac_tn.tn.gram.lags import (
     MOST_AXES,
@@ -42,12 +48,6 @@ METHODS: dict[str, Method] = {
 NEAR = 2**22
 """Elements of a chunk that are read from a cache after they are written."""
 
-DEPTHWISE_WASTE = 4
-"""How much longer depthwise convolutions take than products of matrices."""
-
-DILATED_WASTE = 16
-"""The same for dilated kernels."""
-
 UNFOLDED_WASTE = 6
 """How much longer convolutions take that are unfolded by torch."""
 
@@ -64,7 +64,7 @@ def applies(method: str, channels: int, windows: tuple[Windows, ...]) -> bool:
         windows: Of each axis; none for a tensor that is no windows.
     """
     if method == "correlations":
-        return channels == 1 and len(windows) in CONVOLVE
+        return bool(windows) and channels <= MOST_CHANNELS
     if method == "lags":
         return 0 < len(windows) <= MOST_AXES
     if method == "positions":
@@ -127,9 +127,6 @@ class WindowGram(Step):
         if self.method == "unfolding":
             _, examples, channels, positions = self._sizes(inputs[0])
             work *= symmetric_share(channels * self._kernel, examples * positions)
-        if self.method == "correlations":
-            dilated = any(window.stride > 1 for window in self.windows)
-            work *= DILATED_WASTE if dilated else DEPTHWISE_WASTE
         return work
 
     def convolved(self, *inputs: Tensor) -> float:
@@ -175,12 +172,10 @@ class WindowGram(Step):
                 total += pairs * window.kernel_size**2
                 pairs = pairs * window.kernel_size**2 // window.size**2
             return 2 * shared * total
-        *_, last = self.windows
-        taps = last.kernel_size**2 * last.output_size
-        first = 2 if len(self.windows) > 1 else 1  # half of the offsets along the first axis
-        offsets = prod(2 * w.kernel_size - 1 for w in self.windows[:-1])
-        cells = prod(sum(c for _, c, _ in cells_of_taps(w)) for w in self.windows[:-1])
-        return 2 * shared * examples * taps * cells * offsets // first
+        outer, channels = self._rows_and_offsets, max(channels, 1)
+        across = sum(count * wide for count, wide in stretches(self.windows[-1], channels))
+        rows = sum(count * offsets for count, offsets in outer)
+        return 2 * shared * examples * rows * across * channels**2
 
     def moved(self, *inputs: Tensor) -> int:
         """Elements read and written on the way: copies, and products added to blocks."""
@@ -208,7 +203,9 @@ class WindowGram(Step):
         if self.method == "positions":
             pairs = shared * channels**2 * self._position_pairs
             return (3 * len(self.windows) * pairs) // 2 + 2 * result
-        return 6 * x.numel() + 4 * result * len(self._cells)
+        across = sum(count * wide for count, wide in stretches(self.windows[-1], channels))
+        offsets = sum(number for _, number in self._rows_and_offsets)
+        return 8 * x.numel() + 3 * shared * offsets * across * channels**2 + 4 * result
 
     def launches(self, *inputs: Tensor) -> int:
         """Number of operations on tensors."""
@@ -224,12 +221,11 @@ class WindowGram(Step):
         if self.method == "positions":
             chunks = -(-self._sizes(inputs[0])[0] // self._groups_at_once(inputs[0]))
             return 12 * len(self.windows) + chunks * (3 + 4 * len(self.windows))
-        *_, last = self.windows
-        calls = len(self._cells) * last.kernel_size
-        images = inputs[0].shape[0] * prod(self._sizes(inputs[0])[:2])
-        each = 30 if has_depthwise_kernels(inputs[0]) else images
+        offsets = sum(number for _, number in self._rows_and_offsets)
         taps = sum(prod(len(members) for _, _, members in cells) for cells in self._cells)
-        return each * calls + 3 * taps
+        channels = self._sizes(inputs[0])[2]
+        products = 3 + 8 * len(stretches(self.windows[-1], channels))
+        return offsets * products + 3 * taps + 5 * len(self.windows)
 
     def held(self, *inputs: Tensor) -> int:
         """Elements held on the way, besides arguments and result."""
@@ -289,6 +285,20 @@ class WindowGram(Step):
     @property
     def _cells(self) -> list[tuple[TapCell, ...]]:
         return list(product(*map(cells_of_taps, self.windows[:-1])))
+
+    @property
+    def _rows_and_offsets(self) -> list[tuple[int, int]]:
+        """Of each cell, positions along all axes but the last, and offsets."""
+        found = []
+        for cells in self._cells:
+            offsets = [
+                window.kernel_size - min(taps) + (max(taps) if axis else 0)
+                for axis, ((_, _, taps), window) in enumerate(
+                    zip(cells, self.windows, strict=False)
+                )
+            ]
+            found.append((prod(count for _, count, _ in cells), prod(offsets)))
+        return found
 
 
 # torch.compile takes the method as one call, and traces what it does on tensors.
