@@ -51,7 +51,7 @@ NEAR = 2**22
 UNFOLDED_WASTE = 6
 """How much longer convolutions take that are unfolded by torch."""
 
-LAG = 8
+LAG = 4
 """How often an element of what correlations result in is moved."""
 
 
@@ -145,7 +145,7 @@ class WindowGram(Step):
         shared, examples, channels, positions = self._sizes(x)
         rows, terms, aligned = channels, examples * positions, False
         if self.method == "correlations":
-            return not has_depthwise_kernels(x)
+            return True
         if self.method == "unfolding":
             groups, chunks = self._chunks(x)
             shared, aligned = shared // groups, True
@@ -172,7 +172,7 @@ class WindowGram(Step):
                 total += pairs * window.kernel_size**2
                 pairs = pairs * window.kernel_size**2 // window.size**2
             return 2 * shared * total
-        outer, channels = self._rows_and_offsets, max(channels, 1)
+        outer = self._rows_and_offsets
         across = sum(count * wide for count, wide in stretches(self.windows[-1], channels))
         rows = sum(count * offsets for count, offsets in outer)
         return 2 * shared * examples * rows * across * channels**2
@@ -192,7 +192,7 @@ class WindowGram(Step):
             there = amounts(self.windows)
             rows = self.windows[0].size * shared * examples * channels
             blocks = shared * channels**2 * (there.cells + 2 * there.sums)
-            return 2 * there.copied * rows + 2 * x.numel() + blocks + 4 * result
+            return 3 * there.copied * rows + 2 * x.numel() + blocks + 4 * result
         if self.method == "lags":
             there = amounts(self.windows, True)
             all_lags = lags_of_classes(self.windows)
