@@ -908,13 +908,16 @@ def test_refused_calls(build):
     refuse(build(), "without a batch axis", mlp(), CE(), lambda m, f: f(m(x[0]), y[0]))
     refuse(build(), "first positional", mlp(), CE(), lambda m, f: f(input=m(x), target=y))
     refuse(build(), "targets that require", mlp(), nn.MSELoss(), lambda m, f: f(m(x), m(x)))
-    other = extend(CE())
+    again = "called several times"
+    refuse(build(), again, mlp(), CE(), lambda m, f: [f(m(x), y), f(m(x + 1), y)][0])
+    refuse(build(), again, mlp(), CE(), lambda m, f: [f(m(x), y), m(x + 1)][0])
+    more, other = extend(mlp()), extend(CE())
     refuse(
         build(),
         "has 4 examples, another one 2|has 2 examples, another one 4",
         mlp(),
         CE(),
-        lambda m, f: f(m(x), y) + other(m(x[:2]), y[:2]),
+        lambda m, f: f(m(x), y) + other(more(x[:2]), y[:2]),
     )
     for sizes, kind in (((), {"output_size": (9, 9)}), (((9, 9),), {})):
         layer = nn.ConvTranspose2d(2, 1, 2, stride=2)

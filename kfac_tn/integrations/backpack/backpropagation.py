@@ -26,6 +26,7 @@ from kfac_tn.hooks import plain
 from kfac_tn.integrations.backpack.graph import (
     Edge,
     count_uses,
+    is_recorded_call,
     source_of,
     vector_jacobian_products,
 )
@@ -114,20 +115,22 @@ class ColumnExtension(_Base):
         gradient = g_out[0]
         if gradient is None:
             return
-        if not hasattr(module, "output") and _own_parameters(module):
-            self._refuse(module, "was called several times, and BackPACK keeps the last call alone")
+        is_loss = _is_loss(module) or _has_likelihood(module)
+        if not is_loss and any(True for _ in module.children()):
+            if _own_parameters(module) or hasattr(module, "parametrizations"):
+                self._refuse(module, "has parameters of its own, but no rule for them")
+            return
+        if not hasattr(module, "output") or not is_recorded_call(self._inputs(module), module):
+            self._refuse(module, "was called several times, but BackPACK keeps the last call alone")
         with plain(gradient.device):
-            if _is_loss(module) or _has_likelihood(module):
-                self._at_loss(module, g_inp, gradient)
-            elif any(True for _ in module.children()):
-                if _own_parameters(module) or hasattr(module, "parametrizations"):
-                    self._refuse(module, "has parameters of its own, but no rule for them")
+            if is_loss:
+                self._at_loss(module, gradient)
             else:
                 self._at_module(module, gradient)
 
     # Losses --------------------------------------------------------------------------------------
 
-    def _at_loss(self, loss: Module, g_inp: tuple[Tensor | None, ...], g_out: Tensor) -> None:
+    def _at_loss(self, loss: Module, g_out: Tensor) -> None:
         inputs = self._inputs(loss)
         outputs, targets = inputs[0], inputs[1] if len(inputs) > 1 else None
         if isinstance(targets, Tensor) and targets.requires_grad:

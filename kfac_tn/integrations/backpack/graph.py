@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 Edge: TypeAlias = "tuple[Node, int]"
 
@@ -38,6 +38,21 @@ def source_of(tensor: Tensor) -> Edge | None:
     while node is not None and (node.name() in _VIEWS or node.name() == _HOOK):
         node, number = node.next_functions[number if node.name() == _HOOK else 0]
     return None if node is None or hasattr(node, "variable") else (node, number)
+
+
+def is_recorded_call(inputs: Sequence[Any], module: Module) -> bool:
+    """Whether a module's hook runs for the call whose inputs and output BackPACK recorded.
+
+    Full backward hooks run at a node that PyTorch puts before the module's inputs, or, if none of
+    these requires a gradient, behind its output.
+    """
+    node: Any = torch._C._current_autograd_node()
+    if any(isinstance(x, Tensor) and x.grad_fn is node for x in inputs):
+        return True
+    output = module.output
+    return isinstance(output, Tensor) and any(
+        function is output.grad_fn for function, _ in node.next_functions
+    )
 
 
 def count_uses(outputs: Tensor, uses: Counter[Parameter], visited: set[Node]) -> None:
