@@ -81,8 +81,8 @@ def compute_kfac(
             results that aren't finite, a loss with ``reduction="none"``, a layer larger than
             ``max_dim``, or ``"forward-only"`` with diagonals or parameters that have no Kronecker
             structure (freeze them, or choose another Fisher).
-        TypeError: For a loss whose likelihood isn't known, or batches that are no pairs and no
-            ``forward`` that says what they are.
+        TypeError: For a loss whose likelihood isn't known; for outputs that are no tensor, or
+            batches that are no pairs, and no ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.
 
     Example:
@@ -142,6 +142,12 @@ def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: 
         batches += 1
         with torch.inference_mode(False), torch.enable_grad():
             outputs, targets = forward(model, batch)
+            if not isinstance(outputs, Tensor):
+                raise TypeError(
+                    f"The loss is to be one of a tensor, but the model returned a "
+                    f"{type(outputs).__name__}: take the tensor out of it by forward=..., as in "
+                    "forward=lambda model, batch: (model(batch[0])['logits'], batch[1])."
+                )
             weight: Tensor | float = 1.0
             if capture.likelihood.reduction == "mean":
                 weight = capture.likelihood.num_terms(outputs.detach(), targets)

@@ -133,6 +133,26 @@ def test_what_is_ambiguous_is_refused(compute, structure):
         COMPUTE[compute](model, loss_fn, [batch])
 
 
+class Packed(TwoInputs):
+    """Returns more than a tensor."""
+
+    def forward(self, both) -> dict[str, Tensor]:
+        return {"logits": super().forward(both)}
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_outputs_that_are_no_tensor(compute):
+    _, loss_fn, parts = problem()
+    torch.manual_seed(0)
+    model, loader = Packed().double(), [((ids, x), y) for ids, x, y in parts]
+    with pytest.raises(TypeError, match=r"returned.* dict"):
+        COMPUTE[compute](model, loss_fn, loader)
+    result = COMPUTE[compute](
+        model, loss_fn, loader, forward=lambda model, batch: (model(batch[0])["logits"], batch[1])
+    )
+    assert result.any()
+
+
 @pytest.mark.parametrize("compute", COMPUTE)
 def test_progress_bar(compute, capsys):
     model, loss_fn, parts = problem()
