@@ -429,7 +429,7 @@ def test_preconditioner(curvature):
             r"layers \['3'\]",
         ),
     ],
-    ids=str,
+    ids=["unknown", "missing", "superfluous", "all forward-only", "one forward-only"],
 )
 def test_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
