@@ -26,13 +26,20 @@ PLAIN = (Tensor, Parameter)
 
 
 def _find() -> object:
-    """The operator; None where torch has been built without it."""
+    """The operator; None where torch has been built without it, or has another in its place.
+
+    It and what `_able` asks are torch's own affairs, which other versions may arrange differently.
+    """
     if not torch.backends.mkldnn.is_available():
         return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-_linear = _find()
+    one = torch.ones(1, 1)
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+        works = bool(operator(one, one, None, "none", [], "") == one)
+        _plain(one)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return operator if works else None
 
 
 def multiply(first: Tensor, second: Tensor) -> Tensor:
@@ -81,9 +88,12 @@ def worth(batch: int, rows: int, terms: int, columns: int) -> bool:
 
 def _able(*tensors: Tensor) -> bool:
     """Whether an operator can be called that autograd and the likes of it know nothing of."""
+    return _linear is not None and _plain(*tensors)
+
+
+def _plain(*tensors: Tensor) -> bool:
     return (
-        _linear is not None
-        and all(
+        all(
             type(t) in PLAIN and t.device.type == "cpu" and t.dtype is torch.float32
             for t in tensors
         )
@@ -107,3 +117,6 @@ def _is_dense(matrices: Tensor) -> bool:
     """Whether the rows of each matrix follow each other without gaps, or its columns do."""
     _, rows, columns = matrices.shape
     return matrices.stride()[1:] in ((columns, 1), (1, rows))
+
+
+_linear = _find()

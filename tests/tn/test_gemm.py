@@ -112,3 +112,18 @@ def test_modes_are_respected(calls):
     with torch.backends.mkldnn.flags(enabled=False):
         gemm.multiply(a, b)
     assert not calls
+
+
+def test_a_torch_that_arranges_its_operators_differently(monkeypatch):
+    """Products are torch's then; nothing fails."""
+
+    def other(*arguments):
+        raise TypeError("_linear_pointwise() takes 3 arguments")
+
+    assert gemm._find() is gemm._linear
+    if gemm._linear is not None:
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", other)
+    monkeypatch.setattr(gemm, "_linear", gemm._find())
+    assert gemm._linear is None
+    first, second = torch.randn(1, 200, 200), torch.randn(1, 200, 200)
+    assert torch.equal(gemm.multiply(first, second), torch.bmm(first, second))
