@@ -118,6 +118,11 @@ class Calls:
     def __len__(self) -> int:
         return len(self.outputs)
 
+    @property
+    def input_bytes(self) -> int:
+        """What the inputs of all calls take; they are kept."""
+        return sum(one.record.x.nbytes for one in self._found)
+
     def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
             return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
-from kfac_tn.curvature.calls import Calls, Contributions, sum_of_squares
+from kfac_tn.curvature.calls import Call, Calls, Contributions, sum_of_squares
 from kfac_tn.curvature.compute import check_finite
+from kfac_tn.functional import common
 from kfac_tn.functional.common import cast
 from kfac_tn.likelihood import Likelihood, likelihood_of
 
@@ -51,7 +53,8 @@ def compute_ggn_diagonal(
         mc_samples: Samples for ``"mc"``; the error falls with their square root. Default: 1.
         max_memory: Most bytes to hold for squaring gradients of one layer, besides its input,
             output gradients and result: examples and columns come in chunks. Default: 64 MiB, or
-            what a single gradient takes if that is more.
+            what a single gradient takes if that is more; and as much again as the layers' inputs
+            for output gradients that are faster squared with those of other columns.
         generator: Source of randomness (on the model's device); by default the global one.
         forward: For other batches (dicts, more than two parts) and other ways to call the model: a
             function of model and batch that returns the outputs for the loss, and the targets.
@@ -149,13 +152,63 @@ def _add_batch(
     weight: Tensor | float,
     max_memory: int | None,
 ) -> None:
-    def receive(name: str, attribute: str, contributions: Contributions) -> None:
+    def add(name: str, attribute: str, contributions: Contributions) -> None:
         totals[name] += sum_of_squares(attribute, contributions, max_memory) * weight
 
-    if calls.unknown:
-        columns = list(columns)
-    for column in columns:
-        calls.backward(column, receive)
+    columns = iter(columns)
+    size = max(1, common.UNFOLD_BYTES // calls.outputs.nbytes)
+    while chunk := list(islice(columns, size)):
+        held = _Held(add, len(chunk), calls.input_bytes if max_memory is None else 0)
+        for column in chunk:
+            calls.backward(column, held.receive)
+        held.release()
+        _add_one_by_one(totals, calls, chunk, weight)
+
+
+class _Held:
+    """Output gradients that are squared faster with those of other columns.
+
+    Args:
+        add: Takes a parameter's name, whether it is a weight or a bias, and contributions.
+        columns: How many there will be.
+        limit: Most bytes to hold of all of them.
+    """
+
+    def __init__(
+        self, add: Callable[[str, str, Contributions], None], columns: int, limit: int
+    ) -> None:
+        self._add, self._columns, self._left = add, columns, limit
+        self._held: dict[tuple[str, Call], list[Tensor]] = {}
+
+    def receive(self, name: str, attribute: str, contributions: Contributions) -> None:
+        """Hold what comes, or hand it on."""
+        call, g = contributions[0]
+        # Gradients of several calls add up before they are squared.
+        if attribute == "weight" and len(contributions) == 1 and self._has_room(name, call, g):
+            self._held[name, call].append(g)
+        else:
+            self._add(name, attribute, contributions)
+
+    def _has_room(self, name: str, call: Call, g: Tensor) -> bool:
+        if (name, call) in self._held:
+            return True
+        needed = 2 * self._columns * g.nbytes  # twice, as they are stacked
+        if needed > self._left or not call.family.squares_together(call.module, g, self._columns):
+            return False
+        self._left -= needed
+        self._held[name, call] = []
+        return True
+
+    def release(self) -> None:
+        """Hand on what is held."""
+        while self._held:
+            (name, call), gradients = self._held.popitem()
+            self._add(name, "weight", [(call, torch.stack(gradients))])
+
+
+def _add_one_by_one(
+    totals: dict[str, Tensor], calls: Calls, columns: list[Tensor], weight: Tensor | float
+) -> None:
     if not calls.unknown:
         return
     names = sorted(calls.unknown)

@@ -9,8 +9,15 @@ from torch import Tensor
 from kfac_tn.functional.common import cast, check, concatenate
 from kfac_tn.functional.conv import conv_sum_grad_output
 from kfac_tn.functional.linear import linear_sum_grad_output
-from kfac_tn.functional.networks import Geometry, adjoint, evaluate, spatial_sizes
-from kfac_tn.functional.pairs import Pair, per_example_gradients, sum_squared_gradients
+from kfac_tn.functional.networks import (
+    Geometry,
+    adjoint,
+    evaluate,
+    spatial_sizes,
+    weight_gradient,
+)
+from kfac_tn.functional.pairs import Pair, per_example_gradients
+from kfac_tn.functional.squares import sum_squared_gradients
 from kfac_tn.tn.conv import Ints, Padding
 
 
@@ -332,18 +339,19 @@ def _conv_pairs(x: Tensor, g: Tensor, geometry: Geometry) -> tuple[list[Pair], t
 
 
 def _conv_pair(x: Tensor, g: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Pair:
-    groups = geometry.groups
+    groups, channels = geometry.groups, g.shape[2]
+    d_out, d_in = channels // groups, x.shape[1] // groups * prod(kernel)
+
+    def direct(x: Tensor, g: Tensor) -> Tensor:
+        return weight_gradient(cast(x), cast(g), geometry).reshape(groups, d_out, d_in)
+
     return Pair(
         x,
         g,
         lambda x: evaluate("unfold", cast(x), geometry).unflatten(1, (groups, -1)),
         lambda g: g.unflatten(2, (groups, -1)).flatten(4),
-        (
-            groups,
-            g.shape[2] // groups,
-            x.shape[1] // groups * prod(kernel),
-            g[0, 0, 0].numel(),
-        ),
+        (groups, d_out, d_in, g[0, 0, 0].numel()),
+        direct if len(kernel) <= 3 and prod(kernel) > 1 else None,
     )
 
 

@@ -14,6 +14,7 @@ from kfac_tn.functional.rows import (
     conv_input_rows,
     conv_transpose_input_rows,
 )
+from kfac_tn.functional.squares import is_for_pairs
 from kfac_tn.layers.base import LayerFamily
 
 
@@ -58,6 +59,9 @@ class ConvFamily(_ConvFamily):
     def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
         x, g = _batched(module, x), _batched(module, g)
         return functional.conv_per_example_weight_gradient(x, g, **_hyper_parameters(module))
+
+    def squares_together(self, module: Module, g: Tensor, columns: int) -> bool:  # noqa: D102
+        return is_for_pairs(math.prod(_batched(module, g).shape[2:]), columns)
 
     def weight_diagonal(  # noqa: D102
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None

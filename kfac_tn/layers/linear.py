@@ -9,6 +9,7 @@ from torch.nn import Module
 
 from kfac_tn import functional
 from kfac_tn.functional.rows import linear_grad_output_rows, linear_input_rows
+from kfac_tn.functional.squares import is_for_pairs
 from kfac_tn.layers.base import LayerFamily
 
 
@@ -46,6 +47,9 @@ class LinearFamily(LayerFamily):
 
     def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
         return functional.linear_per_example_weight_gradient(_batched(x), _batched(g))
+
+    def squares_together(self, module: Module, g: Tensor, columns: int) -> bool:  # noqa: D102
+        return is_for_pairs(math.prod(g.shape[1:-1]), columns)
 
     def weight_diagonal(  # noqa: D102
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None

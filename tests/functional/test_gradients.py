@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from kfac_tn import functional
-from kfac_tn.functional import common, networks
+from kfac_tn.functional import common, networks, squares
+from kfac_tn.functional.products import inner_products
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-10
@@ -117,6 +118,87 @@ def test_transposed_convolutions(convolution, budget):
             lambda x, g: functional.conv_transpose_per_example_weight_gradient(x, g, *options),
             lambda x, g: functional.conv_transpose_weight_diagonal(x, g, *options),
         )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("algorithm", ["positions", "direct", "gradients", "large gradients"])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_each_way_to_sum_squares(algorithm, transposed, data):
+    """Forced, whatever suits the shape; several positions, as none but one way takes a single."""
+    layer, weight_shape, x, options = data.draw(convolutions(transposed))
+    budget = data.draw(st.sampled_from([None, 1000, 10_000]))
+    applied = []
+
+    def choose(pair, limit):
+        if pair.shape[-1] == 1 or (algorithm == "direct" and pair.direct is None):
+            return chosen(pair, limit)
+        applied.append(algorithm)
+        return algorithm.removeprefix("large ")
+
+    chosen = squares.choose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(squares, "choose", choose)
+        if algorithm == "large gradients":
+            patch.setattr(squares, "LARGE", 0)
+        if budget is not None:
+            patch.setattr(common, "UNFOLD_BYTES", budget)
+            patch.setattr(common, "CACHE_BYTES", budget // 3)
+        name = "conv_transpose" if transposed else "conv"
+        check(
+            layer,
+            weight_shape,
+            x,
+            lambda x, g: getattr(functional, f"{name}_per_example_weight_gradient")(x, g, *options),
+            lambda x, g: getattr(functional, f"{name}_weight_diagonal")(x, g, *options),
+        )
+    assume(applied)
+
+
+CHOICES = {
+    # input, output gradients, kernel size: in ResNet-18, from the first layers to the last
+    "direct": ((2, 16, 16, 16), (1, 2, 32, 16, 16), 3),
+    "gradients": ((2, 64, 8, 8), (9, 2, 128, 8, 8), 3),
+    "positions": ((2, 64, 4, 4), (9, 2, 128, 4, 4), 3),
+    "one position": ((2, 64, 1, 1), (9, 2, 128, 1, 1), 3),
+}
+
+
+@pytest.mark.parametrize("algorithm", CHOICES)
+def test_float32_is_as_accurate_as_it_can_be(algorithm):
+    """The way that suits a shape against float64; positive gradients, and ones that cancel."""
+    x_shape, g_shape, kernel_size = CHOICES[algorithm]
+    torch.manual_seed(0)
+    for draw in (torch.rand, torch.randn):
+        x, g = draw(x_shape), draw(g_shape)
+        actual = functional.conv_weight_diagonal(x, g, kernel_size, padding=1)
+        expected = functional.conv_weight_diagonal(x.double(), g.double(), kernel_size, padding=1)
+        assert (actual >= 0).all()
+        assert (actual - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("algorithm", CHOICES)
+def test_choices(algorithm, monkeypatch):
+    x_shape, g_shape, kernel_size = CHOICES[algorithm]
+    called = []
+    for name, function in squares.ALGORITHMS.items():
+        monkeypatch.setitem(
+            squares.ALGORITHMS, name, lambda *a, n=name, f=function: (called.append(n), f(*a))
+        )
+    functional.conv_weight_diagonal(torch.rand(x_shape), torch.rand(g_shape), kernel_size, 1, 1)
+    assert called == [algorithm]
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3), (200, 300, 100), (256, 2304, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inner_products(shape, dtype):
+    rows, columns, inner = shape
+    a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    for left in (a, a.mT.contiguous().mT):
+        actual, expected = inner_products(left, b), a.double() @ b.double().mT
+        assert actual.dtype == dtype
+        error = (actual - expected).norm() / expected.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 1e-14)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (1, 1), (6, 7, 5), (3, 2, 4, 5), (40, 3, 50)])
