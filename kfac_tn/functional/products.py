@@ -11,9 +11,6 @@ from kfac_tn.functional.common import cast, cast_chunks, check, full_precision
 from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.symmetric import add_to, lower_blocks, mirror
 
-LARGE = 2**22
-"""Multiplications of a product from which on it matters which library makes it."""
-
 
 def gram(rows: Tensor) -> Tensor:
     """Sum over examples of the outer products of rows with themselves.
@@ -70,27 +67,6 @@ def sum_grams(chunks: Sequence[Tensor], columns: Callable[[Tensor], Tensor]) -> 
     for chunk in chunks[1:]:
         add_to(blocks, columns(chunk))
     return mirror(blocks)
-
-
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.mT` of two matrices, `[M, K]` and `[N, K]`, by the faster one of torch's libraries.
-
-    On a CPU, large products in float32 are written as convolutions of kernel size 1, for oneDNN:
-    it takes half the time of MKL where that leaves vector units unused (AMD's).
-    """
-    if not is_for_one_dnn(a) or a.numel() * len(b) < LARGE:
-        return a @ b.mT
-    # Positions before channels in memory: nothing needs to be copied on the way in or out.
-    rows, kernel = a[None, :, None].permute(0, 3, 1, 2), b[:, :, None, None]
-    product = torch.mkldnn_convolution(rows, kernel, None, (0, 0), (1, 1), (1, 1), 1)
-    return product[0, :, :, 0].mT
-
-
-def is_for_one_dnn(tensor: Tensor) -> bool:
-    """Whether torch has oneDNN's kernels for a tensor."""
-    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-        return False
-    return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
 def border(factor: Tensor, mean: Tensor) -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from kfac_tn.functional import common
 from kfac_tn.functional.common import accumulation_dtype, cast, full_precision
 from kfac_tn.functional.pairs import Pair, products_over_positions
-from kfac_tn.functional.products import LARGE, inner_products, is_for_one_dnn
+from kfac_tn.tn import gemm
+
+LARGE = 2**22
+"""Multiplications of an example's gradients that are worth products of their own."""
 
 FEW = 8
 """Gradients of a chunk that are squared and added one by one: so many launches cost less than to
@@ -63,12 +67,18 @@ def choose(pair: Pair, limit: int) -> str:
         return "positions"
     # To unfold takes time with `d_in R`; torch's kernel loses time with its result, `d_out d_in`.
     direct = pair.direct is not None and positions > columns * d_out
-    return "direct" if direct and is_for_one_dnn(pair.g) else "gradients"
+    return "direct" if direct and _is_for_one_dnn(pair.g) else "gradients"
 
 
 def is_for_pairs(positions: int, columns: int) -> bool:
     """Whether it takes fewer products to sum over columns first, of all pairs of positions."""
     return positions > 1 and positions * (positions + 1) < 2 * columns * (positions + SQUARING)
+
+
+def _is_for_one_dnn(tensor: Tensor) -> bool:
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
 # ---- algorithms ------------------------------------------------------------------------------
@@ -108,10 +118,14 @@ def _large_gradients(pair: Pair, total: Tensor, limit: int) -> None:
                 vectors[:, group].chunk(blocks, 1), parts.chunk(blocks), strict=True
             ):
                 for n, a in enumerate(block):
-                    products = inner_products(a, rows[:, n, group].flatten(0, 1))
+                    products = _multiply(a, rows[:, n, group].flatten(0, 1))
                     for gradient in products.unflatten(1, (len(rows), -1)).unbind(1):
                         square.addcmul_(gradient, gradient)
     total += squares.mT
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    return gemm.multiply(a.unsqueeze(0), b.mT.unsqueeze(0)).squeeze(0)
 
 
 def _direct(pair: Pair, total: Tensor, limit: int) -> None:
@@ -145,7 +159,7 @@ def _pairs_of_positions(pair: Pair, total: Tensor, limit: int) -> None:
             if distance:
                 pairs *= 2
             for group in range(len(total)):
-                total[group] += inner_products(pairs[group], input_pairs[group])
+                total[group] += _multiply(pairs[group], input_pairs[group])
     total.clamp_(min=0)  # what cancels may leave less than nothing
 
 

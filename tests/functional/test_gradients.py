@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from kfac_tn import functional
 from kfac_tn.functional import common, networks, squares
-from kfac_tn.functional.products import inner_products
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-10
@@ -187,18 +186,6 @@ def test_choices(algorithm, monkeypatch):
         )
     functional.conv_weight_diagonal(torch.rand(x_shape), torch.rand(g_shape), kernel_size, 1, 1)
     assert called == [algorithm]
-
-
-@pytest.mark.parametrize("shape", [(7, 5, 3), (200, 300, 100), (256, 2304, 64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inner_products(shape, dtype):
-    rows, columns, inner = shape
-    a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
-    for left in (a, a.mT.contiguous().mT):
-        actual, expected = inner_products(left, b), a.double() @ b.double().mT
-        assert actual.dtype == dtype
-        error = (actual - expected).norm() / expected.norm()
-        assert error < (1e-6 if dtype == torch.float32 else 1e-14)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (1, 1), (6, 7, 5), (3, 2, 4, 5), (40, 3, 50)])
