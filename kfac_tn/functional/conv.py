@@ -58,6 +58,7 @@ def conv_input_factor(
         ValueError: If the arguments describe no convolution of `x`. The message names the culprit.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(4, 6, 8, 8)
         >>> conv_input_factor(x, 3, padding=1, groups=2).shape
         torch.Size([2, 27, 27])
@@ -101,6 +102,7 @@ def conv_average_input(
         ValueError: As `conv_input_factor`.
 
     Example:
+        >>> import torch
         >>> x = torch.arange(8.0).reshape(1, 1, 8)
         >>> conv_average_input(x, 2, stride=2, bias=True)  # means of 0, 2, 4, 6 and of 1, 3, 5, 7
         tensor([[[3., 4., 1.]]])
@@ -125,6 +127,7 @@ def conv_grad_output_factor(g: Tensor, groups: int = 1, approximation: str = "ex
         ValueError: If `g` has no spatial dimension, is empty, or `groups` doesn't divide `C_out`.
 
     Example:
+        >>> import torch
         >>> g = torch.ones(2, 4, 3, 3)
         >>> conv_grad_output_factor(g, groups=2)[0]
         tensor([[18., 18.],
@@ -153,6 +156,7 @@ def conv_sum_grad_output(g: Tensor, groups: int = 1) -> Tensor:
         ValueError: As `conv_grad_output_factor`.
 
     Example:
+        >>> import torch
         >>> conv_sum_grad_output(torch.ones(1, 2, 3, 3), groups=2)
         tensor([[[9.],
                  [9.]]])

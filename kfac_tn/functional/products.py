@@ -25,6 +25,7 @@ def gram(rows: Tensor) -> Tensor:
         ValueError: If `rows` has not three axes or is empty.
 
     Example:
+        >>> import torch
         >>> gram(torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]]))
         tensor([[[1., 2.],
                  [2., 5.]]])
