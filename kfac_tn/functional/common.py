@@ -8,11 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from kfac_tn.tn.autocast import is_enabled
+
 UNFOLD_BYTES = 64 * 2**20
 """Most bytes of unfolded input (or similar copies) held at once; larger batches go in chunks."""
 
 CACHE_BYTES = 4 * 2**20
 """Most bytes of a copy on a CPU that is made to be read once, at best from the cache."""
+
+SEQUENCES = (tuple, list)
 
 APPROXIMATIONS = ("expand", "reduce")
 """How a Kronecker factor treats shared positions."""
@@ -40,7 +44,7 @@ def check_approximation(approximation: str) -> str:
 
 def hashable(option: object) -> object:
     """Lists as tuples, to be a key of a cache."""
-    return tuple(map(hashable, option)) if isinstance(option, list | tuple) else option
+    return tuple(map(hashable, option)) if isinstance(option, SEQUENCES) else option
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -78,7 +82,7 @@ def cast_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Keep autocast from lowering the precision of products."""
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if is_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_tn.tn.autocast import is_enabled
 from kfac_tn.tn.conv import ConvSpec, Ints, Padding
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.operations import forward, unfold_input
@@ -189,6 +190,8 @@ def foldNd(  # noqa: N802
     return result if batched else result.squeeze(0)
 
 
+SEQUENCES = (tuple, list, torch.Size)
+
 # ---- how it is computed ----------------------------------------------------------------------
 
 
@@ -303,9 +306,9 @@ def _apply(
 
 def _numbers(option: Any) -> Any:
     """Numbers in the place of a compiler's symbols for sizes: a plan is for one shape."""
-    if isinstance(option, tuple | list):
+    if type(option) in SEQUENCES:  # unions of types break the graph in torch's older versions
         return tuple([_numbers(entry) for entry in option])
-    if isinstance(option, bool | str) or option is None:
+    if type(option) in (bool, str) or option is None:
         return option
     return len(range(option)) if option >= 0 else -len(range(-option))
 
@@ -330,7 +333,7 @@ def cast_as_autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as `torch.autocast` casts what a convolution takes, once for both passes."""
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not is_enabled(device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
 
@@ -363,4 +366,4 @@ def _sizes(name: str, value: Ints, dimensions: int) -> tuple[int, ...]:
 
 def _hashable(option: object) -> object:
     """Lists as tuples, to be a key of a cache."""
-    return tuple(map(_hashable, option)) if isinstance(option, list | tuple) else option
+    return tuple(map(_hashable, option)) if isinstance(option, SEQUENCES) else option

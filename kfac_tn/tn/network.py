@@ -15,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -23,7 +24,7 @@ from kfac_tn.tn.node import Axes, Delta, Node, Ones, Operand, Scalar, format_axe
 from kfac_tn.tn.structure import Structure
 
 if TYPE_CHECKING:
-    from kfac_tn.tn.plan import Recipe
+    from kfac_tn.tn.plan import Plan, Recipe
     from kfac_tn.tn.rewrite import Explanation
 
 PLAIN = (Tensor, Parameter)
@@ -333,7 +334,7 @@ class Network(Structure):
                 from each other in dtype or device; if `memory_limit` can't be met; or if the
                 algorithm is unknown or doesn't apply.
         """
-        from kfac_tn.tn.plan import foreign_plan, plan, run
+        from kfac_tn.tn.plan import foreign_plan, run
 
         dtype, device = self.check(operands)
         if memory_limit is not None:
@@ -342,11 +343,18 @@ class Network(Structure):
             return evaluate_in_pieces(self, operands, memory_limit, algorithm)
         plain = all(type(tensor) in PLAIN for tensor in operands.values())
         steps = (
-            plan(self, dtype, device, algorithm)
+            self._plan(dtype, device, algorithm)
             if plain
             else foreign_plan(self, operands, algorithm)
         )
         return run(steps, operands)
+
+    @torch.compiler.assume_constant_result
+    def _plan(self, dtype: torch.dtype, device: torch.device, algorithm: str | None) -> Plan:
+        """The plan, which `torch.compile` takes for a constant: as a method, with any version."""
+        from kfac_tn.tn.plan import plan
+
+        return plan(self, dtype, device, algorithm)
 
     def einsum(self, **operands: Tensor) -> tuple[str, list[Tensor], tuple[int, ...]]:
         """Write the network as an einsum equation, for anybody's einsum.

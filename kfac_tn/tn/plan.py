@@ -152,13 +152,10 @@ def run(plan: Plan, operands: Mapping[str, Tensor]) -> Tensor:
     return slots[plan.result]
 
 
-@torch.compiler.assume_constant_result
 def plan(
     network: Network, dtype: torch.dtype, device: torch.device, algorithm: str | None = None
 ) -> Plan:
     """Plan the evaluation of a network. The plans used last are kept.
-
-    `torch.compile` calls this while it traces, and takes the plan for a constant.
 
     Args:
         network: The network, evaluated as it is.

@@ -1,5 +1,7 @@
 """Whatever algorithm is forced, the result is the same as by the default, which has oracles."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,8 +71,10 @@ def test_convolutions_are_recognized(transposed, groups):
 
 
 def test_what_is_no_convolution_is_left_alone():
-    spec = tn.ConvSpec((2, 4, 9, 9), (6, 4, 3, 3), padding=1)
-    for builder in (tn.unfold_input, tn.kfac_expand_input_factor, tn.ggn_diagonal):
+    general = tn.ConvSpec((2, 4, 9, 9), (6, 4, 3, 3), padding=1)
+    pointwise = tn.ConvSpec((2, 4, 9, 9), (6, 4, 1, 1))
+    builders = (tn.unfold_input, tn.kfac_expand_input_factor, tn.ggn_diagonal)
+    for spec, builder in product((general, pointwise), builders):
         with pytest.raises(ValueError, match="doesn't apply"):
             builder(spec).simplify().plan("convolution")
 
@@ -85,3 +89,35 @@ def test_kernels_of_size_one_along_an_axis_need_no_copy():
     operands = operands_of(network)
     expected = F.conv2d(operands["input"], operands["weight"], padding=(0, 3))
     torch.testing.assert_close(network.evaluate(algorithm="convolution", **operands), expected)
+
+
+TILED = {
+    "pointwise": ((4, 6, 5, 5), (8, 6, 1, 1), {}),
+    "pointwise in groups": ((4, 6, 5, 5), (8, 3, 1, 1), {"groups": 2}),
+    "pointwise, every other": ((4, 6, 8, 8), (8, 6, 1, 1), {"stride": 2}),
+    "dense": ((4, 6, 8, 9), (8, 6, 2, 3), {"stride": (2, 3)}),
+    "dense along one axis": ((4, 6, 8, 9), (8, 6, 2, 3), {"stride": (2, 1)}),
+    "dense in one dimension": ((4, 6, 8), (8, 6, 4), {"stride": 4}),
+    "interleaved": ((4, 6, 8, 9), (8, 6, 2, 3), {"dilation": (4, 3)}),
+    "down-sampling": ((4, 6, 9, 8), (8, 6, 2, 3), {"stride": (3, 4)}),
+    "transposed": ((4, 6, 4, 5), (6, 8, 2, 3), {"stride": (2, 3), "transposed": True}),
+    "transposed, pointwise": ((4, 6, 4, 5), (6, 8, 1, 1), {"transposed": True}),
+}
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_convolutions_are_recognized_without_their_patterns(name):
+    """What has been simplified to reshapes and slices is offered to torch's kernels as well."""
+    shape, weight_shape, options = TILED[name]
+    spec = tn.ConvSpec(shape, weight_shape, **options)
+    for builder in (tn.forward, tn.input_vjp, tn.weight_vjp, tn.input_jvp, tn.weight_jvp):
+        network = builder(spec).simplify()
+        steps = network.plan("convolution").instructions
+        assert sum(isinstance(i.step, CONVOLUTIONS) for i in steps) == 1
+        operands = operands_of(network)
+        expected = network.evaluate(algorithm="unfolding", **operands)
+        actual = network.evaluate(algorithm="convolution", **operands)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        single = {name: operand.float() for name, operand in operands.items()}
+        actual = network.evaluate(algorithm="convolution", **single)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)

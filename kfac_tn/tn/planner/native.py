@@ -2,15 +2,18 @@
 
 A convolution connects three tensors: an image, which holds the input positions of all patterns, a
 kernel and a result, which hold their legs. Two of them are operands, the third is what the network
-computes. Every other index then has its role by which of the three hold it: all of them a group,
-image and result the batch, image and kernel the input channels, kernel and result the output ones.
+computes. Where windows lie side by side, patterns have been simplified to composite axes, or to
+nothing: they are put back first. Every other index then has its role by which of the three hold it:
+all of them a group, image and result the batch, image and kernel the input channels, kernel and
+result the output ones.
 """
 
 from __future__ import annotations
 
 from kfac_tn.tn import steps
+from kfac_tn.tn.names import fresh
 from kfac_tn.tn.network import Network
-from kfac_tn.tn.node import Operand, Scalar
+from kfac_tn.tn.node import Node, Operand, Scalar
 from kfac_tn.tn.pattern import IndexPattern
 from kfac_tn.tn.planner.draft import Draft, Source, Value
 from kfac_tn.tn.planner.patterns import pattern_of
@@ -19,7 +22,7 @@ MOST_DIMENSIONS = 3
 """Spatial dimensions that torch's convolutions have at most."""
 
 Axis = tuple[IndexPattern, str, str, str]
-"""A spatial dimension: its pattern, and its index in the image, the kernel and the result."""
+"""A spatial dimension: its pattern, and its index in the image, the kernel (if any), the result."""
 
 
 Sizes = tuple[int, ...]
@@ -37,15 +40,21 @@ class NativePlanner(Draft):
     """
 
     def __init__(self, network: Network) -> None:
+        network = untiled(network)
         super().__init__(network, ())
         for node in network.nodes:
             known = isinstance(node.symbol, Operand | Scalar)
             if not known and node not in self.patterns:
                 raise NotAConvolutionError
-        if len(self.values) != 2 or not 0 < len(self.patterns) <= MOST_DIMENSIONS:
+        if len(self.values) != 2 or len(self.patterns) > MOST_DIMENSIONS:
             raise NotAConvolutionError
+        if self.values[0].slot == self.values[1].slot:
+            raise NotAConvolutionError  # a Gram matrix: `kfac_tn.tn.gram` saves half of it
         self.axes: list[Axis] = []
-        self._find_roles()
+        if self.patterns:
+            self._find_roles()
+        else:
+            self._guess_roles()
         self._find_axes()
         self._convolve()
 
@@ -66,8 +75,16 @@ class NativePlanner(Draft):
         roles: set[tuple[int, ...]] = set()
         for node in self.patterns:
             pattern = pattern_of(node)
-            if len(node.indices) < 3:
-                raise NotAConvolutionError
+            if len(node.indices) < 3:  # a slice of every so-many-th position
+                if pattern.axes != "oi" or pattern.wraps:
+                    raise NotAConvolutionError
+                output, image = node.indices
+                first, last = holder(image), holder(output)
+                if first == last:
+                    raise NotAConvolutionError
+                roles.add((first, 3 - first - last, last))
+                self.axes.append((pattern, image, "", output))
+                continue
             kernel, output, image = node.indices
             at = tuple(map(holder, (image, kernel, output)))
             if roles and at not in roles:
@@ -88,13 +105,28 @@ class NativePlanner(Draft):
         if len(roles) != 1 or len(set(*roles)) != 3:
             raise NotAConvolutionError
         (order,) = roles
-        self.tensors = [held[at][1] for at in order]
-        self.held = [self.output if v is None else v.indices for v in self.tensors]
+        self._cast([held[at][1] for at in order])
+
+    def _guess_roles(self) -> None:
+        """The same without patterns: kernels of size 1, the channels of which come second."""
+        tensors = [*self.values, None]
+        starts = [(self.output if v is None else v.indices)[:1] for v in tensors]
+        alone = [at for at, start in enumerate(starts) if starts.count(start) == 1]
+        if len(alone) != 1 or not all(starts):
+            raise NotAConvolutionError  # image and result begin with the examples
+        kernel = tensors.pop(alone[0])
+        channel = (self.output if kernel is None else kernel.indices)[-1]
+        tensors.sort(key=lambda v: channel not in (self.output if v is None else v.indices))
+        self._cast([tensors[0], kernel, tensors[1]])
+
+    def _cast(self, tensors: list[Value | None]) -> None:
+        self.tensors = tensors
+        self.held = [self.output if v is None else v.indices for v in tensors]
 
     def _find_axes(self) -> None:
         """The roles of the other indices."""
         image, kernel, result = map(set, self.held)
-        spatial = {index for _, *indices in self.axes for index in indices}
+        spatial = {index for _, *indices in self.axes for index in indices} - {""}
         others = [i for i in dict.fromkeys((*self.held[0], *self.held[2])) if i not in spatial]
         if (image | kernel | result) - spatial - set(others):
             raise NotAConvolutionError  # a kernel's own index
@@ -106,13 +138,15 @@ class NativePlanner(Draft):
         batch = [i for i in others if i not in kernel]
         # Rows behind the channels (a 1 x 7 kernel's, say) stay where they are: a kernel of size 1.
         order = self.held[0]
-        first = min(order.index(image_index) for _, image_index, *_ in self.axes)
+        first = min((order.index(index) for _, index, *_ in self.axes), default=len(order))
         last = max((order.index(i) for i in self.inputs), default=first)
         for i in [i for i in batch if order.index(i) > min(first, last)]:
             if len(self.axes) < MOST_DIMENSIONS:
                 size = self.size[i]
                 self.axes.append((IndexPattern(1, size, size), i, "", i))
                 batch.remove(i)
+        if not self.axes:
+            raise NotAConvolutionError
         self.batch = tuple(batch)
         self.axes.sort(key=lambda axis: order.index(axis[1]))
 
@@ -207,3 +241,54 @@ class NativePlanner(Draft):
                 at = 2 * (len(self.axes) + 1 - axis)
                 amounts[at : at + 2] = max(-before, 0), max(-after, 0)
         return self._step(steps.Pad(tuple(amounts)), slot) if any(amounts) else slot
+
+
+def untiled(network: Network) -> Network:
+    """Put patterns back in the place of composite axes: what `kfac_tn.tn.rewrite.tile` has undone.
+
+    An axis `(o k)` of one of the three tensors becomes one index that a pattern leads to, if one of
+    the others holds `o`, and the other `k`, or the positions that are cropped from it.
+    """
+    operands = [node for node in network.nodes if isinstance(node.symbol, Operand)]
+    if len(operands) != 2:
+        return network
+    for node in (*operands, None):
+        axes = network.output if node is None else node.axes
+        for at, axis in enumerate(axes):
+            tile = _tile(network, *axis) if len(axis) == 2 else None
+            if tile is None:
+                continue
+            pattern, leg, crop = tile
+            (new,) = fresh(axis[:1], network.size)
+            joined = (*axes[:at], (new,), *axes[at + 1 :])
+            nodes = [n if n is not node else Node(n.symbol, joined) for n in network.nodes]
+            nodes = [n for n in nodes if n != crop]
+            nodes.append(Node(pattern, ((leg,), axis[:1], (new,))))
+            output = joined if node is None else network.output
+            sizes = {**network.size, new: pattern.input_size}
+            return untiled(Network.build(nodes, output, sizes))
+    return network
+
+
+def _tile(
+    network: Network, output: str, kernel: str
+) -> tuple[IndexPattern, str, Node | None] | None:
+    """The pattern that an axis is made up of, the kernel's index, and the crop that it includes."""
+    crop, leg, dilation, padding = None, kernel, 1, 0
+    for node in network.nodes:
+        if isinstance(node.symbol, IndexPattern) and node.indices[-1:] == (kernel,):
+            if not (node.symbol.selects and node.symbol.axes == "ki"):
+                return None
+            crop, leg = node, node.indices[0]
+            dilation, padding = node.symbol.dilation, node.symbol.padding
+    tensors = [n.indices for n in network.nodes if isinstance(n.symbol, Operand)]
+    held = [
+        [index in indices for index in (output, kernel, leg)]
+        for indices in (network.output_indices, *tensors)
+    ]
+    alone = crop is None  # then the kernel holds the very index
+    if sorted(held) != sorted([[True, True, alone], [True, False, False], [False, alone, True]]):
+        return None
+    count, width = network.size[output], network.size[kernel]
+    pattern = IndexPattern(network.size[leg], count, count * width, width, dilation, padding)
+    return pattern, leg, crop

@@ -77,10 +77,9 @@ class Fold(Step):
         size: int,
     ) -> Tensor:
         """Add one strided slice for each kernel position."""
-        shape = list(tensor.shape)
-        shape[output_axis] = size
-        del shape[kernel_axis]
-        result = tensor.new_zeros(shape)
+        sizes = list(tensor.shape)
+        sizes[output_axis] = size
+        result = tensor.new_zeros(sizes[:kernel_axis] + sizes[kernel_axis + 1 :])
         axis = output_axis - (kernel_axis < output_axis)
         for k, windows in enumerate(tensor.unbind(kernel_axis)):
             start = k * dilation - padding

@@ -149,6 +149,13 @@ class Product(Step):
         first = first.mT if left else first
         return gemm.multiply(first, second.mT if right else second).reshape(shape)
 
+    def moved(self, *inputs: Tensor) -> int:
+        """Several products by oneDNN are put together."""
+        rows = inputs[0].shape[2 if self.left else 1]
+        columns = inputs[1].shape[1 if self.right else 2]
+        several = len(inputs[0]) > 1 and gemm.takes(*self._matrices(*inputs))
+        return 2 * len(inputs[0]) * rows * columns if several else 0
+
     def _matrices(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first.mT if self.left else first, second.mT if self.right else second
 

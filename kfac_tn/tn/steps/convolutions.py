@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kfac_tn.tn.autocast import is_enabled
 from kfac_tn.tn.steps.step import WIDTH, Step, has_depthwise_kernels
 
 Sizes = tuple[int, ...]
+
+
+def _dilation(dilation: Sizes, kernel_size: Sizes, tensor: Tensor) -> Sizes:
+    """Any dilation, where kernels have just one position: on one thread it leads to oneDNN."""
+    if tensor.device.type == "cpu" and all(size == 1 for size in kernel_size):
+        return (2,) * len(dilation)
+    return dilation
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Convolve(_Convolutional):
     ) -> Tensor:
         """Convolve."""
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+        dilation = _dilation(dilation, kernel.shape[2:], image)
         return convolve(image, kernel, None, stride, padding, dilation, groups)
 
     def _result_and_kernel(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +102,7 @@ class ConvolveTransposed(_Convolutional):
     ) -> Tensor:
         """Convolve with the transposed convolution."""
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(stride) - 1]
+        dilation = _dilation(dilation, kernel.shape[2:], result)
         return convolve(result, kernel, None, stride, padding, output_padding, groups, dilation)
 
     def _result_and_kernel(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,17 +131,23 @@ class ConvolveBackward(_Convolutional):
     ) -> Tensor:
         """Sum over examples and outputs."""
         device = image.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if is_enabled(device):
             lower = torch.get_autocast_dtype(device)  # as of all products: this one isn't asked
             image, result = image.to(lower), result.to(lower)
         shape = (result.shape[1], image.shape[1] // groups, *kernel_size)
         kernel = image.new_empty(1).expand(shape)  # only its shape matters
+        dilation = _dilation(dilation, kernel_size, image)
         none = [0] * len(stride)
         mask = [False, True, False]
         _, gradient, _ = torch.ops.aten.convolution_backward(
             result, image, kernel, None, stride, padding, dilation, False, none, groups, mask
         )
         return gradient
+
+    def moved(self, *inputs: Tensor) -> int:
+        """Large kernels are laid out anew."""
+        _, kernel = self._result_and_kernel(*inputs)
+        return 4 * kernel.numel()
 
     def _result_and_kernel(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return inputs[1], self(*inputs)
