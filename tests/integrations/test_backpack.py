@@ -737,6 +737,21 @@ def test_frozen_parameters_several_extensions_and_repeated_passes():
         model.zero_grad()
 
 
+def test_running_a_module_again_leaves_its_buffers_alone():
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    model, loss_fn, (x, y) = extend(cnn(norm)), extend(CE()), images()
+    expected = dense_ggn(model, loss_fn, x, y).diagonal()
+    loss = loss_fn(model(x), y)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with backpack(tn.DiagGGNExactTN()):
+        loss.backward()
+    assert before
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+    actual = torch.cat([p.diag_ggn_exact_tn.flatten() for p in model.parameters()])
+    assert_close(actual, expected)
+
+
 class Functions(nn.Module):
     """Sums and flattens by functions, and calls an activation twice."""
 

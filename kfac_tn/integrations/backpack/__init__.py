@@ -11,15 +11,16 @@
 All losses that `kfac_tn.likelihood` knows, all layers that `kfac_tn.layers` knows (linear layers,
 (transposed) convolutions with every option, `register_layer`'s) and normalizations that treat
 examples independently; between them any modules that do so, branches with BackPACK's modules, and
-views. Curvature is that of the loss as it is differentiated: a factor before `backward()` counts,
-several extended losses add up. What else is added to them (a penalty on the weights, say) isn't
-seen. Each extension back-propagates columns of its own, as in BackPACK.
+views. Curvature is that of the loss as it is differentiated: (the absolute value of) a factor
+before `backward()` counts, several extended losses add up. What else is added to them (a penalty on
+the weights, say) isn't seen. Each extension back-propagates columns of its own, as in BackPACK.
 
 The mechanism is BackPACK's: it sees modules alone, each module's last call alone, and only after
 their part of the graph is gone. So modules that are called twice, tied weights, functions between
 modules, dropout in training mode and parameters of other layers are refused, in `backward()`, with
 an error that names the module; `kfac_tn.compute_kfac`, `compute_ekfac`, `compute_ggn_diagonal` and
-`compute_per_example_gradients` take all of these. (`BatchGradTN` and `fisher="empirical"` need no
+`compute_per_example_gradients` take all of these. (In-place activations fail before, in the forward
+pass: torch's full backward hooks don't allow them. `BatchGradTN` and `fisher="empirical"` need no
 more than gradients, so functions between modules are no obstacle, as long as these don't mix
 examples.)
 
