@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -38,4 +39,4 @@ def all_finite(tensors: list[Tensor]) -> bool:
     for dtype in {tensor.dtype for tensor in tensors}:
         mine = [tensor for tensor in tensors if tensor.dtype == dtype]
         norms += torch._foreach_norm(mine, 2, torch.promote_types(dtype, torch.float32))
-    return bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all())
+    return math.isfinite(torch.stack([norm.to(norms[0]) for norm in norms]).sum().item())

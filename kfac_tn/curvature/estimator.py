@@ -16,7 +16,7 @@ from kfac_tn.curvature.compute import layout_of
 from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
 from kfac_tn.curvature.exact import EigenFactors
 from kfac_tn.curvature.intervals import intervals, is_due, layer_work, total
-from kfac_tn.curvature.moving import KroneckerMoving, Moving, MovingFactors
+from kfac_tn.curvature.moving import Columns, KroneckerMoving, Moving, MovingFactors
 from kfac_tn.curvature.options import CurvatureOptions
 from kfac_tn.hooks import timed
 from kfac_tn.layers import LayerBlock, partition
@@ -79,7 +79,7 @@ class CurvatureEstimator:
         options.check(self.blocks)
         self._covered = {p for block in self.blocks for p in block.parameters.values()}
         self._covered.update(other.parameter for other in self.others)
-        self._layouts = {block: layout_of(block) for block in self.blocks}
+        self._layouts = {block: (layout_of(block), block.parameters) for block in self.blocks}
         self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
         self._stack()
 
@@ -89,7 +89,7 @@ class CurvatureEstimator:
         for block in self.blocks:
             input_dim = block.input_dim + (block.bias is not None)
             weight = block.weight
-            sizes = block.groups, block.grad_output_dim, input_dim
+            sizes = block.groups, block.grad_output_dim, input_dim, block.bias is not None
             key = (block.curvature, *sizes, weight.dtype, weight.device, self._group(block))
             shapes.setdefault(key, []).append(block)
         self._moving = [
@@ -179,15 +179,7 @@ class CurvatureEstimator:
                 "that was given (not a copy, nor its functional form), or call "
                 "observe(outputs, targets) between the model and backward()."
             )
-        self._plan()
-        statistics = self.finite(self.capture.take())
-        for moving in self._moving:
-            moving.update(
-                {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
-            )
-            moving.update_moments(
-                {b: statistics.moments[b] for b in moving.blocks if b in statistics.moments}
-            )
+        statistics = self._average() if self.capture.armed else Statistics({}, {}, {})
         due, relative = is_due(self.steps, self.intervals[1]), self.options.relative_damping
         wanting: dict[tuple[type[Moving], float], list[Moving]] = {}
         for moving in self._moving:
@@ -207,6 +199,19 @@ class CurvatureEstimator:
                 moving.dampen(self._damping(moving.blocks[0]), relative)
         self.steps += 1
         self.capture.armed = is_due(self.steps, self.intervals[0])
+
+    def _average(self) -> Statistics:
+        """Average the statistics of a step in, and return them."""
+        self._plan()
+        statistics = self.finite(self.capture.take())
+        for moving in self._moving:
+            moving.update(
+                {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
+            )
+            moving.update_moments(
+                {b: statistics.moments[b] for b in moving.blocks if b in statistics.moments}
+            )
+        return statistics
 
     def _note(self, fresh: set[str], wanting: Iterable[list[Moving]]) -> None:
         """Remember when statistics and inverses of each layer were renewed."""
@@ -235,19 +240,19 @@ class CurvatureEstimator:
         curvature yet are missing in the result, and the user is told once.
         """
         matrices: dict[LayerBlock, Tensor] = {}
-        for block, layout in self._layouts.items():
-            named = {name: gradients[p] for name, p in block.parameters.items() if p in gradients}
-            if len(named) == len(block.parameters):
+        for block, (layout, parameters) in self._layouts.items():
+            named = {name: gradients[p] for name, p in parameters.items() if p in gradients}
+            if len(named) == len(parameters):
                 matrices[block] = layout.to_matrix(named)
             elif named:
                 self.warn(
                     f"Of layer '{block.name}' only {sorted(named)} has a gradient, so it is used "
                     "without curvature. If the rest was frozen, make a new optimizer."
                 )
-        results: dict[LayerBlock, Tensor] = {}
+        results: dict[LayerBlock, Columns] = {}
         for moving in self._moving:
             results.update(
-                moving.precondition({b: matrices[b] for b in moving.blocks if b in matrices})
+                moving.directions({b: matrices[b] for b in moving.blocks if b in matrices})
             )
         for block in matrices.keys() - results.keys():
             self.warn(
@@ -255,11 +260,12 @@ class CurvatureEstimator:
                 "is trained without curvature. Was its weight used without calling the module, or "
                 "is there another loss?"
             )
-        return {
-            block.parameters[name]: value
-            for block, matrix in results.items()
-            for name, value in self._layouts[block].from_matrix(matrix).items()
-        }
+        directions: dict[Parameter, Tensor] = {}
+        for block, columns in results.items():
+            layout, parameters = self._layouts[block]
+            for name, value in layout.from_columns(*columns).items():
+                directions[parameters[name]] = value
+        return directions
 
     def dampings(self) -> dict[Parameter, Tensor]:
         """What is added to the curvature of a layer, not relative: ``[G]``, by parameter."""
@@ -301,7 +307,7 @@ class CurvatureEstimator:
         for block, moving in self.known():
             named = {n: vectors[p] for n, p in block.parameters.items() if p in vectors}
             if len(named) == len(block.parameters):
-                matrix = self._layouts[block].to_matrix(named)
+                matrix = self._layouts[block][0].to_matrix(named)
                 product = moving.multiply(block, matrix)
                 forms[block.name] = (product * matrix.to(product.dtype)).sum()
         return forms

@@ -66,14 +66,20 @@ class Layout:
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
         """The inverse of ``to_matrix``."""
-        batch = matrix.shape[:-3]
-        weight = matrix if self.bias_name is None else matrix[..., :-1]
+        if self.bias_name is None:
+            return self.from_columns(matrix)
+        return self.from_columns(matrix[..., :-1], matrix[..., -1:])
+
+    def from_columns(self, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
+        """As ``from_matrix``, of the weight's columns and the bias' in tensors of their own."""
+        batch = weight.shape[:-3]
         if self.transposed:
             channels, rows, kernel = self._channels_first
             weight = weight.reshape(*batch, self.groups, rows, channels, kernel).transpose(-3, -2)
         named = {self.weight_name: weight.reshape(*batch, *self.weight_shape)}
         if self.bias_name is not None:
-            named[self.bias_name] = matrix[..., -1].reshape(*batch, self.groups * self.rows)
+            assert bias is not None
+            named[self.bias_name] = bias.reshape(*batch, self.groups * self.rows)
         return named
 
     def restrict(self, name: str) -> tuple[Layout, slice]:

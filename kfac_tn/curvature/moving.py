@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from kfac_tn.curvature.kronecker import pi_shares
 from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
 from kfac_tn.moments import Basis
+from kfac_tn.tn.gemm import multiply
+
+Columns: TypeAlias = "tuple[Tensor, ...]"
 
 
 class Moving(ABC):
@@ -24,7 +27,7 @@ class Moving(ABC):
     its start at zero, as Adam's moments are (Kingma & Ba 2015, Section 3).
 
     Args:
-        blocks: Layers with equal groups and factor sizes.
+        blocks: Layers with equal groups and factor sizes, all of them with a bias, or none.
         decay: Of the averages, in [0, 1).
     """
 
@@ -34,6 +37,7 @@ class Moving(ABC):
         self.blocks = tuple(blocks)
         self.decay = decay
         self.groups = self.blocks[0].groups
+        self.bias = self.blocks[0].bias is not None
         self.d_in, self.d_out = self.blocks[0].joint_dim, self.blocks[0].grad_output_dim
         self._slot = {block: index for index, block in enumerate(self.blocks)}
         self._forget()
@@ -68,6 +72,13 @@ class Moving(ABC):
 
         Layers that have no inverse yet are missing in the result.
         """
+
+    def directions(self, matrices: Mapping[LayerBlock, Tensor]) -> dict[LayerBlock, Columns]:
+        """As ``precondition``: the columns of the weight, and that of the bias if there is one."""
+        return {
+            block: (matrix,) if block.bias is None else (matrix[..., :-1], matrix[..., -1:])
+            for block, matrix in self.precondition(matrices).items()
+        }
 
     @abstractmethod
     def multiply(self, block: LayerBlock, matrix: Tensor) -> Tensor:
@@ -291,16 +302,37 @@ class MovingFactors(KroneckerMoving):
 
         Layers that have no inverse yet are missing in the result.
         """
-        blocks = [block for block in matrices if self.inverted[self._slot[block]]]
+        return {b: torch.cat(columns, -1) for b, columns in self.directions(matrices).items()}
+
+    def directions(self, matrices: Mapping[LayerBlock, Tensor]) -> dict[LayerBlock, Columns]:
+        """As ``precondition``, by columns, each contiguous: faster in what is done with them."""
+        blocks = [b for b, slot in self._slot.items() if self.inverted[slot] and b in matrices]
         if not blocks:
             return {}
-        stacked = torch.stack([matrices[block] for block in blocks]).to(self.input.dtype)
-        a, b = self.input_inverse, self.grad_output_inverse
-        if len(blocks) < len(self.blocks):
-            slots = [self._slot[block] for block in blocks]
-            a, b = a[slots], b[slots]
-        result = self._both_sides(b.flatten(0, 1), stacked.flatten(0, 1), a.flatten(0, 1))
-        return dict(zip(blocks, result.view_as(stacked).unbind(), strict=True))
+        first, *others = (matrices[block] for block in blocks)
+        stacked = torch.stack([first, *others]) if others else first.unsqueeze(0)
+        stacked = stacked.to(self.input.dtype)
+        everything = len(blocks) == len(self.blocks)
+        slots: Any = slice(None) if everything else [self._slot[block] for block in blocks]
+        a, b = (
+            each[slots].flatten(0, 1) for each in (self.input_inverse, self.grad_output_inverse)
+        )
+        parts = self._products(b, stacked.flatten(0, 1), a)
+        unbound = [part.reshape(*stacked.shape[:3], -1).unbind() for part in parts]
+        return dict(zip(blocks, zip(*unbound, strict=True), strict=True))
+
+    def _products(self, b: Tensor, matrices: Tensor, a: Tensor) -> Columns:
+        """B^-1 M A^-1 of ``[K, d_out, d_in]``, by columns."""
+        if self.pieces != (1, 1):
+            result = self._both_sides(b, matrices, a)
+            return (result[..., :-1], result[..., -1:]) if self.bias else (result,)
+        left = multiply(b, matrices)
+        if not self.bias:
+            return (multiply(left, a),)
+        # A^-1 is symmetric: its rows are its columns, but without gaps, and a row from the left
+        # is eight times as fast as a column from the right.
+        bias = torch.bmm(a[:, -1:], left.mT).mT
+        return multiply(left, a[:, :-1].mT), bias.contiguous()
 
     @staticmethod
     def renew(moving: Sequence[MovingFactors], damping: float, relative: bool) -> list[str]:  # noqa: D102

@@ -14,14 +14,19 @@ def adam_updates(
     groups: Iterable[Mapping[str, Any]],
     states: MutableMapping[Any, dict[str, Any]],
     gradients: Mapping[Parameter, Tensor],
+    corrected: bool = True,
 ) -> tuple[dict[Parameter, Tensor], dict[Parameter, Tensor]]:
     """Update the moments; return the bias-corrected first ones and Adam's updates.
+
+    In one pass over the memory where torch's fused kernel can be had (on the CPU, for tensors that
+    are contiguous and of one dtype), else in eight.
 
     Args:
         groups: Parameter groups with ``params``, ``betas`` and ``eps``.
         states: ``step`` (on the CPU: read without waiting for a device), ``exp_avg`` and
             ``exp_avg_sq`` of each parameter, as in ``torch.optim.Adam``; made where missing.
         gradients: Of the parameters that take a step.
+        corrected: Whether the first moments are wanted corrected, or as they are: the state itself.
 
     Returns:
         m / (1 - beta1^t) and that over sqrt(v / (1 - beta2^t)) + eps (Kingma & Ba 2015), by
@@ -30,12 +35,13 @@ def adam_updates(
     Example:
         >>> import torch
         >>> w = torch.nn.Parameter(torch.zeros(2))
-        >>> groups = [{"params": [w], "betas": (0.9, 0.99), "eps": 0.0}]
+        >>> groups = [{"params": [w], "betas": (0.5, 0.5), "eps": 0.0}]
         >>> moments, updates = adam_updates(groups, {w: {}}, {w: torch.tensor([3.0, -2.0])})
         >>> updates[w]
         tensor([ 1., -1.])
     """
-    groups = list(groups)
+    moments: dict[Parameter, Tensor] = {}
+    updates: dict[Parameter, Tensor] = {}
     for group in groups:
         chosen = [p for p in group["params"] if p in gradients]
         if not chosen:
@@ -49,12 +55,19 @@ def adam_updates(
         grads = [gradients[p].to(accurate(p)) for p in chosen]
         first = [state["exp_avg"] for state in mine]
         second = [state["exp_avg_sq"] for state in mine]
-        beta1, beta2 = group["betas"]
-        torch._foreach_add_([state["step"] for state in mine], 1)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-    return current_updates(groups, states, gradients)
+        steps = [state["step"] for state in mine]
+        torch._foreach_add_(steps, 1)
+        fused = _fused(group, steps, grads, first, second)
+        if fused is None:
+            beta1, beta2 = group["betas"]
+            torch._foreach_lerp_(first, grads, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        averages = _corrected(group, steps, first) if corrected or fused is None else first
+        results = _quotients(group, steps, averages, second) if fused is None else fused
+        moments.update(zip(chosen, averages if corrected else first, strict=True))
+        updates.update(zip(chosen, results, strict=True))
+    return moments, updates
 
 
 def current_updates(
@@ -70,17 +83,67 @@ def current_updates(
         if not chosen:
             continue
         mine = [states[p] for p in chosen]
-        beta1, beta2 = group["betas"]
-        first = [state["exp_avg"] for state in mine]
-        second = [state["exp_avg_sq"] for state in mine]
-        steps = [int(state["step"]) for state in mine]
-        corrected = torch._foreach_div(first, [1 - beta1**step for step in steps])
-        roots = torch._foreach_sqrt(second)
-        torch._foreach_div_(roots, [(1 - beta2**step) ** 0.5 for step in steps])
-        torch._foreach_add_(roots, group["eps"])
-        moments.update(zip(chosen, corrected, strict=True))
-        updates.update(zip(chosen, torch._foreach_div(corrected, roots), strict=True))
+        steps = [state["step"] for state in mine]
+        first = _corrected(group, steps, [state["exp_avg"] for state in mine])
+        results = _quotients(group, steps, first, [state["exp_avg_sq"] for state in mine])
+        moments.update(zip(chosen, first, strict=True))
+        updates.update(zip(chosen, results, strict=True))
     return moments, updates
+
+
+def _corrected(group: Mapping[str, Any], steps: list[Tensor], first: list[Tensor]) -> list[Tensor]:
+    """First moments over 1 - beta1^t."""
+    beta1 = group["betas"][0]
+    return list(torch._foreach_div(first, [1 - beta1 ** int(step) for step in steps]))
+
+
+def _quotients(
+    group: Mapping[str, Any], steps: list[Tensor], corrected: list[Tensor], second: list[Tensor]
+) -> list[Tensor]:
+    """Corrected moments over sqrt(v / (1 - beta2^t)) + eps."""
+    beta2 = group["betas"][1]
+    roots = torch._foreach_sqrt(second)
+    torch._foreach_div_(roots, [(1 - beta2 ** int(step)) ** 0.5 for step in steps])
+    torch._foreach_add_(roots, group["eps"])
+    return list(torch._foreach_div(corrected, roots))
+
+
+def _fused(
+    group: Mapping[str, Any],
+    steps: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+) -> list[Tensor] | None:
+    """Update the moments and return Adam's updates; do nothing where torch's kernel can't.
+
+    It looks at neither strides nor the dtypes of all tensors.
+    """
+    dtype = grads[0].dtype
+    if not all(
+        tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous()
+        for tensors in (grads, first, second)
+        for tensor in tensors
+    ):
+        return None
+    updates = [torch.zeros_like(gradient) for gradient in grads]
+    beta1, beta2 = group["betas"]
+    torch._fused_adam_(
+        updates,
+        grads,
+        first,
+        second,
+        [],
+        steps,
+        lr=-1.0,  # from zero: what is left is the update itself
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+    return updates
 
 
 def accurate(parameter: Tensor) -> torch.dtype:

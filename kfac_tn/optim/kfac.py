@@ -256,7 +256,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         measured = self._damping_rule.wants_ratio(taken)
         before = {p: p.clone() for p in gradients} if measured else None
         self._estimator.advance()
-        moments, updates = adam_updates(self.param_groups, self.state, gradients)
+        moments, updates = adam_updates(
+            self.param_groups, self.state, gradients, corrected=not self._rule.any_length
+        )
         group_lrs = [float(group["lr"]) for group in self.param_groups]
         lrs = {p: group_lrs[self._group_of[p]] for p in updates}
         slopes = gradients if self._rule.own_momentum else moments

@@ -48,12 +48,15 @@ class StepRule(ABC):
             curvature need one of their own.
         own_momentum: Whether directions are of the gradient as it is, not of its moving average.
         needs_batch: Whether it ever computes with the batch.
+        any_length: Whether it gives directions a length that theirs has no part in, so that they,
+            and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
     """
 
     lr = 1e-2
     natural = True
     own_momentum = False
     needs_batch = False
+    any_length = False
 
     def wants_batch(self, step: int) -> bool:
         """Whether this step's batch is needed; steps are counted from 0."""
@@ -93,6 +96,7 @@ class Graft(StepRule):
         if to not in ("adam", "sgd"):
             raise ValueError(f"Grafting to {to!r} is unknown: choose 'adam' or 'sgd'.")
         self.to = to
+        self.any_length = to == "adam"
         self.natural = to == "sgd"
 
     def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
@@ -138,9 +142,8 @@ def graft(directions: list[Tensor], references: list[Tensor]) -> Tensor:
     """
     if not directions:
         return torch.ones(())
-    wanted = torch.stack(torch._foreach_norm(references))
-    given = torch.stack(torch._foreach_norm(directions))
-    scales = torch.where(given > 0, wanted / given, torch.zeros_like(given))
+    wanted, given = torch.stack(torch._foreach_norm([*references, *directions])).chunk(2)
+    scales = torch.where(given > 0, wanted / given, 0)
     torch._foreach_mul_(directions, list(scales.unbind()))
     return scales
 
