@@ -224,6 +224,8 @@ def test_posterior_with_groups(build, per_parameter):
     jacobians, outputs = CurvlinopsGGN(model, "classification").jacobians(x)
     variance = jacobians @ torch.linalg.inv(precision) @ jacobians.mT
     close(la.functional_variance(jacobians), variance)
+    flat = jacobians.flatten(0, 1)
+    close(la.functional_covariance(jacobians), flat @ torch.linalg.inv(precision) @ flat.T)
     scaled = outputs / (1 + math.pi / 8 * variance.diagonal(dim1=1, dim2=2)).sqrt()
     close(la(x, link_approx="probit"), scaled.softmax(-1))
     delta = torch.randn(len(precision), dtype=torch.float64)
