@@ -57,47 +57,58 @@ def assemble(
     Returns:
         `[shared, d, d]`, `d = channels * prod(kernels)`.
     """
-    blocks = _blocks(cells, grams)
     shared, _, channels, *_ = x.shape
     positions = list(product(*map(range, kernels)))
-    zero = x.new_zeros(()).expand(shared, channels, channels)
+    sums = [_Sums(cells, members, x) for members in by_offset(cells)]
     result = x.new_empty(shared, channels, len(positions), channels, len(positions))
     # Blocks interleave: those of some rows side by side, then as they are in the matrix.
     rows = max(1, CACHE // (shared * channels * len(positions)))
     for start in range(0, channels, rows):
         some = slice(start, start + rows)
+        zero = x.new_zeros(()).expand_as(result[:, some, 0, :, 0])
+        blocks: dict[Block, Tensor] = {}
+        for each in sums:
+            blocks.update(each.rows_of_blocks(grams, some))
         for at, k in enumerate(positions):
-            side_by_side = [blocks.get((k, other), zero)[:, some] for other in positions]
+            side_by_side = [blocks.get((k, other), zero) for other in positions]
             result[:, some, at] = torch.stack(side_by_side).movedim(0, -1)
     return result.view(shared, channels * len(positions), channels * len(positions))
 
 
-def _blocks(cells: Sequence[JointCell], grams: Sequence[Tensor]) -> dict[Block, Tensor]:
-    """The blocks `[shared, c, c']`, each a sum of the products of its cells."""
-    blocks: dict[Block, Tensor] = {}
-    for members in by_offset(cells):
-        places = dict.fromkeys(block for at in members for block in cells[at].blocks)
-        sums = [grams[members[0]]] * len(places)
-        if len(members) > 1:
-            # All sums at once, as a product with a matrix of zeros and ones.
-            order = {block: at for at, block in enumerate(places)}
-            chosen = torch.zeros(len(order), len(members))
-            for column, at in enumerate(members):
-                chosen[[order[block] for block in cells[at].blocks], column] = 1
-            stacked = torch.stack([grams[at] for at in members])
-            total = chosen.to(stacked) @ stacked.flatten(1)
-            sums = list(total.view(-1, *stacked.shape[1:]).unbind())
-        mirrored = cells[members[0]].mirrored
-        turned = {id(s): _transpose(s) for s in sums} if mirrored else {}
-        for (first, second), block in zip(places, sums, strict=True):
-            blocks[first, second] = block
-            if mirrored:
-                blocks[second, first] = turned[id(block)]
-    return blocks
+class _Sums:
+    """The blocks of one offset, as sums of the products of its cells.
 
+    Args:
+        cells: The cells of all offsets.
+        members: The numbers of those of this one.
+        like: A tensor.
+    """
 
-def _transpose(matrices: Tensor) -> Tensor:
-    """A transposed copy of `[shared, c, c']`: torch is fast at single matrices."""
-    if len(matrices) == 1:
-        return matrices[0].t().contiguous()[None]
-    return matrices.mT.contiguous()
+    def __init__(self, cells: Sequence[JointCell], members: list[int], like: Tensor) -> None:
+        self.members, self.mirrored = members, cells[members[0]].mirrored
+        of_block: dict[Block, tuple[int, ...]] = {}
+        for column, at in enumerate(members):
+            for block in cells[at].blocks:
+                of_block[block] = (*of_block.get(block, ()), column)
+        different = {columns: row for row, columns in enumerate(dict.fromkeys(of_block.values()))}
+        self.rows = {block: different[columns] for block, columns in of_block.items()}
+        # All sums at once are a product with a matrix of zeros and ones.
+        chosen = torch.zeros(len(different), len(members))
+        for columns, row in different.items():
+            chosen[row, list(columns)] = 1
+        self.chosen = chosen.to(like)
+
+    def rows_of_blocks(self, grams: Sequence[Tensor], some: slice) -> dict[Block, Tensor]:
+        """Some rows of all blocks, each `[shared, rows, channels]`."""
+        some_rows = self._sum([grams[at][:, some] for at in self.members])
+        found = {block: some_rows[row] for block, row in self.rows.items()}
+        if self.mirrored:
+            turned = self._sum([grams[at][:, :, some].mT for at in self.members])
+            found.update({(k, other): turned[row] for (other, k), row in self.rows.items()})
+        return found
+
+    def _sum(self, grams: list[Tensor]) -> Tensor:
+        stacked = torch.stack(grams)
+        if len(grams) == 1:
+            return stacked
+        return (self.chosen @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
