@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kfac_tn.functional.common import cast, cast_chunks, check, full_precision
 from kfac_tn.tn import gemm
-from kfac_tn.tn.gram.symmetric import add_to, lower_blocks, mirror
+from kfac_tn.tn.gram.symmetric import SymmetricSum
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -64,10 +64,10 @@ def sum_grams(chunks: Sequence[Tensor], columns: Callable[[Tensor], Tensor]) -> 
     Returns:
         `[groups, d, d]`.
     """
-    blocks = lower_blocks(columns(chunks[0]))
-    for chunk in chunks[1:]:
-        add_to(blocks, columns(chunk))
-    return mirror(blocks)
+    total = SymmetricSum()
+    for chunk in chunks:
+        total.add(columns(chunk))
+    return total.result()
 
 
 def border(factor: Tensor, mean: Tensor) -> Tensor:

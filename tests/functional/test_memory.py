@@ -5,6 +5,7 @@ import torch
 
 from kfac_tn import functional
 from kfac_tn.functional.common import CACHE_BYTES
+from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
 
 MiB = 2**20
 SCRATCH = MiB // 2
@@ -76,3 +77,29 @@ def test_conv_average_input(peak_bytes, kernel_size, mode, groups, dtype):
     # One copy of the chunk that is cast, and what is left of it after the first dimension.
     shrunk = kernel_size / 28
     assert peak <= x.numel() * 4 * shrunk * 2 + CACHE_BYTES * (dtype != torch.float32) + 3 * rows
+
+
+EXPANDED = {
+    "tiny": ((8, 3, 32, 32), 5, {}),
+    "border": ((8, 64, 14, 14), 3, {}),
+    "3x3": ((8, 64, 32, 32), 3, {"padding": 1}),
+    "result dominates": ((8, 512, 7, 7), 3, {"padding": 1}),
+    "1x7": ((8, 192, 17, 17), (1, 7), {"padding": (0, 3)}),
+    "strided": ((8, 64, 56, 56), 3, {"padding": 1, "stride": 2}),
+    "no overlap": ((8, 256, 14, 14), 2, {"stride": 2}),
+    "grouped": ((8, 64, 28, 28), 3, {"padding": 1, "groups": 4}),
+    "depthwise": ((8, 128, 28, 28), 7, {"padding": 3, "groups": 128}),
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_conv_input_factor(peak_bytes, name):
+    """At most twice as much as the result and a padded copy; of tiny inputs, a chunk's copies."""
+    shape, kernel_size, options = EXPANDED[name]
+    x = torch.rand(shape)
+    factor = lambda: functional.conv_input_factor(x, kernel_size, **options)  # noqa: E731
+    padding = options.get("padding", 0)
+    rows, columns = padding if isinstance(padding, tuple) else (padding, padding)
+    padded = 8 * shape[1] * (shape[2] + 2 * rows) * (shape[3] + 2 * columns) * 4
+    chunks = 3 * LEAST_CHUNK * 4
+    assert peak_bytes(factor) <= 2 * (padded + factor().nbytes) + (chunks if name == "tiny" else 0)

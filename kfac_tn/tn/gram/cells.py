@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kfac_tn.tn import gemm
@@ -28,16 +30,20 @@ def gram_by_cells(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -
     cells = joint_cells(windows)
     grams: list[Tensor] = []
     for chunk in x.split(count, 1):
-        images = _Images(chunk, windows)
-        for at, cell in enumerate(cells):
-            left, right = images.matrices(cell)
-            if at < len(grams):
-                add_product(grams[at], left.mT, right)
-            else:
-                grams.append(gemm.multiply(left.mT, right))
+        _add_products(grams, cells, _Images(chunk, windows))
     if scale != 1:
         grams = [gram.mul_(scale) for gram in grams]
     return assemble(x, cells, grams, [window.kernel_size for window in windows])
+
+
+def _add_products(grams: list[Tensor], cells: Sequence[JointCell], images: _Images) -> None:
+    """Add the products of some examples; what is copied for them is gone after."""
+    for at, cell in enumerate(cells):
+        left, right = images.matrices(cell)
+        if at < len(grams):
+            add_product(grams[at], left.mT, right)
+        else:
+            grams.append(gemm.multiply(left.mT, right))
 
 
 class _Images:

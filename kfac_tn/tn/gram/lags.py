@@ -67,6 +67,7 @@ def gram_by_lags(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) ->
         for at in others:
             grams[at] = slabs.product(cells[at])
             grams[largest] -= grams[at]
+    del slabs, all_lags  # before there is more
     if scale != 1:
         grams = [gram.mul_(scale) for gram in grams]
     return assemble(x, cells, grams, [window.kernel_size for window in windows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -33,51 +33,65 @@ LEAST_CHUNK = 64
 """Terms that are at least."""
 
 
-def lower_blocks(columns: Tensor, scale: float = 1.0) -> list[Tensor]:
-    """Blocks of rows of `scale * columns @ columns.mT`, each from the left to the diagonal.
+class SymmetricSum:
+    """A sum of matrices times their own transposes, in blocks of rows up to the diagonal.
 
-    Args:
-        columns: `[groups, d, terms]`.
-        scale: Multiplies one side.
+    What is right of the diagonal waits for the result: nothing else is held.
 
-    Returns:
-        Blocks `[groups, rows, columns up to the last row]`, for `add_to` and `mirror`.
+    Example:
+        >>> total = SymmetricSum()
+        >>> total.add(torch.tensor([[[1.0], [2.0]]]))
+        >>> total.add(torch.tensor([[[0.0], [1.0]]]))
+        >>> total.result()
+        tensor([[[1., 2.],
+                 [2., 5.]]])
     """
-    _, size, terms = columns.shape
-    starts = _starts(size, terms) if columns.device.type == "cpu" else [0]
-    blocks: list[Tensor] = []
-    for chunk in _in_rows(columns):
-        if blocks:
-            add_to(blocks, chunk, scale)
-        else:
-            blocks = [
-                gemm.multiply(_scaled(chunk[:, start:end], scale), chunk[:, :end].mT)
-                for start, end in zip(starts, [*starts[1:], size], strict=True)
-            ]
-    return blocks
 
+    def __init__(self) -> None:
+        self._whole: Tensor | None = None
+        self._rows: list[tuple[int, int]] = []
+        self._lower = False
 
-def add_to(blocks: Sequence[Tensor], columns: Tensor, scale: float = 1.0) -> None:
-    """Add the blocks of another product in place."""
-    for chunk in _in_rows(columns):
-        for block in blocks:
-            end = block.shape[2]
-            start = end - block.shape[1]
-            add_product(block, _scaled(chunk[:, start:end], scale), chunk[:, :end].mT)
+    def add(self, columns: Tensor, scale: float = 1.0) -> None:
+        """Add `scale * columns @ columns.mT`, where columns are `[groups, d, terms]`."""
+        for chunk in _in_rows(columns):
+            if self._whole is None:
+                self._start(chunk, columns.shape[2], scale)
+            else:
+                for start, end in self._rows:
+                    to = end if self._lower else chunk.shape[1]
+                    left = _scaled(chunk[:, start:end], scale)
+                    add_product(self._whole[:, start:end, :to], left, chunk[:, :to].mT)
 
+    def _start(self, columns: Tensor, terms: int, scale: float) -> None:
+        groups, size, _ = columns.shape
+        on_cpu = columns.device.type == "cpu"
+        starts = _starts(size, terms) if on_cpu else [0]
+        self._lower = len(starts) > 1
+        if not self._lower:
+            self._whole = gemm.multiply(_scaled(columns, scale), columns.mT)
+            if (
+                on_cpu and size >= 2 * BLOCK
+            ):  # what is added may be made apart first: not all at once
+                starts = list(range(0, size, -(-size // MOST_BLOCKS)))
+        self._rows = list(zip(starts, [*starts[1:], size], strict=True))
+        if self._lower:
+            self._whole = columns.new_empty(groups, size, size)
+            for start, end in self._rows:
+                left = _scaled(columns[:, start:end], scale)
+                self._whole[:, start:end, :end] = gemm.multiply(left, columns[:, :end].mT)
 
-def mirror(blocks: Sequence[Tensor]) -> Tensor:
-    """The symmetric matrices `[groups, d, d]` of which the blocks are given."""
-    if len(blocks) == 1:
-        return blocks[0]
-    size = blocks[-1].shape[2]
-    whole = blocks[0].new_empty(len(blocks[0]), size, size)
-    for block in blocks:
-        end = block.shape[2]
-        start = end - block.shape[1]
-        whole[:, start:end, :end] = block
-        whole[:, :start, start:end] = block[:, :, :start].mT
-    return whole
+    def result(self, scale: float = 1.0) -> Tensor:
+        """The sum, `[groups, d, d]`, times a factor; nothing can be added to it any more."""
+        assert self._whole is not None
+        if not self._lower:
+            return self._whole if scale == 1 else self._whole.mul_(scale)
+        for start, end in self._rows:
+            block = self._whole[:, start:end, :end]
+            if scale != 1:
+                block.mul_(scale)
+            self._whole[:, :start, start:end] = block[:, :, :start].mT
+        return self._whole
 
 
 def symmetric_share(size: int, terms: int) -> float:

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kfac_tn.tn.gram.symmetric import add_to, lower_blocks, mirror
+from kfac_tn.tn.gram.symmetric import SymmetricSum
 from kfac_tn.tn.gram.windows import Windows, fit, unfold
 
 LEAST_CHUNK = 2**18
@@ -38,18 +38,14 @@ def gram_by_unfolding(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.
 
 def _gram(x: Tensor, windows: tuple[Windows, ...], scale: float) -> Tensor:
     size = x.shape[2] * prod(window.kernel_size for window in windows)
-    blocks: list[Tensor] = []
-    few = 1.0
+    total = SymmetricSum()
+    few: float | None = None
     for columns in _columns(x, windows, size):
-        if blocks:
-            add_to(blocks, columns, few)
-        else:
-            # The smaller of columns and result is scaled.
+        if few is None:  # the smaller of columns and result is scaled
             few = scale if columns.shape[-1] < size else 1.0
-            blocks = lower_blocks(columns, few)
-    if scale != few:
-        blocks = [block.mul_(scale) for block in blocks]
-    return mirror(blocks)
+        total.add(columns, few)
+        del columns  # before the next ones are made
+    return total.result(1.0 if few == scale else scale)
 
 
 def division(
