@@ -116,7 +116,7 @@ def compute_ggn_diagonal(
                 weight = likelihood.num_terms(outputs, targets)
             samples = mc_samples if mode == "mc" else None
             columns = _columns(likelihood, outputs, targets, samples, generator, weight)
-            _add_batch(totals, calls, columns, weight, max_memory)
+            _add_batch(totals, calls, columns, max_memory)
             total_weight = total_weight + weight if likelihood.reduction == "mean" else 1.0
     if batches == 0:
         raise ValueError("The loader is empty: at least one batch is needed.")
@@ -134,7 +134,10 @@ def _columns(
     generator: torch.Generator | None,
     weight: Tensor | float,
 ) -> Iterator[Tensor]:
-    """Columns of a root of the loss Hessian; zeros for a mean over no terms, which is NaN."""
+    """Columns of a root of the loss Hessian, with the batch's weight; zeros where that is none.
+
+    (A mean over no terms is NaN.)
+    """
     if samples is None:
         columns = likelihood.columns(outputs, targets)
     else:
@@ -142,18 +145,18 @@ def _columns(
         draws = (likelihood.sample(outputs, targets, generator) for _ in range(samples))
         columns = (draw * scale for draw in draws)
     for column in columns:
-        yield torch.where(torch.as_tensor(weight, device=column.device) > 0, column, 0)
+        factor = torch.as_tensor(weight, device=column.device, dtype=column.dtype)
+        yield torch.where(factor > 0, column * factor.sqrt(), 0)
 
 
 def _add_batch(
     totals: dict[str, Tensor],
     calls: Calls,
     columns: Iterable[Tensor],
-    weight: Tensor | float,
     max_memory: int | None,
 ) -> None:
     def add(name: str, attribute: str, contributions: Contributions) -> None:
-        totals[name] += sum_of_squares(attribute, contributions, max_memory) * weight
+        totals[name] += sum_of_squares(attribute, contributions, max_memory)
 
     columns = iter(columns)
     size = max(1, common.UNFOLD_BYTES // calls.outputs.nbytes)
@@ -162,7 +165,7 @@ def _add_batch(
         for column in chunk:
             calls.backward(column, held.receive)
         held.release()
-        _add_one_by_one(totals, calls, chunk, weight)
+        _add_one_by_one(totals, calls, chunk)
 
 
 class _Held:
@@ -206,9 +209,7 @@ class _Held:
             self._add(name, "weight", [(call, torch.stack(gradients))])
 
 
-def _add_one_by_one(
-    totals: dict[str, Tensor], calls: Calls, columns: list[Tensor], weight: Tensor | float
-) -> None:
+def _add_one_by_one(totals: dict[str, Tensor], calls: Calls, columns: list[Tensor]) -> None:
     if not calls.unknown:
         return
     names = sorted(calls.unknown)
@@ -216,4 +217,4 @@ def _add_one_by_one(
         differentiate = calls.alone(n, names)
         for column in columns:
             for name, gradient in zip(names, differentiate(column[n : n + 1]), strict=True):
-                totals[name] += cast(gradient).square() * weight
+                totals[name] += cast(gradient).square()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
+from kfac_tn.functional import common
 from kfac_tn.layers.base import GradientFamily
 
 
@@ -30,6 +31,26 @@ class NormFamily(GradientFamily):
 
     def per_example_bias_gradient(self, module: Any, g: Tensor) -> Tensor:  # noqa: D102
         return self._sum(module, g)
+
+    def weight_diagonal(  # noqa: D102
+        self, module: Any, x: Tensor, g: Tensor, max_memory: int | None = None
+    ) -> Tensor:
+        # Of an example: itself in another type, normalized, times its gradient.
+        needed = 4 * x[0].numel() * common.accumulation_dtype(x).itemsize
+        if max_memory is not None and needed > max_memory:
+            raise ValueError(
+                f"max_memory={max_memory:,} bytes is too little: one example's gradient of "
+                f"{module} takes {needed:,}"
+            )
+        limit = common.UNFOLD_BYTES if max_memory is None else max_memory
+        if x.device.type == "cpu":
+            limit = min(limit, common.CACHE_BYTES)
+        total: Tensor | float = 0.0
+        size = max(1, limit // needed)
+        for inputs, gradients in zip(x.split(size), g.split(size), strict=True):
+            rows = self.per_example_weight_gradient(module, inputs, gradients)
+            total = total + rows.square().sum(0)
+        return cast(Tensor, total)
 
     def _sum(self, module: Any, g: Tensor) -> Tensor:
         """Sum over all axes but the first one and those of the parameters."""
