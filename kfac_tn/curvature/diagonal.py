@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -54,7 +55,7 @@ def compute_ggn_diagonal(
         max_memory: Most bytes to hold for squaring gradients of one layer, besides its input,
             output gradients and result: examples and columns come in chunks. Default: 64 MiB, or
             what a single gradient takes if that is more; and as much again as the layers' inputs
-            for output gradients that are faster squared with those of other columns.
+            (64 MiB at least) for output gradients that are squared faster with other columns'.
         generator: Source of randomness (on the model's device); by default the global one.
         forward: For other batches (dicts, more than two parts) and other ways to call the model: a
             function of model and batch that returns the outputs for the loss, and the targets.
@@ -159,9 +160,10 @@ def _add_batch(
         totals[name] += sum_of_squares(attribute, contributions, max_memory)
 
     columns = iter(columns)
+    limit = max(calls.input_bytes, common.UNFOLD_BYTES) if max_memory is None else 0
     size = max(1, common.UNFOLD_BYTES // calls.outputs.nbytes)
     while chunk := list(islice(columns, size)):
-        held = _Held(add, len(chunk), calls.input_bytes if max_memory is None else 0)
+        held = _Held(add, len(chunk), limit)
         for column in chunk:
             calls.backward(column, held.receive)
         held.release()
@@ -181,32 +183,40 @@ class _Held:
         self, add: Callable[[str, str, Contributions], None], columns: int, limit: int
     ) -> None:
         self._add, self._columns, self._left = add, columns, limit
-        self._held: dict[tuple[str, Call], list[Tensor]] = {}
+        self._capacities: dict[tuple[str, Call], int] = {}
+        self._held: dict[tuple[str, Call], list[Tensor]] = defaultdict(list)
 
     def receive(self, name: str, attribute: str, contributions: Contributions) -> None:
         """Hold what comes, or hand it on."""
-        call, g = contributions[0]
+        (call, g), *others = contributions
         # Gradients of several calls add up before they are squared.
-        if attribute == "weight" and len(contributions) == 1 and self._has_room(name, call, g):
-            self._held[name, call].append(g)
-        else:
+        if attribute != "weight" or others or self._capacity(name, call, g) == 1:
             self._add(name, attribute, contributions)
+            return
+        held = self._held[name, call]
+        held.append(g)
+        if len(held) == self._capacities[name, call]:
+            self._release(name, call)
 
-    def _has_room(self, name: str, call: Call, g: Tensor) -> bool:
-        if (name, call) in self._held:
-            return True
-        needed = 2 * self._columns * g.nbytes  # twice, as they are stacked
-        if needed > self._left or not call.family.squares_together(call.module, g, self._columns):
-            return False
-        self._left -= needed
-        self._held[name, call] = []
-        return True
+    def _capacity(self, name: str, call: Call, g: Tensor) -> int:
+        """How many columns of a layer are held: at most a quarter of the room, for others' sake."""
+        if (name, call) not in self._capacities:
+            most = max(1, self._left // (4 * 2 * g.nbytes))  # twice, as they are stacked
+            capacity = min(self._columns, most)
+            if not call.family.squares_together(call.module, g, capacity):
+                capacity = 1
+            if capacity > 1:
+                self._left -= 2 * capacity * g.nbytes
+            self._capacities[name, call] = capacity
+        return self._capacities[name, call]
+
+    def _release(self, name: str, call: Call) -> None:
+        self._add(name, "weight", [(call, torch.stack(self._held.pop((name, call))))])
 
     def release(self) -> None:
         """Hand on what is held."""
-        while self._held:
-            (name, call), gradients = self._held.popitem()
-            self._add(name, "weight", [(call, torch.stack(gradients))])
+        for name, call in list(self._held):
+            self._release(name, call)
 
 
 def _add_one_by_one(totals: dict[str, Tensor], calls: Calls, columns: list[Tensor]) -> None:

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import kfac_tn
+from kfac_tn import functional
 from kfac_tn.curvature.calls import Calls
+from kfac_tn.functional import common
+from kfac_tn.layers import gradient_family
 from kfac_tn.testing import dense_ggn, relative_error, trainable
 
 TOLERANCE = 1e-10
@@ -309,6 +312,74 @@ def test_max_memory_changes_nothing_or_is_refused():
         assert relative_error(flat(chunked, model), flat(expected, model)) < TOLERANCE
         with pytest.raises(ValueError, match="max_memory=100 bytes is too little"):
             kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], max_memory=100)
+
+
+@pytest.mark.parametrize(
+    ("limit", "max_memory", "together"),
+    # 512 bytes a column, twice, in a quarter of the room
+    [(2**26, None, [6]), (2**14, None, [4, 2]), (2**26, 100_000, [1] * 6)],
+)
+def test_columns_wait_for_each_other_where_positions_are_few(
+    limit, max_memory, together, monkeypatch
+):
+    """As far as there is room, and not where the bound on memory is the user's own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 6)).double()
+    x = torch.randn(N, 2, 4, 4, dtype=torch.float64)
+    y = model(x).detach()
+    columns = []
+    original = functional.conv_weight_diagonal
+
+    def spy(x, g, *args, **kwargs):
+        columns.append(1 if g.ndim == x.ndim else len(g))
+        return original(x, g, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "conv_weight_diagonal", spy)
+    monkeypatch.setattr(common, "UNFOLD_BYTES", limit)
+    loss_fn = nn.MSELoss()
+    diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], max_memory=max_memory)
+    assert columns == together
+    expected = dense_ggn(model, loss_fn, x, y).diagonal()
+    assert relative_error(flat(diagonal, model), expected) < TOLERANCE
+
+
+class Alternating(nn.Module):
+    """A layer that is called twice: the first output needs one call, the second one both."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Conv1d(1, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.shared(x)
+        second = self.shared(x[..., 1:] + 1).mean(-1)
+        return torch.cat([first.mean(-1), second * first.sum(-1)], 1)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+def test_columns_that_reach_one_call_of_several(loss):
+    torch.manual_seed(0)
+    model = Alternating().double()
+    x = torch.randn(N, 1, 4, dtype=torch.float64)
+    loss_fn, y = loss_and_targets(loss, model(x))
+    diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
+    expected = dense_ggn(model, loss_fn, x, y).diagonal()
+    assert relative_error(flat(diagonal, model), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(32), nn.GroupNorm(4, 32), nn.LayerNorm([24, 24])])
+def test_norms_square_within_max_memory(norm, peak_bytes):
+    """Whose rows are as large as their inputs: 2.25 MiB; and refused if one example doesn't fit."""
+    x, g = torch.randn(2, 32, 32, 24, 24)
+    norm.eval()
+    family = gradient_family(norm)
+    expected = family.per_example_weight_gradient(norm, x, g).square().sum(0)
+    actual = family.weight_diagonal(norm, x, g, 2**20)
+    torch.testing.assert_close(actual, expected)
+    peak = peak_bytes(lambda: family.weight_diagonal(norm, x, g, 2**20))
+    assert peak <= 2**20 + 4 * actual.nbytes
+    with pytest.raises(ValueError, match="max_memory=1,000 bytes is too little: one example's"):
+        family.weight_diagonal(norm, x, g, 1000)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False)])
