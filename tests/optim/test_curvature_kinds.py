@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kfac_tn
 from kfac_tn import testing
@@ -536,3 +537,53 @@ def test_unfreezing_and_changing_dtype():
     assert all(p.isfinite().all() for p in values(model))
     for entry in optimizer.state_dict()["curvature"]["factors"].values():
         assert all(v.dtype == torch.float32 for v in entry.values() if isinstance(v, Tensor))
+
+
+class Checkpointed(nn.Module):
+    """The layers of a model, run again in the backward pass."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "type-2", "empirical"])
+@pytest.mark.parametrize("curvature", ["ekfac", "diagonal"])
+def test_activation_checkpointing_changes_nothing(curvature, fisher):
+    results = []
+    for wrap in (lambda model: model, Checkpointed):
+        torch.manual_seed(0)
+        model, loss_fn = wrap(MODELS["grouped conv"][0]().double()), nn.CrossEntropyLoss()
+        options = {"factor_interval": 1, "inverse_interval": 2, "fisher": fisher}
+        optimizer = kfac_tn.KFAC(model, loss_fn, curvature=curvature, **options)
+        train(optimizer, model, loss_fn, 4)
+        results.append(values(model))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", "diagonal"])
+def test_autocast_and_scaled_losses(curvature):
+    """Half precision where the model wants it; what is averaged has float32, and no scale in it."""
+    found = []
+    for scale, dtype in ((1.0, None), (1024.0, torch.bfloat16)):
+        torch.manual_seed(0)
+        model, loss_fn = MODELS["grouped conv"][0](), nn.CrossEntropyLoss()
+        options = {"factor_interval": 1, "inverse_interval": 1, "fisher": "type-2", "lr": 1e-4}
+        optimizer = kfac_tn.KFAC(model, loss_fn, curvature=curvature, **options)
+        for step in range(3):
+            x, y = make_data(seed=step)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = loss_fn(model(x.float()), y)
+            (scale * loss).backward()
+            for p in model.parameters():
+                p.grad /= scale
+            optimizer.step()
+        state = optimizer.state_dict()["curvature"]["factors"]
+        assert {entry["values"].dtype for entry in state.values()} == {torch.float32}
+        found.append(torch.stack([entry["values"].sum() for entry in state.values()]))
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.0)
