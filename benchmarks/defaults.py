@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ekfac, inverse_interval=500": {"curvature": "ekfac", "inverse_interval": 500},
     "damping_split='exact'": {"damping_split": "exact"},
     "max_dim=64, blocks": {"max_dim": 64, "large_factors": "blocks"},
+    "max_dim=64": {"max_dim": 64},
     "max_dim=64, diagonal": {"max_dim": 64, "large_factors": "diagonal"},
     "fisher='empirical'": {"fisher": "empirical"},
     "fisher='forward-only'": {"fisher": "forward-only"},

@@ -20,7 +20,7 @@ class CurvatureOptions:
         approximation: ``"expand"``, ``"reduce"``, or by layer.
         curvature: ``"kfac"``, ``"ekfac"``, ``"diagonal"``, or by layer.
         max_dim: Dimension above which only a part of a factor is computed.
-        large_factors: That part: ``"diagonal"`` or ``"blocks"``.
+        large_factors: That part: ``"auto"``, ``"blocks"`` or ``"diagonal"``.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
         relative_damping: Whether damping is in units of each block's mean eigenvalue.
@@ -47,7 +47,7 @@ class CurvatureOptions:
     seed: int
     curvature: CurvatureChoice = "kfac"
     max_dim: int | None = 8192
-    large_factors: LargeFactors = "diagonal"
+    large_factors: LargeFactors = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor_decay < 1:

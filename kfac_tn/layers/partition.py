@@ -20,7 +20,7 @@ ApproximationChoice: TypeAlias = (
     Approximation | Mapping[str, Approximation] | Callable[[str, Module], Approximation]
 )
 CurvatureKind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
-LargeFactors: TypeAlias = Literal["diagonal", "blocks"]
+LargeFactors: TypeAlias = Literal["auto", "blocks", "diagonal"]
 CurvatureChoice: TypeAlias = (
     CurvatureKind | Mapping[str, CurvatureKind] | Callable[[str, Module], CurvatureKind]
 )
@@ -83,7 +83,7 @@ class LayerBlock:
         max_dim: Dimension above which a factor is cut into pieces, of which only the blocks on the
             diagonal are kept; None: never.
         large_factors: ``"diagonal"``: pieces of one row; ``"blocks"``: as few as have at most
-            ``max_dim`` rows.
+            ``max_dim`` rows; ``"auto"``: blocks of input factors, diagonals of the others.
     """
 
     name: str
@@ -97,7 +97,7 @@ class LayerBlock:
     groups: int
     curvature: CurvatureKind = "kfac"
     max_dim: int | None = None
-    large_factors: LargeFactors = "diagonal"
+    large_factors: LargeFactors = "auto"
 
     @property
     def joint_dim(self) -> int:
@@ -107,17 +107,18 @@ class LayerBlock:
     @property
     def input_pieces(self) -> int:
         """Into how many pieces the input factor is cut, in each group."""
-        return self._pieces(self.joint_dim)
+        return self._pieces(self.joint_dim, "blocks")
 
     @property
     def grad_output_pieces(self) -> int:
         """Into how many pieces the output-gradient factor is cut, in each group."""
-        return self._pieces(self.grad_output_dim)
+        return self._pieces(self.grad_output_dim, "diagonal")
 
-    def _pieces(self, size: int) -> int:
+    def _pieces(self, size: int, auto: LargeFactors) -> int:
         if self.max_dim is None or size <= self.max_dim:
             return 1
-        return size if self.large_factors == "diagonal" else -(-size // self.max_dim)
+        kind = auto if self.large_factors == "auto" else self.large_factors
+        return size if kind == "diagonal" else -(-size // self.max_dim)
 
     @property
     def has_factors(self) -> bool:
@@ -158,7 +159,7 @@ def partition(
     approximation: ApproximationChoice = "expand",
     curvature: CurvatureChoice = "kfac",
     max_dim: int | None = None,
-    large_factors: LargeFactors = "diagonal",
+    large_factors: LargeFactors = "auto",
 ) -> tuple[list[LayerBlock], list[OtherParameter]]:
     """Divide the trainable parameters of a model into Kronecker blocks and others.
 
@@ -171,7 +172,7 @@ def partition(
             layer with a block must be named), or a function of name and module.
         curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer in the same ways.
         max_dim: See ``LayerBlock``, as for the next.
-        large_factors: ``"diagonal"`` or ``"blocks"``.
+        large_factors: ``"auto"``, ``"blocks"`` or ``"diagonal"``.
 
     Returns:
         The blocks, in the order of ``model.named_modules()``, and all other trainable parameters,

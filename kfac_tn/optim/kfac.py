@@ -83,12 +83,11 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             tells on top of which factors EKFAC is, so both can be chosen. The first axis is that of
             the examples for the latter two, and inputs are kept until the backward pass. Default:
             ``"kfac"``, which costs least.
-        max_dim: Dimension above which a factor (and its eigenvectors) is only computed in part: its
-            cost grows with the cube, its memory with the square. 8192: two thirds of a GB for a
-            factor with its inverse, minutes for an eigendecomposition on a CPU; heads with the size
-            of a vocabulary are above it. None: no limit.
-        large_factors: That part: ``"diagonal"`` (default; the order of words has no meaning), or
-            ``"blocks"`` along the diagonal, of at most ``max_dim`` rows each.
+        max_dim: Dimension above which a factor is only computed in part: its inverse costs the cube.
+            8192: half a GB with its inverse, below the size of a vocabulary. None: no limit.
+        large_factors: That part: ``"blocks"`` along the diagonal, of at most ``max_dim`` rows, or
+            the ``"diagonal"``; ``"auto"``: blocks of input factors, the diagonal of the others
+            (of a vocabulary, where it was as good as the whole; hidden layers want blocks).
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"`` (KFAC alone).
         mc_samples: Samples of the targets for ``"mc"``.
         damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
@@ -149,7 +148,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         approximation: ApproximationChoice = "expand",
         curvature: CurvatureChoice = "kfac",
         max_dim: int | None = 8192,
-        large_factors: LargeFactors = "diagonal",
+        large_factors: LargeFactors = "auto",
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,

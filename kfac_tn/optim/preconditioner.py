@@ -39,7 +39,7 @@ class KFACPreconditioner(CurvatureUser):
         approximation: See ``KFAC``, as for all that follow.
         curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer.
         max_dim: Dimension above which a factor is only computed in part; None: no limit.
-        large_factors: That part: ``"diagonal"`` or ``"blocks"``.
+        large_factors: That part: ``"auto"``, ``"blocks"`` or ``"diagonal"``.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
         damping: Added to each block: a number or a function of the step; set
@@ -82,7 +82,7 @@ class KFACPreconditioner(CurvatureUser):
         approximation: ApproximationChoice = "expand",
         curvature: CurvatureChoice = "kfac",
         max_dim: int | None = 8192,
-        large_factors: LargeFactors = "diagonal",
+        large_factors: LargeFactors = "auto",
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,

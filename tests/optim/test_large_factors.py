@@ -61,9 +61,12 @@ def train(case, model, loss_fn, optimizer, steps=1, start=0):
         optimizer.step()
 
 
-def cut(matrix: Tensor, limit: int, kind: str) -> Tensor:
+def cut(matrix: Tensor, limit: int, kind: str, side: str = "") -> Tensor:
     """A matrix [d, d] with zeros outside of the blocks that are kept."""
-    d = len(matrix)
+    d, kind = (
+        len(matrix),
+        {"input": "blocks", "output": "diagonal"}[side] if kind == "auto" else kind,
+    )
     if d <= limit:
         return matrix
     pieces = d if kind == "diagonal" else math.ceil(d / limit)
@@ -88,7 +91,14 @@ def matrices(named: dict[str, Tensor], block) -> list[Tensor]:
     return list(torch.cat([weight, bias], 2))
 
 
-LIMITS = [(3, "blocks"), (4, "blocks"), (8, "blocks"), (2, "diagonal"), (8, "diagonal")]
+LIMITS = [
+    (3, "blocks"),
+    (4, "blocks"),
+    (8, "blocks"),
+    (2, "diagonal"),
+    (8, "diagonal"),
+    (4, "auto"),
+]
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
@@ -105,12 +115,15 @@ def test_factors_are_parts_of_the_whole_ones(case, limit, kind, approximation, m
             loss_fn(model(x), y).backward()
         found.append(optimizer._estimator.capture.take().factors)
     for (block, whole), (_, parts) in zip(*(f.items() for f in found), strict=True):
-        for one, other in ((whole.input, parts.input), (whole.grad_output, parts.grad_output)):
+        for side, one, other in (
+            ("input", whole.input, parts.input),
+            ("output", whole.grad_output, parts.grad_output),
+        ):
             d = one.shape[-1]
             assert other.shape[-1] <= max(limit, 1) or other.shape == one.shape
             dense = written_out(other, block.groups, d)
             for expected, actual in zip(one, dense, strict=True):
-                torch.testing.assert_close(actual, cut(expected, limit, kind))
+                torch.testing.assert_close(actual, cut(expected, limit, kind, side))
             total = one.diagonal(dim1=-2, dim2=-1).sum()
             torch.testing.assert_close(other.diagonal(dim1=-2, dim2=-1).sum(), total)
 
@@ -271,8 +284,10 @@ def test_coverage_and_diagnostics_tell():
     a = written_out(factors.input, 1, 8)[0]
     values = torch.linalg.eigvalsh(a) + 1e-3**0.5 * a.trace() / 8
     assert layer.input_condition == pytest.approx(float(values[-1] / values[0]))
-    _, _, optimizer = make("linear", max_dim=7)
-    assert "only its diagonal" in repr(optimizer)
+    _, _, optimizer = make("linear", max_dim=4)
+    (why,) = (row.why for row in optimizer.coverage() if row.parameter == "0.weight")
+    assert "the input's only its 2 diagonal blocks of 4" in why
+    assert "the output's only its diagonal" in why
 
 
 @pytest.mark.parametrize(
