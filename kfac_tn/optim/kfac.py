@@ -83,7 +83,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             tells on top of which factors EKFAC is, so both can be chosen. The first axis is that of
             the examples for the latter two, and inputs are kept until the backward pass. Default:
             ``"kfac"``, which costs least.
-        max_dim: Dimension above which a factor is only computed in part: its inverse costs the cube.
+        max_dim: Dimension above which a factor is computed only in part: inverses cost its cube.
             8192: half a GB with its inverse, below the size of a vocabulary. None: no limit.
         large_factors: That part: ``"blocks"`` along the diagonal, of at most ``max_dim`` rows, or
             the ``"diagonal"``; ``"auto"``: blocks of input factors, the diagonal of the others
