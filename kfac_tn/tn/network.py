@@ -1,16 +1,13 @@
 """Tensor networks: transform them, evaluate them.
 
 A `Network` is immutable and hashable, so everything expensive about it (simplification, contraction
-order, the tensors of its constants) can be cached under the network itself. It is multilinear in
-its nodes, and derivatives and curvature are derived by small manipulations that return new
-networks: removing a node differentiates, adding one contracts, joining two copies squares.
+order, the tensors of its constants) can be cached under the network itself. Derivatives and
+curvature are derived by small manipulations (`kfac_tn.tn.manipulations`) that return new networks.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Iterable, Mapping
-from fractions import Fraction
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfac_tn.tn.names import add_sizes, fresh
-from kfac_tn.tn.node import Axes, Delta, Node, Ones, Operand, Scalar, format_axes, rename_axes
-from kfac_tn.tn.structure import Structure
+from kfac_tn.tn.manipulations import Manipulations
+from kfac_tn.tn.node import Operand
 
 if TYPE_CHECKING:
     from kfac_tn.tn.plan import Plan, Recipe
@@ -31,7 +27,7 @@ PLAIN = (Tensor, Parameter)
 """Types of tensors that may meet the constants that are kept; fake tensors, say, may not."""
 
 
-class Network(Structure):
+class Network(Manipulations):
     """A product of tensors, summed over every index that is not an output.
 
     Attributes:
@@ -45,7 +41,7 @@ class Network(Structure):
             shape.
 
     Example:
-        >>> import torch
+        >>> from kfac_tn.tn import Node
         >>> matrix = Node(Operand("matrix"), (("i",), ("j",)))
         >>> vector = Node(Operand("vector"), (("j",),))
         >>> product = Network.build([matrix, vector], output=[("i",)], sizes={"i": 2, "j": 3})
@@ -55,209 +51,6 @@ class Network(Structure):
         >>> product.evaluate(matrix=torch.ones(2, 3), vector=torch.ones(3))
         tensor([3., 3.])
     """
-
-    # ---- manipulations --------------------------------------------------------------------------
-
-    def rename(self, names: Mapping[str, str]) -> Network:
-        """Return the network with indices renamed; two indices given one name become one.
-
-        Raises:
-            ValueError: If there is no index of such a name, two indices made one differ in size,
-                or one tensor holds both.
-        """
-        self.check_known(names)
-        sizes: dict[str, int] = {}
-        for index, size in self.sizes:
-            add_sizes(sizes, {names.get(index, index): size})
-        nodes = (node.rename(names) for node in self.nodes)
-        return Network.build(nodes, rename_axes(self.output, names), sizes)
-
-    def with_output(self, *output: tuple[str, ...]) -> Network:
-        """Return the network with other axes of the result; indices left out are summed over."""
-        return Network.build(self.nodes, output, self.size)
-
-    def with_nodes(self, nodes: Iterable[Node]) -> Network:
-        """Return the network with other nodes over the same indices."""
-        return Network.build(nodes, self.output, self.size)
-
-    def sum_over(self, *indices: str) -> Network:
-        """Return the network whose result is summed over some of its indices.
-
-        Raises:
-            ValueError: If they are no indices of the result.
-        """
-        if unknown := set(indices) - set(self.output_indices):
-            raise ValueError(f"the result [{format_axes(self.output)}] has no indices {unknown}")
-        axes = (tuple(i for i in axis if i not in indices) for axis in self.output)
-        return self.with_output(*axes)
-
-    def scale(self, factor: Fraction) -> Network:
-        """Return the network multiplied by a number."""
-        return self.with_nodes((*self.nodes, Node(Scalar(Fraction(factor)), ())))
-
-    def multiply(
-        self, name: str, *axes: tuple[str, ...], sizes: Mapping[str, int] | None = None
-    ) -> Network:
-        """Return the network multiplied by one more operand.
-
-        Args:
-            name: Name of the operand.
-            axes: Its axes, over indices of the network or new ones.
-            sizes: Sizes of the new indices; others may be among them.
-
-        Raises:
-            ValueError: If an index has no size, or another one than in the network.
-        """
-        nodes = (*self.nodes, Node(Operand(name), axes))
-        return Network.build(nodes, self.output, add_sizes(dict(self.size), sizes or {}))
-
-    def contract_with(
-        self, name: str, *output: tuple[str, ...], leading: Mapping[str, int] | None = None
-    ) -> Network:
-        """Return the network multiplied by an operand shaped like its result.
-
-        Followed by `differentiate`, this is a vector-Jacobian product.
-
-        Args:
-            name: Name of the operand.
-            output: Axes of the new result. None: the scalar product.
-            leading: Further axes of the operand, in front of the others, by name of their index
-                and size: several cotangents at once.
-
-        Raises:
-            ValueError: If `leading` contradicts the sizes of the network.
-
-        Example:
-            >>> nodes = [Node(Operand("A"), (("i",), ("j",))), Node(Operand("x"), (("j",),))]
-            >>> network = Network.build(nodes, [("i",)], {"i": 2, "j": 3})
-            >>> print(network.contract_with("y").differentiate("x"))
-            A[i j] y[i] -> [j]
-            i=2 j=3
-        """
-        axes = (*((index,) for index in leading or ()), *self.output)
-        return self.multiply(name, *axes, sizes=leading).with_output(*output)
-
-    def replace(self, name: str, other: str | Network) -> Network:
-        """Return the network with something else in the place of an operand that occurs once.
-
-        Args:
-            name: The operand.
-            other: Name of another operand of this shape, as in a Jacobian-vector product; or a
-                network whose result has this shape, as a factorised kernel. The axes of its result
-                have the indices of the operand's, in number and size, or just one, which is then
-                split into these. Its other indices are primed if they would clash.
-
-        Raises:
-            ValueError: If the operand doesn't occur once, or the shapes do not fit.
-
-        Example:
-            >>> vectors = [Node(Operand("a"), (("i",),)), Node(Operand("b"), (("j",),))]
-            >>> outer = Network.build(vectors, [("i",), ("j",)], {"i": 2, "j": 3})
-            >>> total = Network.build([Node(Operand("A"), (("k",), ("l",)))], [], {"k": 2, "l": 3})
-            >>> print(total.replace("A", outer))
-            a[k] b[l] -> []
-            k=2 l=3
-        """
-        at = self.find(name)
-        axes, sizes = self.nodes[at].axes, dict(self.size)
-        if isinstance(other, str):
-            nodes = [Node(Operand(other), axes)]
-        else:
-            names = other._fit(self, axes)
-            inner = [index for index in other.size if index not in names]
-            clashing = [index for index in inner if index in sizes]
-            new = dict(zip(clashing, fresh(clashing, {*sizes, *inner}), strict=True))
-            names |= {index: (new.get(index, index),) for index in inner}
-            sizes |= {names[index][0]: other.size[index] for index in inner}
-            nodes = [node.expand(names) for node in other.nodes]
-        return Network.build((*self.nodes[:at], *nodes, *self.nodes[at + 1 :]), self.output, sizes)
-
-    def _fit(self, outer: Network, axes: Axes) -> dict[str, tuple[str, ...]]:
-        """What the indices of the result become in the place of another network's axes."""
-        lengths = lambda network, axis: [network.size[index] for index in axis]  # noqa: E731
-        if self.shape != outer.shape_of(axes) or any(
-            len(own) > 1 and lengths(self, own) != lengths(outer, axis)
-            for own, axis in zip(self.output, axes, strict=True)
-        ):
-            sizes = {index: outer.size[index] for axis in axes for index in axis}
-            raise ValueError(
-                f"a result [{format_axes(self.output)}] of shape {self.shape} doesn't fit in the "
-                f"place of [{format_axes(axes)}] with sizes {sizes}"
-            )
-        names: dict[str, tuple[str, ...]] = {}
-        for own, axis in zip(self.output, axes, strict=True):
-            parts = [axis] if len(own) == 1 else [(index,) for index in axis]
-            names.update(zip(own, parts, strict=True))
-        return names
-
-    def without(self, name: str, *output: tuple[str, ...], split: Collection[str] = ()) -> Network:
-        """Return the network without an operand, and with the given axes of the result.
-
-        This is the coefficient of the operand: the derivative but for its trivial parts, the
-        indices that the operand shares with the result, in which the derivative is an identity.
-
-        Args:
-            name: The operand, which occurs once.
-            output: Axes of the new result. None: it is summed over everything.
-            split: Indices in which the identity is wanted: a `Delta` holds each of them equal to
-                its primed copy.
-
-        Raises:
-            ValueError: If the operand doesn't occur once, or the output has other indices than
-                those of the nodes that are left.
-        """
-        at = self.find(name)
-        copies = dict(zip(split, fresh(split, self.size), strict=True))
-        deltas = [Node(Delta(self.size[i]), ((i,), (copies[i],))) for i in split]
-        sizes = {**self.size, **{copies[i]: self.size[i] for i in split}}
-        return Network.build((*self.nodes[:at], *self.nodes[at + 1 :], *deltas), output, sizes)
-
-    def differentiate(self, name: str) -> Network:
-        """Return the derivative with respect to an operand that occurs once.
-
-        The operand's axes follow those of the result. An index that operand and result share
-        is split in two, held equal by a `Delta`. Along an index that nothing else holds, the
-        derivative is constant: `Ones`.
-
-        Raises:
-            ValueError: If the operand doesn't occur once.
-
-        Example:
-            >>> matrix = Node(Operand("x"), (("n",), ("i",)))
-            >>> row_sums = Network.build([matrix], [("n",)], {"n": 2, "i": 3})
-            >>> print(row_sums.differentiate("x"))
-            ones[i] delta[n n'] -> [n n' i]
-            i=3 n=2 n'=2
-        """
-        removed = self.nodes[self.find(name)]
-        shared = [index for index in removed.indices if index in self.output_indices]
-        lost = [i for i in removed.indices if i not in shared and len(self.holders(i)) == 1]
-        ones = [Node(Ones(self.size[index]), ((index,),)) for index in lost]
-        copies = dict(zip(shared, fresh(shared, self.size), strict=True))
-        output = (*self.output, *rename_axes(removed.axes, copies))
-        return self.with_nodes((*self.nodes, *ones)).without(name, *output, split=shared)
-
-    def join(
-        self, other: Network, share: Collection[str], output: Iterable[tuple[str, ...]]
-    ) -> Network:
-        """Return the product of two networks.
-
-        Args:
-            other: The second network. Operands of the same name are the same tensor: `replace`
-                them before (`input` by `input_2`) if they are not.
-            share: Indices that are the same in both. All other indices of the second are primed:
-                its `c` is called `c'` in the result, or `c''` if there is a `c'` already.
-            output: Axes of the new result.
-
-        Raises:
-            ValueError: If they don't both have the indices to share, in the same sizes.
-        """
-        self.check_known(share)
-        other.check_known(share)
-        own = [index for index in other.size if index not in share]
-        second = other.rename(dict(zip(own, fresh(own, self.size), strict=True)))
-        sizes = add_sizes(dict(self.size), second.size)
-        return Network.build((*self.nodes, *second.nodes), output, sizes)
 
     # ---- evaluation: the work is done further down the house, in `rewrite` and `plan` -----------
 
@@ -370,7 +163,7 @@ class Network(Structure):
             ValueError: As `evaluate`; or if there are more indices than letters.
 
         Example:
-            >>> import torch
+            >>> from kfac_tn.tn import Node
             >>> matrix = Node(Operand("x"), (("i", "j"),))
             >>> network = Network.build([matrix], output=[("j", "i")], sizes={"i": 2, "j": 3})
             >>> equation, tensors, shape = network.einsum(x=torch.arange(6.0))

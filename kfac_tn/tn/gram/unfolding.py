@@ -14,7 +14,7 @@ from kfac_tn.tn.gram.windows import Windows, fit, unfold
 LEAST_CHUNK = 2**18
 """Elements of a chunk that are never too many: less work would not be worth a launch."""
 
-IN_PLACE = 64
+IN_PLACE = 1024
 """Positions from which on single examples are multiplied where they are, instead of copied."""
 
 
