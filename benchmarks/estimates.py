@@ -26,6 +26,7 @@ from measuring import geometric_mean, machine, markdown, parser, seconds, take_t
 from kfac_tn import tn
 from kfac_tn.tn import gemm
 from kfac_tn.tn.machine import MACHINES
+from kfac_tn.tn.steps import ConvolveBackward
 
 BUILDERS = {
     "forward": tn.forward,
@@ -44,10 +45,14 @@ def constants(device: str) -> dict[str, float]:
     x = torch.rand(2**24, device=device)
     one = torch.rand(1, device=device)
     fastest = lambda call, number: min(seconds(call, number) for _ in range(5))  # noqa: E731
+    images = torch.rand(8, 128, 28, 28, device=device)
+    step = ConvolveBackward((1, 1), (1, 1), (1, 1), 1, (3, 3))
+    convolved = fastest(lambda: step(images, images), 1) / step.flops(images, images)
     product, blas = fastest(lambda: gemm.multiply(a, b), 1), fastest(lambda: a @ b, 1)
     return {
         "work": product / (2 * 2048**3),
         "blas": blas / product,
+        "convolved": convolved,
         "element": fastest(lambda: x + 1, 1) / (2 * x.numel()),
         "launch": fastest(lambda: one + 1, 1000),
     }
