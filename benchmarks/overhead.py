@@ -49,8 +49,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Call, and keep the call."""
         result = func(*args, **(kwargs or {}))
-        made = result[0] if isinstance(result, tuple | list) and result else result
-        if isinstance(made, Tensor):
+        made = result if isinstance(result, tuple | list) else (result,)
+        if any(isinstance(one, Tensor) for one in made):  # of a backward pass, not all are
             self.calls.append((func, args, kwargs or {}))
         return result
 
