@@ -279,10 +279,13 @@ def test_scaling(tmp_path):
 @pytest.mark.slow
 def test_step(tmp_path):
     rows, _ = run("step.py", tmp_path)
-    assert len(rows) == 4 * 3
+    assert len(rows) == 9 * 4
     for row in rows:
+        kfac = row["optimizer"].startswith("KFAC")
         assert row["optimizer"] != "AdamW" or row["ratio to AdamW"] == 1
-        assert row["ms per step"] > row["of it in step()"] > 0
+        assert row["idle, ms"] > row["of it in step()"] > 0
+        assert kfac == (row["bound"] is not None) == ("inverses, ms" in row)
+        assert not kfac or row["bound"] > 1
 
 
 @pytest.mark.slow

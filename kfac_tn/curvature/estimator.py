@@ -15,7 +15,7 @@ from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.compute import layout_of
 from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
 from kfac_tn.curvature.exact import EigenFactors
-from kfac_tn.curvature.intervals import intervals, is_due, layer_work, total
+from kfac_tn.curvature.intervals import Pace, intervals, is_due, layer_work, total
 from kfac_tn.curvature.moving import Columns, KroneckerMoving, Moving, MovingFactors
 from kfac_tn.curvature.options import CurvatureOptions
 from kfac_tn.hooks import timed
@@ -384,9 +384,10 @@ class CurvatureEstimator:
         """Set automatic intervals from the sizes of the step that is ending."""
         sizes, passes = self.capture.sizes, self.capture.passes
         if sizes:
+            exact = self._kinds["kfac"] is EigenFactors
             work = total(
-                layer_work(block, *size, passes, self._kinds["kfac"] is EigenFactors)
-                for block, size in sizes.items()
+                layer_work(b, *size, passes, exact, Pace.on(b.weight.device.type))
+                for b, size in sizes.items()
             )
             self._automatic = intervals(work, self.options.overhead)
 

@@ -9,6 +9,7 @@ from math import ceil
 from typing import Literal, TypeAlias
 
 from kfac_tn.layers import LayerBlock
+from kfac_tn.tn.machine import machine
 
 Interval: TypeAlias = int | Literal["auto"]
 
@@ -49,8 +50,8 @@ class Work:
     """What a training step costs: floating-point operations, in units of a large matrix product's.
 
     Attributes:
-        model: Forward and backward pass of the layers, in every step.
-        products: With the inverses, in every step.
+        model: Forward and backward pass, and a first-order optimizer's step, in every step.
+        products: With the inverses, and what else KFAC does more than that optimizer in every step.
         statistics: Factors and extra backward passes, each time they are renewed.
         inverses: Each time they are renewed.
     """
@@ -69,8 +70,51 @@ class Work:
         )
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What takes time besides large matrix products, in operations of these: then counts add up.
+
+    Attributes:
+        launch: An operation on tensors, however small.
+        element: An element that is read or written.
+        blas: An operation of a linear layer, or of a factorization.
+    """
+
+    launch: float = 0.0
+    element: float = 0.0
+    blas: float = 1.0
+
+    @classmethod
+    def on(cls, device_type: str) -> Pace:
+        """As ``kfac_tn.tn.machine`` has it for a type of device: constants, nothing is measured.
+
+        Example:
+            >>> Pace.on("cpu").launch > 1e5
+            True
+        """
+        constants = machine(device_type)
+        work = constants.work
+        return cls(constants.launch / work, constants.element / work, constants.blas)
+
+    def small(self, launches: int, elements: int) -> float:
+        """What so many of both cost."""
+        return self.launch * launches + self.element * elements
+
+
+# Launches of a linear layer with bias and activation, counted in profiles, and how often they read
+# or write its outputs and parameters; of the model's, AdamW's are 8 for each parameter.
+_MODEL_LAUNCHES, _OUTPUT_PASSES, _PARAMETER_PASSES = 30, 6, 6
+_PRODUCT_LAUNCHES, _PRODUCT_PASSES = 12, 4
+_STATISTICS_LAUNCHES, _INVERSE_LAUNCHES = 60, 30
+
+
 def layer_work(
-    block: LayerBlock, examples: int, rows: int, passes: float, exact: bool = False
+    block: LayerBlock,
+    examples: int,
+    rows: int,
+    passes: float,
+    exact: bool = False,
+    pace: Pace = Pace(),
 ) -> Work:
     """What one layer costs.
 
@@ -80,21 +124,26 @@ def layer_work(
         rows: Examples times shared positions.
         passes: Extra backward passes; each costs half of the user's, having no weight's gradient.
         exact: Whether damping is exact, by eigendecompositions and twice the products.
+        pace: Of what isn't a large matrix product; by default nothing else counts.
 
     Example:
         >>> import torch
         >>> from kfac_tn.layers import partition
         >>> (block,), _ = partition(torch.nn.Linear(9, 4))
         >>> layer_work(block, examples=8, rows=8, passes=1)
-        Work(model=1920, products=1120, statistics=2496, inverses=95992)
+        Work(model=1920.0, products=1120.0, statistics=2496.0, inverses=95992.0)
     """
     d_in, d_out = block.joint_dim, block.grad_output_dim
-    forward = 2 * rows * block.groups * d_in * d_out
+    parameters, outputs = block.groups * d_in * d_out, block.groups * d_out * rows
+    forward = 2 * rows * parameters * (pace.blas if block.weight.dim() == 2 else 1)
+    model = 3 * forward + pace.small(
+        _MODEL_LAUNCHES, _OUTPUT_PASSES * outputs + _PARAMETER_PASSES * parameters
+    )
+    small = pace.small(_PRODUCT_LAUNCHES, _PRODUCT_PASSES * parameters)
     corrected = block.curvature != "kfac"
     moments = corrected * passes * forward  # gradients of examples are formed
     if not block.has_factors:
-        entries = 2 * block.groups * d_in * d_out
-        return Work(3 * forward, entries, moments + passes * forward)
+        return Work(model, 2 * parameters + small, moments + passes * forward)
     exact = exact or corrected
     pieces = block.input_pieces, block.grad_output_pieces
     s_in, s_out = -(-d_in // pieces[0]), -(-d_out // pieces[1])
@@ -102,11 +151,16 @@ def layer_work(
     grams = 2 * vectors * block.groups * (d_in * s_in + d_out * s_out * passes)
     rotations = corrected * 2 * rows * block.groups * (d_in * s_in + d_out * s_out) * passes
     inversions = pieces[0] * _inversion(s_in, exact) + pieces[1] * _inversion(s_out, exact)
+    entries = 2 * block.groups * (d_in * s_in + d_out * s_out)
     return Work(
-        model=3 * forward,
-        products=(2 + 2 * exact) * block.groups * d_in * d_out * (s_in + s_out),
-        statistics=grams + rotations + moments + passes * forward,
-        inverses=block.groups * inversions,
+        model=model,
+        products=(2 + 2 * exact) * parameters * (s_in + s_out) + small,
+        statistics=grams
+        + rotations
+        + moments
+        + passes * forward
+        + pace.small(_STATISTICS_LAUNCHES, entries),
+        inverses=block.groups * inversions * pace.blas + pace.small(_INVERSE_LAUNCHES, 0),
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfac_tn
-from kfac_tn.curvature.intervals import LONGEST, Work, intervals, layer_work
+from kfac_tn.curvature.intervals import LONGEST, Pace, Work, intervals, layer_work
 from kfac_tn.layers import partition
 
 
@@ -169,3 +169,37 @@ def test_work_of_other_kinds_of_curvature(exact):
     assert halves.products * 2 == kfac.products
     assert halves.inverses < kfac.inverses
     assert work(max_dim=32).inverses < halves.inverses
+
+
+FIELDS = ("model", "products", "statistics", "inverses")
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(7, 5), nn.Conv1d(3, 4, 2), nn.Linear(600, 500)])
+def test_launches_count_per_layer_and_elements_per_size(layer):
+    """What is small costs as much in a layer of any size; what is read grows with it."""
+    (block,), _ = partition(layer)
+    plain = layer_work(block, 3, 6, 1)
+    launches = layer_work(block, 3, 6, 1, pace=Pace(launch=1.0))
+    (tiny,), _ = partition(nn.Linear(1, 1))
+    expected = [
+        getattr(layer_work(tiny, 3, 6, 1, pace=Pace(launch=1.0)), name)
+        - getattr(layer_work(tiny, 3, 6, 1), name)
+        for name in FIELDS
+    ]
+    added = [getattr(launches, name) - getattr(plain, name) for name in FIELDS]
+    assert added == pytest.approx(expected)
+    assert min(added) > 0
+    entries = layer_work(block, 3, 6, 1, pace=Pace(element=1.0)).products - plain.products
+    size = block.weight.numel() + block.bias.numel()
+    assert entries == pytest.approx(4 * size)
+
+
+def test_slow_linear_layers_leave_more_budget():
+    """Only the model's own products and factorizations are torch's BLAS'."""
+    (linear,), _ = partition(nn.Linear(300, 200, bias=False))
+    (conv,), _ = partition(nn.Conv1d(300, 200, 1, bias=False))
+    for block, factor in ((linear, 3.0), (conv, 1.0)):
+        plain, slow = (layer_work(block, 8, 64, 0, pace=Pace(blas=blas)) for blas in (1.0, 3.0))
+        assert slow.model == pytest.approx(factor * plain.model)
+        assert slow.inverses == pytest.approx(3 * plain.inverses)
+        assert (slow.products, slow.statistics) == (plain.products, plain.statistics)
