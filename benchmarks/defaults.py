@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kfac_tn
+from kfac_tn.optim import Adaptive
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -30,9 +32,18 @@ from problems import Images, Problem, autoencoder, classifier, load_images  # no
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "step_rule='graft'": {"step_rule": "graft"},
+    "step_rule='graft', betas=(0.9, 0.99)": {"step_rule": "graft", "betas": (0.9, 0.99)},
+    "Adaptive(spread=0)": {"step_rule": partial(Adaptive, spread=0.0)},
+    "Adaptive(spread=1)": {"step_rule": partial(Adaptive, spread=1.0)},
+    "Adaptive(radius=1)": {"step_rule": partial(Adaptive, radius=1.0)},
+    "Adaptive(radius=3)": {"step_rule": partial(Adaptive, radius=3.0)},
+    "Adaptive(share=0.25)": {"step_rule": partial(Adaptive, share=0.25)},
+    "Adaptive(share=1)": {"step_rule": partial(Adaptive, share=1.0)},
+    "Adaptive(interval=5)": {"step_rule": partial(Adaptive, interval=5)},
     "lr=3e-3": {"lr": 3e-3},
     "lr=2e-2": {"lr": 2e-2},
-    "betas=(0.9, 0.95)": {"betas": (0.9, 0.95)},
+    "betas=(0.9, 0.99)": {"betas": (0.9, 0.99)},
     "betas=(0.9, 0.999)": {"betas": (0.9, 0.999)},
     "approximation='reduce'": {"approximation": "reduce"},
     "curvature='ekfac'": {"curvature": "ekfac"},
@@ -108,7 +119,9 @@ def normalized_classifier(images: Images) -> Problem:
 
 def make(options: dict[str, Any]) -> Any:
     """A factory of the kind that the example's runs expect."""
-    return lambda model, loss_fn, lr: kfac_tn.KFAC(model, loss_fn, **options)
+    return lambda model, loss_fn, lr: kfac_tn.KFAC(
+        model, loss_fn, **{n: v() if isinstance(v, partial) else v for n, v in options.items()}
+    )
 
 
 def main() -> None:

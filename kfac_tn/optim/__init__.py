@@ -1,5 +1,6 @@
 """Optimizers: KFAC, KFAC as a preconditioner of another's gradients, and the rules they take."""
 
+from kfac_tn.optim.adaptive import Adaptive
 from kfac_tn.optim.damping_rules import DampingRule, DampingSchedule, LevenbergMarquardt
 from kfac_tn.optim.diagnostics import log_diagnostics, plot_spectra
 from kfac_tn.optim.kfac import KFAC
@@ -9,6 +10,7 @@ from kfac_tn.optim.step_rules import Fixed, Graft, KLClip, StepRule
 
 __all__ = [
     "KFAC",
+    "Adaptive",
     "DampingRule",
     "DampingSchedule",
     "Fixed",

@@ -47,11 +47,12 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         d_t &= \hat B^{-1} \frac{m_t}{1 - \beta_1^t} \hat A^{-1}
         \quad \text{(weight and bias of a layer as one matrix)} \\
         \theta_t &= (1 - \text{lr} \cdot \text{weight\_decay}) \, \theta_{t-1}
-        - \text{lr} \frac{\lVert u_t \rVert}{\lVert d_t \rVert} d_t
+        - \text{lr} \, s_t d_t
 
-    with A and B the moving averages of the layer's Kronecker factors and hats for damping
-    (``step_rule="graft"``: the direction of KFAC with the step size of Adam, whose learning rates
-    transfer). Parameters without Kronecker structure take Adam's step u. Statistics are renewed
+    with A and B the moving averages of the layer's Kronecker factors, hats for damping, and s
+    the ``step_rule``: by default as far as the quadratic model of the loss promises progress, its
+    curvature measured along d, but within a trust region of the norm of 2 u (see
+    ``kfac_tn.optim.Adaptive``). Other parameters take Adam's step u. Statistics are renewed
     every ``factor_interval`` steps and inverses every ``inverse_interval`` (more often at the
     beginning: whenever a quarter more steps have been taken), by extra backward passes that start
     when ``backward()`` reaches the loss; other steps cost two matrix products per layer more than
@@ -68,8 +69,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         loss_fn: The loss module that the training loop calls (``CrossEntropyLoss``, ``MSELoss``,
             ``BCEWithLogitsLoss`` or one with the ``kfac_tn.likelihood.Likelihood`` protocol). With
             a functional loss, give its module here and call ``observe(outputs, targets)``.
-        lr: Learning rate, of Adam's size for ``"graft"``. Natural-gradient steps (``"kl_clip"`` and
-            ``"fixed"``) want larger ones, 0.03 to 0.3. Default: 1e-2; for ``"quadratic"`` 1.
+        lr: Learning rate, of Adam's size for ``"adaptive"`` and ``"graft"``. Natural-gradient steps
+            (``"kl_clip"``, ``"fixed"``) want 0.03 to 0.3. Default: 1e-2; for ``"quadratic"`` 1.
         betas: Decay of the gradient's first and second moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled (Loshchilov & Hutter 2019); per step ``lr * weight_decay``.
@@ -104,14 +105,13 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             cost below ``overhead``, by counting operations (``kfac_tn.curvature.intervals``).
         inverse_interval: Steps between inversions, or ``"auto"``.
         overhead: What a step may cost more than the model's own passes, with ``"auto"``.
-        step_rule: ``"graft"``; ``"kl_clip"``: d, shrunk such that lr^2 d^T m stays below
-            ``kl_clip`` (over all layers together); ``"fixed"``: d as it is; ``"quadratic"``:
-            learning rate and momentum from the exact GGN on the batch. Or a rule of
-            ``kfac_tn.optim``.
+        step_rule: ``"adaptive"``; ``"graft"``: s = |u| / |d|; ``"kl_clip"``: d, shrunk such that
+            lr^2 d^T m stays below ``kl_clip`` (over all layers together); ``"fixed"``: s = 1;
+            ``"quadratic"``: s and momentum from the exact GGN. Or a rule of ``kfac_tn.optim``.
         kl_clip: The limit of the rule of that name.
         trust_region: Limit on lr^2 d^T F d, above which steps are shrunk; by default none.
         other_lr: Learning rate of the parameters without Kronecker structure, in a parameter group
-            of their own; by default ``lr`` for ``"graft"``, else 1e-3.
+            of their own; by default ``lr`` for ``"adaptive"`` and ``"graft"``, else 1e-3.
         params: Parameter groups with options of their own (``lr``, ``betas``, ``eps``,
             ``weight_decay``, ``damping``), as in ``torch.optim``; together they hold every
             trainable parameter. By default one group, or two with ``other_lr``.
@@ -141,7 +141,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         model: Module,
         loss_fn: Module | Likelihood,
         lr: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
@@ -158,7 +158,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         factor_interval: Interval = 20,
         inverse_interval: Interval = 100,
         overhead: float = 0.25,
-        step_rule: StepRuleName | StepRule = "graft",
+        step_rule: StepRuleName | StepRule = "adaptive",
         kl_clip: float = 1e-3,
         trust_region: float | None = None,
         other_lr: float | None = None,
@@ -210,8 +210,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             group=self._group,
         )
         if self._damping_rule.needs_batch or self._rule.needs_batch:
+            required = self._damping_rule.needs_batch or not self._rule.can_do_without_batch
             try:
-                self._replay = Replay(self._model, self._loss_fn)
+                self._replay = Replay.where_possible(self._model, self._loss_fn, required)
             except ValueError:
                 self.close()
                 raise
@@ -250,8 +251,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             cast_moments(self.state)
         taken = self._estimator.steps
         self._damping_rule.before_step(taken, self._following_groups())
-        if self._replay is not None and self._replay.armed:
-            self._replay.check()
+        recorded = self._replay is not None and self._replay.armed and self._replay.check()
         measured = self._damping_rule.wants_ratio(taken)
         before = {p: p.clone() for p in gradients} if measured else None
         self._estimator.advance()
@@ -261,7 +261,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         group_lrs = [float(group["lr"]) for group in self.param_groups]
         lrs = {p: group_lrs[self._group_of[p]] for p in updates}
         slopes = gradients if self._rule.own_momentum else moments
-        replay = self._replay if self._rule.wants_batch(taken) else None
+        replay = self._replay if recorded and self._rule.wants_batch(taken) else None
         self._direct(slopes, updates, lrs, replay)
         for group, lr in zip(self.param_groups, group_lrs, strict=True):
             chosen = [p for p in group["params"] if p in updates]
@@ -352,9 +352,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
     def _arm_replay(self) -> None:
         if self._replay is not None:
             self._replay.discard()
-            taken = self._estimator.steps
             wanting = self._damping_rule.wants_ratio, self._rule.wants_batch
-            self._replay.armed = any(wants(taken) for wants in wanting)
+            self._replay.armed = any(wants(self._estimator.steps) for wants in wanting)
 
     def _adapt_damping(
         self,

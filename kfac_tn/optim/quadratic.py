@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_tn.curvature.intervals import is_due
+from kfac_tn.optim.adaptive import Adaptive
 from kfac_tn.optim.step_rules import Fixed, Graft, KLClip, Proposal, StepRule, limit_norm
 
-StepRuleName: TypeAlias = Literal["graft", "kl_clip", "fixed", "quadratic"]
+StepRuleName: TypeAlias = Literal["adaptive", "graft", "kl_clip", "fixed", "quadratic"]
 
 
 class QuadraticModel(StepRule):
@@ -129,6 +130,7 @@ def step_rule_of(choice: StepRuleName | StepRule, kl_clip: float) -> StepRule:
         ValueError: For an unknown name, or a limit that isn't positive.
     """
     rules: dict[str, StepRule] = {
+        "adaptive": Adaptive(),
         "graft": Graft(),
         "kl_clip": KLClip(kl_clip),
         "fixed": Fixed(),

@@ -43,18 +43,20 @@ class Replay:
     Args:
         model: The model.
         loss_fn: The loss module, called on what the model returns, or on a view of another shape.
+        required: Whether a step without a batch is an error.
 
     Raises:
         ValueError: For a loss without a module, or with ``reduction="none"``.
     """
 
-    def __init__(self, model: Module, loss_fn: object) -> None:
+    def __init__(self, model: Module, loss_fn: object, required: bool = True) -> None:
         if not isinstance(loss_fn, Module) or getattr(loss_fn, "reduction", "none") == "none":
             raise ValueError(
                 "This rule computes the loss once more, so it needs a loss module with reduction "
                 "'mean' or 'sum'."
             )
         self.armed = True
+        self.required = required
         self.forward_mode = True
         self._model, self._loss_fn = model, loss_fn
         self._batches: list[_Batch] = []
@@ -66,6 +68,16 @@ class Replay:
             ),
         ]
 
+    @classmethod
+    def where_possible(cls, model: Module, loss_fn: object, required: bool) -> Replay | None:
+        """One, or none for a loss of which there can be none, unless that is an error."""
+        try:
+            return cls(model, loss_fn, required)
+        except ValueError:
+            if required:
+                raise
+            return None
+
     def close(self) -> None:
         """Remove the hooks, and forget."""
         for handle in self._handles:
@@ -73,22 +85,30 @@ class Replay:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what was seen since the last step."""
+        """Forget what was seen since the last step, even if a loss of it is kept."""
+        for batch in self._batches:
+            batch.args, batch.kwargs, batch.output = (), {}, None
+            batch.loss_args, batch.loss_kwargs, batch.loss = (), None, None
         self._batches = []
 
-    def check(self) -> None:
-        """Make sure that there is a batch.
+    def check(self) -> bool:
+        """Whether there is a batch.
 
         Raises:
-            RuntimeError: If the loss was computed from something else than the model's output.
+            RuntimeError: If the loss was computed from something else than the model's output, and
+                a batch is required.
         """
-        self._batches = [batch for batch in self._batches if batch.weight is not None]
-        if not self._batches:
+        complete = [batch for batch in self._batches if batch.weight is not None]
+        self._batches = [batch for batch in self._batches if batch.weight is None]
+        self.discard()
+        self._batches = complete
+        if self.required and not self._batches:
             raise RuntimeError(
                 "This rule computes the loss once more, which it can't: the loss module wasn't "
                 "called on the model's output itself (or a view of it with another shape). Call "
                 "loss_fn(model(x), y), or choose step_rule='graft' and a fixed damping."
             )
+        return bool(self._batches)
 
     def change(self, capture: Capture, closure: Callable[[], float] | None = None) -> float:
         """How much the objective has changed since the batch was recorded.
@@ -122,16 +142,43 @@ class Replay:
             for batch in self._batches:
                 with self._as_recorded(batch):
                     outputs, tangents = self._push_forward(batch, vectors)
-                with torch.enable_grad():
-                    outputs = outputs.detach().requires_grad_()
-                    loss = self._loss_of(batch, outputs)
-                    (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
-                    rows = []
-                    for tangent in tangents:
-                        (row,) = torch.autograd.grad(gradient, outputs, tangent, retain_graph=True)
-                        rows.append(torch.stack([(row * other).sum() for other in tangents]))
-                grams.append(torch.stack(rows))
+                    grams.append(self._loss_gram(batch, outputs, tangents))
         return self._total(grams)
+
+    def form(self, vector: Mapping[Parameter, Tensor], capture: Capture) -> Tensor:
+        """``v^T G v`` with the GGN of the objective, by central differences of the outputs.
+
+        Two forward passes, which every model has; as accurate as two thirds of the digits are. The
+        parameters are moved by that fraction of their norm, and put back.
+        """
+        parameters = list(vector)
+        start = [p.detach().clone() for p in parameters]
+        enabled, dtype = self._batches[0].autocast
+        coarse = torch.finfo(dtype).eps if enabled else 0.0
+        fraction = max(coarse, *(torch.finfo(p.dtype).eps for p in parameters)) ** (1 / 3)
+        sizes = [torch.stack(torch._foreach_norm(each)) for each in (start, [*vector.values()])]
+        step = fraction * sizes[0].float().norm() / sizes[1].float().norm()
+        shifts = [(step * v).to(p.dtype) for p, v in vector.items()]
+        ends: list[list[Tensor]] = []
+        with torch.no_grad(), self._undisturbed(capture):
+            try:
+                for sign in (1, -1):
+                    for p, at, shift in zip(parameters, start, shifts, strict=True):
+                        p.copy_(at).add_(shift, alpha=sign)
+                    ends.append([])
+                    for batch in self._batches:
+                        with self._as_recorded(batch):
+                            outputs = self._model(*batch.args, **batch.kwargs)
+                            ends[-1].append(outputs.reshape(batch.shape).clone())
+            finally:
+                for p, at in zip(parameters, start, strict=True):
+                    p.copy_(at)
+            forms = []
+            for batch, high, low in zip(self._batches, *ends, strict=True):
+                with self._as_recorded(batch):
+                    tangent = (high - low) / (2 * step).to(high.dtype)
+                    forms.append(self._loss_gram(batch, (high + low) / 2, [tangent])[0, 0])
+        return self._total(forms)
 
     # Hooks -------------------------------------------------------------------------------------
 
@@ -165,6 +212,18 @@ class Replay:
                 return
 
     # Tools -------------------------------------------------------------------------------------
+
+    @torch.enable_grad()
+    def _loss_gram(self, batch: _Batch, outputs: Tensor, tangents: Sequence[Tensor]) -> Tensor:
+        """``t_i^T H t_j`` with the Hessian of the loss in the outputs, ``[T, T]``."""
+        outputs = outputs.detach().requires_grad_()
+        loss = self._loss_of(batch, outputs)
+        (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        rows = []
+        for tangent in tangents:
+            (row,) = torch.autograd.grad(gradient, outputs, tangent, retain_graph=True)
+            rows.append(torch.stack([(row * other).sum() for other in tangents]))
+        return torch.stack(rows)
 
     def _loss_of(self, batch: _Batch, outputs: Tensor) -> Tensor:
         return self._loss_fn(outputs, *batch.loss_args, **(batch.loss_kwargs or {}))

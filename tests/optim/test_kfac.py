@@ -270,10 +270,11 @@ def test_groups_with_options_of_their_own():
     """A group with lr 0 stands still; each other group is as if its options were everybody's."""
 
     def run(params=None, **options):
-        model, loss_fn, optimizer = make(lr=0.01, params=None, fisher="type-2", **options)
+        options = {"lr": 0.01, "fisher": "type-2", "step_rule": "graft", **options}
+        model, loss_fn, optimizer = make(params=None, **options)
         if params is not None:
             groups = params(model)
-            model, loss_fn, optimizer = make(model, lr=0.01, params=groups, fisher="type-2")
+            model, loss_fn, optimizer = make(model, params=groups, **options)
         train(optimizer, model, loss_fn, 1)
         return values(model)
 
@@ -539,9 +540,9 @@ def test_a_loss_that_is_never_called_is_an_error_that_helps(make_one):
 
 
 def test_observe_in_training_equals_the_loss_module():
-    model, loss_fn, optimizer = make()
+    model, loss_fn, optimizer = make(step_rule="graft")
     train(optimizer, model, loss_fn, 3)
-    twin, _, optimizer = make()
+    twin, _, optimizer = make(step_rule="graft")
     for step in range(3):
         x, y = make_data(seed=step)
         optimizer.zero_grad()

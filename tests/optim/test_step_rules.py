@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import kfac_tn
+from kfac_tn.optim.adaptive import Adaptive
 from kfac_tn.optim.quadratic import QuadraticModel
 from kfac_tn.optim.replay import Replay
 from kfac_tn.optim.step_rules import Graft, TrustRegion, clip_kl, graft
@@ -327,6 +328,168 @@ def test_grafting_to_sgd_takes_the_norm_of_the_averaged_gradient():
     torch.testing.assert_close((model.weight - before).norm(), 0.1 * model.weight.grad.norm())
 
 
+# The adaptive rule ------------------------------------------------------------------------------
+
+
+def smooth(seed=0):
+    torch.manual_seed(seed)
+    layers = nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3)
+    return nn.Sequential(*layers).double()
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def spied(optimizer):
+    """What preconditioning returned last: before a rule scales it."""
+    seen, plain = {}, optimizer._estimator.precondition
+
+    def spy(gradients):
+        directions = plain(gradients)
+        seen["directions"] = {p: d.clone() for p, d in directions.items()}
+        seen["slopes"] = {p: gradients[p].clone() for p in directions}
+        return directions
+
+    optimizer._estimator.precondition = spy
+    return seen
+
+
+@pytest.mark.parametrize("lr", [1e-2, 3e-3])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("radius", [1e-3, 1.0, 1e9])
+def test_steps_minimize_the_quadratic_model_within_the_trust_region(lr, spread, radius):
+    """From the dense GGN: t = min(lr / 1e-2 * share * alpha, lr * radius * Adam's norm / |d|)."""
+    model, loss_fn, share, decay = smooth(), nn.CrossEntropyLoss(), 0.7, 0.6
+    rule = Adaptive(share, radius, spread, interval=1, decay=decay)
+    optimizer = kfac_tn.KFAC(model, loss_fn, lr=lr, step_rule=rule, **EAGER)
+    seen, excess = spied(optimizer), None
+    names = [name for name, _ in model.named_parameters()]
+    parameters = list(model.parameters())
+    for seed in range(4):
+        before = [p.detach().clone() for p in parameters]
+        twin = smooth()
+        twin.load_state_dict(model.state_dict())
+        ggn = dense_ggn(twin, nn.CrossEntropyLoss(), *batch(seed), names)
+        take_step(model, loss_fn, optimizer, seed)
+        d = [seen["directions"][p] for p in parameters]
+        m = [seen["slopes"][p] for p in parameters]
+        u = []
+        for p in parameters:
+            state = optimizer.state[p]
+            beta1, beta2 = optimizer.param_groups[0]["betas"]
+            first = state["exp_avg"] / (1 - beta1 ** (seed + 1))
+            u.append(first / ((state["exp_avg_sq"] / (1 - beta2 ** (seed + 1))).sqrt() + 1e-8))
+        whole = flat(u).norm() / flat(d).norm()
+        bound = []
+        for at in range(0, len(d), 2):
+            layer = flat(u[at : at + 2]).norm() / flat(d[at : at + 2]).norm()
+            bound += [radius * layer**spread * whole ** (1 - spread)] * 2
+        trial = flat([b * each for b, each in zip(bound, d, strict=True)])
+        metric = sum(b**2 * (each * g).sum() for b, each, g in zip(bound, d, m, strict=True))
+        measured = trial @ ggn @ trial / metric
+        excess = measured if excess is None else decay * excess + (1 - decay) * measured
+        alpha = 1 / excess  # d^T m / (excess d^T F d), and F d = m
+        scales = [min(lr * b, lr / 1e-2 * share * alpha) for b in bound]
+        expected = [p - t * each for p, t, each in zip(before, scales, d, strict=True)]
+        torch.testing.assert_close([p.detach() for p in parameters], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_model_is_of_the_batch_and_has_no_side_effects():
+    """With dropout, batch normalization, and parameters that take Adam's steps."""
+    model, loss_fn = Noisy(), nn.CrossEntropyLoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=Adaptive(interval=1), **EAGER)
+    plain, plain_loss = Noisy(), nn.CrossEntropyLoss()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        plain.load_state_dict(model.state_dict())
+        x, y = batch(seed)
+        plain_loss(plain(x), y).backward()
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        take_step(model, loss_fn, optimizer, seed)
+        assert torch.equal(torch.get_rng_state(), after)
+        for name, buffer in plain.named_buffers():
+            assert torch.equal(buffer, model.get_buffer(name)), name
+    assert optimizer._rule.excess.isfinite()
+
+
+@pytest.mark.parametrize("how", [{"sizes": [1, 3, 2]}, {"scaler": 1024.0}])
+def test_measurements_of_micro_batches_and_scaled_gradients_are_the_same(how):
+    results = []
+    for options in ({}, how):
+        model, loss_fn = smooth(), nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=Adaptive(interval=1), **EAGER)
+        if "scaler" in options:
+            options = {"scaler": torch.amp.GradScaler("cpu", init_scale=options["scaler"])}
+        for seed in range(3):
+            take_step(model, loss_fn, optimizer, seed, **options)
+        results.append(model[0].weight)
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
+
+
+def functional(model, x, y, optimizer):
+    outputs = model(x)
+    optimizer.observe(outputs, y)
+    nn.functional.cross_entropy(outputs, y).backward()
+
+
+def of_a_part(model, x, y, optimizer):
+    optimizer._loss_fn(model(x)[: len(x)] * 1.0, y).backward()
+
+
+@pytest.mark.parametrize("backward", [functional, of_a_part])
+def test_without_a_batch_steps_are_grafted(backward):
+    results = []
+    for rule in ("adaptive", "graft"):
+        model, loss_fn = smooth(), nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, **EAGER)
+        for seed in range(3):
+            optimizer.zero_grad()
+            backward(model, *batch(seed), optimizer)
+            optimizer.step()
+        results.append(flat(model.parameters()))
+    assert torch.equal(*results)
+
+
+def test_groups_of_other_learning_rates_keep_their_ratio():
+    """One group at rest: the other's steps are as if it were alone."""
+    model, loss_fn = smooth(), nn.CrossEntropyLoss()
+    groups = [
+        {"params": list(model[:3].parameters()), "lr": 0.0},
+        {"params": list(model[4].parameters())},
+    ]
+    optimizer = kfac_tn.KFAC(model, loss_fn, params=groups, step_rule=Adaptive(interval=1), **EAGER)
+    twin = smooth()
+    twin[:3].requires_grad_(False)
+    alone = kfac_tn.KFAC(twin, loss_fn, step_rule=Adaptive(interval=1), **EAGER)
+    for seed in range(3):
+        for each, its in ((model, optimizer), (twin, alone)):
+            take_step(each, loss_fn, its, seed)
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_overparametrized_regression_converges():
+    """Where steps of Adam's size jitter for ever."""
+    losses = {}
+    x, y = batch(n=16)[0], torch.randn(16, 3, generator=torch.Generator().manual_seed(1)).double()
+    for rule in ("graft", "adaptive"):
+        torch.manual_seed(0)
+        layers = nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
+        model, loss_fn = nn.Sequential(*layers).double(), nn.MSELoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule)
+        for step in range(600):
+            part = slice(0, 8) if step % 2 else slice(8, 16)
+            optimizer.zero_grad()
+            loss = loss_fn(model(x[part]), y[part])
+            loss.backward()
+            optimizer.step()
+        losses[rule] = loss_fn(model(x), y).item()
+    assert losses["adaptive"] < 0.1 * losses["graft"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -334,6 +497,11 @@ def test_grafting_to_sgd_takes_the_norm_of_the_averaged_gradient():
         (lambda: QuadraticModel(relative_norm=0.0), "relative_norm is 0.0"),
         (lambda: TrustRegion(0.0), "trust_region is 0.0"),
         (lambda: Graft("muon"), "'muon' is unknown"),
+        (lambda: Adaptive(share=0.0), "share is 0.0"),
+        (lambda: Adaptive(radius=-1.0), "radius is -1.0"),
+        (lambda: Adaptive(spread=1.5), "spread is 1.5"),
+        (lambda: Adaptive(interval=0), "interval is 0"),
+        (lambda: Adaptive(decay=1.0), "decay is 1.0"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):
