@@ -2,6 +2,12 @@
 
     python benchmarks/training.py        # 25 minutes; benchmarks/results/training.{md,json,png}
 
+or, each problem for as long as it deserves, by several processes (seconds per run and problem are
+in `training_problems.py`; everything takes about 30 times that), then one report of their parts:
+
+    python benchmarks/training.py --seconds-scale 1 --threads 1 --problems cnn --output part-1
+    python benchmarks/training.py --report part-1/training.json part-2/training.json
+
 Each competitor has the best of a grid of learning rates, with a constant or a cosine schedule,
 found by successive halving on the first seed: all learning rates for a short time, the best two
 longer, with both schedules. The best setting then trains for the full time from each seed, beside
@@ -33,7 +39,7 @@ from measuring import seconds as seconds_of
 from torch import Tensor
 from training_competitors import COMPETITORS, OURS, Competitor, kfac
 from training_problems import TASKS, Task
-from training_report import draw, summarize, write_report
+from training_report import draw, merged, summarize, write_report
 
 SLICE = 0.25  # seconds of training before the next run's turn, at most
 TURNS = 32  # at least so many in the final runs, so that short ones are resolved in time, too
@@ -236,11 +242,19 @@ def planned_seconds(competitors: Mapping[str, Competitor], seeds: int, wall: flo
 
 
 def benchmark(
-    task: Task, competitors: Mapping[str, Competitor], seeds: int, turns: int, end: float
+    task: Task,
+    competitors: Mapping[str, Competitor],
+    seeds: int,
+    turns: int,
+    end: float,
+    given: float | None = None,
 ) -> dict[str, Any]:
-    """One problem: search, final runs, summary; ends at about `end` (by `perf_counter`)."""
+    """One problem: search, final runs, summary.
+
+    Ends at about `end` (by `perf_counter`), or takes the given seconds of training per run.
+    """
     start = perf_counter()
-    plan = planned_seconds(competitors, seeds, end - start)
+    plan = given or planned_seconds(competitors, seeds, end - start)
     # What the very first steps pay (threads, allocator, plans) is nobody's disadvantage.
     for setting in (Setting("AdamW", 1e-3), Setting(OURS)):
         warm = Run(task, setting, 0, horizon=1.0)
@@ -250,7 +264,7 @@ def benchmark(
     tried: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     # The final runs keep their part even if the search takes longer than planned.
-    search_end = start + 0.5 * (end - start)
+    search_end = math.inf if given else start + 0.5 * (end - start)
     for name, competitor in competitors.items():
         try:
             best, found = search(task, name, competitor, plan, search_end)
@@ -267,6 +281,8 @@ def benchmark(
     wall = max(0.1, (end - perf_counter()) / (1.05 * number))
     turns = max(4, min(turns, int(wall / (2 * evaluation))))
     seconds = max(0.5 * wall, min(wall - turns * evaluation, wall / (1 + evaluation / SLICE)))
+    if given:
+        seconds, turns, end = given, TURNS, math.inf
     runs: list[Run] = []
     for seed in range(seeds):
         for setting in settings:
@@ -290,6 +306,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("--threads", type=int, default=2)
     add("--limit-seconds", type=float, help="for everything (default: 1500; quick: 25)")
+    add("--seconds-scale", type=float, help="each problem's own seconds per run, times this")
+    add("--report", type=Path, nargs="+", metavar="JSON", help="merge these results, train nothing")
     add("--seeds", type=int, help="default: 3; quick: 1")
     add("--problems", nargs="+", choices=list(TASKS), default=list(TASKS))
     add("--quick", action="store_true", help="one learning rate, one seed, a fraction of a second")
@@ -304,15 +322,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Search, train, write after each problem."""
     start = perf_counter()
     options = parse_arguments(arguments)
+    if options.report:
+        setting, rows = merged(options.report, [TASKS[name]().problem.title for name in TASKS])
+        write_report(options.output, setting, COMPETITORS, rows)
+        draw(rows, setting, options.output / "training.png")
+        return
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # others' deprecations; what matters is in the results
     competitors = {
         name: replace(c, learning_rates=c.learning_rates[1:2]) if options.quick else c
         for name, c in COMPETITORS.items()
     }
-    setting = (
-        f"{options.seeds} seed(s); {options.limit_seconds:g} s for everything; {machine('cpu')}"
-    )
+    limited = f"{options.limit_seconds:g} s for everything"
+    if options.seconds_scale:
+        limited = f"seconds of each problem times {options.seconds_scale:g}"
+    setting = f"{options.seeds} seed(s); {limited}; {machine('cpu')}"
     rows: list[dict[str, Any]] = []
     turns = 8 if options.quick else TURNS
     # Room for drawing, and for steps under way when the time is up.
@@ -320,15 +344,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shares = {name: TASKS[name]().share for name in options.problems}
     for index, name in enumerate(options.problems):
         now = perf_counter()
-        if now >= end:
+        if now >= end and not options.seconds_scale:
             print(f"{name}: no time left", flush=True)
             continue
         share = shares[name] / sum(shares[later] for later in options.problems[index:])
         task = TASKS[name]()
-        print(f"{task.problem.title}: {share * (end - now):.0f} s", flush=True)
+        given = options.seconds_scale and options.seconds_scale * task.seconds
+        until = now + share * (end - now)
+        print(task.problem.title, "" if given else f"{until - now:.0f} s", flush=True)
         try:
-            until = now + share * (end - now)
-            rows.append(benchmark(task, competitors, options.seeds, turns, until))
+            rows.append(benchmark(task, competitors, options.seeds, turns, until, given))
         except Exception:
             traceback.print_exc()
             print(f"{name}: no result", file=sys.stderr, flush=True)

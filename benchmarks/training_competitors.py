@@ -85,12 +85,14 @@ def _without(model: nn.Module, chosen: Sequence[Tensor]) -> list[Tensor]:
 
 COMPETITORS = {
     "SGD": Competitor(
-        sgd, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "Nesterov momentum 0.9; torch's fused form"
+        sgd,
+        (3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        "Nesterov momentum 0.9; torch's fused form",
     ),
-    "AdamW": Competitor(adamw, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "torch's fused form"),
+    "AdamW": Competitor(adamw, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1), "torch's fused form"),
     "Muon": Competitor(
         muon,
-        (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
         "torch's, scaled to match AdamW's steps, for the weights of linear layers; AdamW with the "
         "same learning rate for all else; left out where that is more",
     ),
@@ -104,7 +106,7 @@ COMPETITORS = {
     ),
     "singd": Competitor(
         singd,
-        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
         "its defaults but the learning rate; AdamW at 1e-3 for what it doesn't support",
     ),
 }

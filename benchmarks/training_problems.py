@@ -35,6 +35,7 @@ class Task:
         batch_size: Examples per step.
         large_batch: Examples per step of LBFGS: all, unless a pass over all takes too long.
         share: Of the script's time, relative to the other tasks.
+        seconds: Of training per run that the problem deserves on two cores, where time is no limit.
         evaluated: The first so many training examples, whose loss is recorded.
         loss_average: What the loss is a mean over, in singd's words.
     """
@@ -44,6 +45,7 @@ class Task:
     batch_size: int
     large_batch: int | None = None
     share: float = 1.0
+    seconds: float = 10.0
     evaluated: int = 1024
     loss_average: str = "batch"
 
@@ -124,18 +126,21 @@ def _digits() -> Images:
 TASKS: dict[str, Callable[[], Task]] = {
     "digits-autoencoder": lambda: Task(autoencoder(_digits(), "digits"), "autoencoder", 256),
     "curves-autoencoder": lambda: Task(
-        curves_autoencoder(), "autoencoder", 256, 1024, share=1.5, evaluated=512
+        curves_autoencoder(), "autoencoder", 256, 1024, share=1.5, seconds=30.0, evaluated=512
     ),
-    "regression": lambda: Task(regression(), "regression", 256),
-    "tabular": lambda: Task(tabular(), "regression", 128, share=0.5),
+    "regression": lambda: Task(regression(), "regression", 256, seconds=8.0),
+    "tabular": lambda: Task(tabular(), "regression", 128, share=0.5, seconds=4.0),
     "cnn": lambda: Task(classifier(_digits(), "digits"), "CNN", 256),
-    "cnn-groupnorm": lambda: Task(normalized_classifier(_digits()), "CNN", 256, share=1.25),
+    "cnn-groupnorm": lambda: Task(
+        normalized_classifier(_digits()), "CNN", 256, share=1.25, seconds=13.0
+    ),
     "language-model": lambda: Task(
         language_model(),
         "language model",
         32,
         128,
         share=2.5,
+        seconds=60.0,
         evaluated=128,
         loss_average="batch+sequence",
     ),

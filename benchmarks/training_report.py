@@ -225,6 +225,42 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def merged(parts: Sequence[Path], titles: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
+    """Setting and rows of several results, in the order of the titles; null is infinite again."""
+    records = [json.loads(part.read_text()) for part in parts]
+    rows = [_infinite(row) for record in records for row in record["rows"]]
+    found = [row["problem"] for row in rows]
+    if len(set(found)) < len(found):
+        raise ValueError(f"A problem is in several parts: {sorted(found)}.")
+    settings = list(dict.fromkeys(record["setting"] for record in records))
+    return "; ".join(settings), sorted(rows, key=lambda row: titles.index(row["problem"]))
+
+
+def _infinite(row: dict[str, Any]) -> dict[str, Any]:
+    def number(value: float | None, sign: float = 1.0) -> float:
+        return sign * NEVER if value is None else value
+
+    kept = ("optimizer", "lr", "schedule", "failures", "runs")
+    optimizers = [
+        {
+            **{name: v if name in kept else number(v) for name, v in o.items()},
+            "runs": [
+                {**run, "curve": [(s, n, number(loss)) for s, n, loss in run["curve"]]}
+                for run in o["runs"]
+            ],
+        }
+        for o in row["optimizers"]
+    ]
+    ratios = {unit: number(ratio) for unit, ratio in row["ratios"].items()}
+    # Without any competitor's result the target is minus infinity.
+    return {
+        **row,
+        "target": number(row["target"], -1.0),
+        "ratios": ratios,
+        "optimizers": optimizers,
+    }
+
+
 # ---- picture ---------------------------------------------------------------------------------
 
 

@@ -125,6 +125,24 @@ def test_target_never_reached(training, tmp_path):
     assert stored["ratios"] == {"seconds": None, "steps": None}
 
 
+def test_parts_of_a_report_are_merged(training, tmp_path):
+    """One report of two processes: what was infinite is so again; in the order asked for."""
+    results = [(1.0, 10, 1.0)], [(1.0, 10, 3.0), (2.0, 20, 2.0)]
+    rows, parts = [], []
+    for index, points in enumerate(results):
+        failed = _finished("KFAC", 0, (1.0, 9, math.inf), failure="ValueError: no")
+        runs = [_finished("SGD", 0, *points), failed]
+        row = {**_summarized(training, runs), "problem": f"problem {index}"}
+        training.write_report(tmp_path / str(index), "Setting", training.COMPETITORS, [row])
+        rows.append(row)
+        parts.append(tmp_path / str(index) / "training.json")
+    setting, merged = training.merged(parts, ["problem 1", "problem 0"])
+    assert setting == "Setting"
+    assert json.dumps(merged) == json.dumps(rows[::-1])
+    with pytest.raises(ValueError, match="several parts"):
+        training.merged([*parts, parts[0]], ["problem 1", "problem 0"])
+
+
 def test_failures_are_recorded(training, monkeypatch):
     """A run that diverges and one that raises; the third trains on, from the same weights."""
     task = training.TASKS["tabular"]()
