@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
-from kfac_tn.hooks import WeakHook
+from kfac_tn.hooks import WeakHook, remove
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Replay:
                 cast(Any, WeakHook(self, "_after_loss")), with_kwargs=True
             ),
         ]
+        weakref.finalize(self, remove, self._handles)
 
     @classmethod
     def where_possible(cls, model: Module, loss_fn: object, required: bool) -> Replay | None:
@@ -80,8 +82,7 @@ class Replay:
 
     def close(self) -> None:
         """Remove the hooks, and forget."""
-        for handle in self._handles:
-            handle.remove()
+        remove(self._handles)
         self.discard()
 
     def discard(self) -> None:
