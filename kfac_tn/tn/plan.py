@@ -92,7 +92,7 @@ class Recipe:
             >>> spec = tn.ConvSpec((8, 64, 28, 28), (64, 64, 3, 3), padding=1)
             >>> network = tn.kfac_expand_input_factor(spec).simplify()
             >>> print(network.plan().explain().splitlines()[1].split()[0])
-            cells
+            lags
         """
         head = ("algorithm", "estimate", "flops", "moved", "launches", "peak memory")
         rows = [
