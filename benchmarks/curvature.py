@@ -154,8 +154,14 @@ def _curvlinops(operator: str) -> Prepare:
     return prepare
 
 
+class LeftOutError(Exception):
+    """A way that could be taken, but isn't here."""
+
+
 def _nngeometry(function: str, representation: str) -> Prepare:
     def prepare(s: Setting) -> Call:
+        if representation == "PMatEKFAC" and any("Conv" in type(m).__name__ for m in s.layers):
+            raise LeftOutError("more than a minute for a batch of 2 of MobileNetV2-like")
         from nngeometry import metrics
         from nngeometry import object as objects
         from nngeometry.layercollection import LayerCollection
@@ -341,6 +347,11 @@ def bars(rows: list[dict]) -> list[tuple]:
     return lines
 
 
+def missing(row: dict, way: str) -> str:
+    """Why a cell is empty."""
+    return "left out" if row["refused"][way].startswith(LeftOutError.__name__) else "refused"
+
+
 def ratio_table(rows: list[dict], quantity: str, measured: str) -> str:
     """What the others take as multiples of what we take."""
     ways = [way for way in OTHERS if way in QUANTITIES[quantity]]
@@ -352,7 +363,9 @@ def ratio_table(rows: list[dict], quantity: str, measured: str) -> str:
             continue
         ours = values[OURS]
         shown = f"{1e3 * ours:.0f} ms" if measured == "seconds" else f"{ours / 2**20:.0f} MiB"
-        cells = [values[way] / ours if way in values else "refused" for way in (BASE, *ways)]
+        cells = [
+            values[way] / ours if way in values else missing(row, way) for way in (BASE, *ways)
+        ]
         lines.append([row["model"], shown, *cells])
     return markdown(["model", OURS, BASE, *ways], lines)
 
@@ -365,7 +378,7 @@ def remarks(rows: list[dict]) -> str:
         if found:
             shown = ", ".join(f"{way} {d:.1e}" for way, d in found.items())
             lines.append(f"- {row['quantity']}, {row['model']}: {shown}")
-    lines.append("\n## Refused\n")
+    lines.append("\n## Refused, or left out\n")
     refused = [
         f"- {row['quantity']}, {way}, {row['model']}: {reason}"
         for row in rows
