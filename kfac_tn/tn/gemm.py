@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from kfac_tn.tn.pages import on_huge_pages
+
 LEAST_PRODUCT = 2**20
 """Multiplications of matrices that are worth the longer call."""
 
@@ -63,7 +65,7 @@ def multiply(first: Tensor, second: Tensor) -> Tensor:
     rows = [first[0].contiguous()] * len(first) if once else first.unbind()
     if len(first) == 1:
         return _multiply(rows[0], second[0]).unsqueeze(0)
-    result = first.new_empty(len(first), first.shape[1], second.shape[2])
+    result = on_huge_pages(first.new_empty(len(first), first.shape[1], second.shape[2]))
     for part, a, b in zip(result, rows, second, strict=True):
         part.copy_(_multiply(a, b))
     return result

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
 from kfac_tn.tn.gram.windows import JointCell, Windows
+from kfac_tn.tn.pages import on_huge_pages
 
 CACHE = 2**18
 """Elements that stay in a processor's cache while they are laid out."""
@@ -61,6 +62,7 @@ def assemble(
     positions = list(product(*map(range, kernels)))
     sums = [_Sums(cells, members, x) for members in by_offset(cells)]
     result = x.new_empty(shared, channels, len(positions), channels, len(positions))
+    on_huge_pages(result)
     # Blocks interleave: those of some rows side by side, then as they are in the matrix.
     rows = max(1, CACHE // (shared * channels * len(positions)))
     for start in range(0, channels, rows):

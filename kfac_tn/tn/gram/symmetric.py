@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfac_tn.tn import gemm
+from kfac_tn.tn.pages import on_huge_pages
 
 BLOCK = 64
 """Rows of a result that are computed at once, at the least, up to the diagonal.
@@ -76,7 +77,7 @@ class SymmetricSum:
                 starts = list(range(0, size, -(-size // MOST_BLOCKS)))
         self._rows = list(zip(starts, [*starts[1:], size], strict=True))
         if self._lower:
-            self._whole = columns.new_empty(groups, size, size)
+            self._whole = on_huge_pages(columns.new_empty(groups, size, size))
             for start, end in self._rows:
                 left = _scaled(columns[:, start:end], scale)
                 self._whole[:, start:end, :end] = gemm.multiply(left, columns[:, :end].mT)
