@@ -20,7 +20,7 @@ from kfac_tn.optim.base import CurvatureUser
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, reduction_ratio
 from kfac_tn.optim.groups import GroupedOptimizer, default_groups
 from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
-from kfac_tn.optim.replay import Replay
+from kfac_tn.optim.replay import Replay, without_batch
 from kfac_tn.optim.step_rules import Proposal, StepRule, TrustRegion, moderate
 
 _COPIED = (
@@ -210,7 +210,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             group=self._group,
         )
         if self._damping_rule.needs_batch or self._rule.needs_batch:
-            required = self._damping_rule.needs_batch or not self._rule.can_do_without_batch
+            required = self._damping_rule.needs_batch or not self._rule.without_batch
             try:
                 self._replay = Replay.where_possible(self._model, self._loss_fn, required)
             except ValueError:
@@ -262,6 +262,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         lrs = {p: group_lrs[self._group_of[p]] for p in updates}
         slopes = gradients if self._rule.own_momentum else moments
         replay = self._replay if recorded and self._rule.wants_batch(taken) else None
+        if replay is None and self._rule.wants_batch(taken):
+            self._estimator.warn(without_batch(self._rule.without_batch))
         self._direct(slopes, updates, lrs, replay)
         for group, lr in zip(self.param_groups, group_lrs, strict=True):
             chosen = [p for p in group["params"] if p in updates]

@@ -322,3 +322,12 @@ def _is_view(tensor: Tensor, base: Tensor) -> bool:
         return True
     whole = tensor.is_contiguous() and base.is_contiguous() and tensor.numel() == base.numel()
     return whole and tensor.data_ptr() == base.data_ptr()
+
+
+def without_batch(instead: str) -> str:
+    """What the user is told where a rule wants the batch of a step and there is none."""
+    return (
+        "The batch of a step can't be recorded: the loss module wasn't called on the model's "
+        f"output itself (or a view of it with another shape), so the step rule {instead}. Call "
+        "loss_fn(model(x), y), or choose a step rule that needs no batch, as step_rule='graft'."
+    )

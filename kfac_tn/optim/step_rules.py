@@ -50,7 +50,7 @@ class StepRule(ABC):
         needs_batch: Whether it ever computes with the batch.
         any_length: Whether it gives directions a length that theirs has no part in, so that they,
             and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
-        can_do_without_batch: Whether it does something sensible where there is none.
+        without_batch: What it does where there is none; empty where it can do nothing.
     """
 
     lr = 1e-2
@@ -58,7 +58,7 @@ class StepRule(ABC):
     own_momentum = False
     needs_batch = False
     any_length = False
-    can_do_without_batch = False
+    without_batch = ""
 
     def wants_batch(self, step: int) -> bool:
         """Whether this step's batch is needed; steps are counted from 0."""

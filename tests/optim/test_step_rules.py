@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -439,16 +440,20 @@ def of_a_part(model, x, y, optimizer):
 
 
 @pytest.mark.parametrize("backward", [functional, of_a_part])
-def test_without_a_batch_steps_are_grafted(backward):
+def test_without_a_batch_steps_are_grafted_and_the_user_is_told(backward):
     results = []
     for rule in ("adaptive", "graft"):
         model, loss_fn = smooth(), nn.CrossEntropyLoss()
         optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, **EAGER)
-        for seed in range(3):
-            optimizer.zero_grad()
-            backward(model, *batch(seed), optimizer)
-            optimizer.step()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for seed in range(3):
+                optimizer.zero_grad()
+                backward(model, *batch(seed), optimizer)
+                optimizer.step()
         results.append(flat(model.parameters()))
+        said = [str(w.message) for w in told if "can't be recorded" in str(w.message)]
+        assert len(said) == (rule == "adaptive")
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
