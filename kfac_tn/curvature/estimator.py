@@ -65,7 +65,7 @@ class CurvatureEstimator:
         self._damping, self._group = damping, group
         self._generators: dict[str, torch.Generator] = {}
         self._warned: set[str] = set()
-        self._closed = False
+        self.closed = False
         self._divide()
         if not self.blocks and not self.others:
             raise ValueError("The model has no trainable parameter.")
@@ -118,7 +118,7 @@ class CurvatureEstimator:
 
     def close(self) -> None:
         """Remove the hooks; the curvature stays as it is."""
-        self._closed = True
+        self.closed = True
         self.capture.close()
 
     # Following the model -----------------------------------------------------------------------
@@ -129,7 +129,7 @@ class CurvatureEstimator:
         What is known of the other layers stays. A layer whose bias was unfrozen starts anew: its
         input factor has a further row.
         """
-        if self._closed or not any(p.requires_grad for p in self.uncovered()):
+        if self.closed or not any(p.requires_grad for p in self.uncovered()):
             return False
         state = self._factors_state()
         # Layers frozen in the meantime keep their place: they may return.

@@ -262,7 +262,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         lrs = {p: group_lrs[self._group_of[p]] for p in updates}
         slopes = gradients if self._rule.own_momentum else moments
         replay = self._replay if recorded and self._rule.wants_batch(taken) else None
-        if replay is None and self._rule.wants_batch(taken):
+        if replay is None and self._rule.wants_batch(taken) and not self._estimator.closed:
             self._estimator.warn(without_batch(self._rule.without_batch))
         self._direct(slopes, updates, lrs, replay)
         for group, lr in zip(self.param_groups, group_lrs, strict=True):
