@@ -15,6 +15,7 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_tn.curvature.batches import Forward, call_on_pair
+from kfac_tn.curvature.checks import refuse_scaled_gradients
 from kfac_tn.functional import common
 from kfac_tn.graph import differentiate, find, output_edge, remember
 from kfac_tn.hooks import plain
@@ -203,7 +204,8 @@ class Calls:
 
         parameters = [self.parameters[name] for name in names]
         gradients = self.backward(column, receive, parameters)
-        for name, expected in zip(names, gradients, strict=True):
+        for name, gradient in zip(names, gradients, strict=True):
+            expected = None if gradient is None else _dense(gradient)
             if expected is None and name not in actual:
                 continue
             if expected is None or name not in actual or not _close(actual[name], expected):
@@ -234,16 +236,15 @@ class Calls:
         parameters = [self.parameters[name] for name in names]
 
         def gradients(column: Tensor) -> list[Tensor]:
-            return list(
-                torch.autograd.grad(
-                    outputs,
-                    parameters,
-                    column.to(outputs.dtype),
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+            found = torch.autograd.grad(
+                outputs,
+                parameters,
+                column.to(outputs.dtype),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
+            return [_dense(gradient) for gradient in found]
 
         return gradients
 
@@ -266,6 +267,7 @@ def refuse_if_not_exact(model: Module) -> None:
                 f"RandomizedConvNd '{name}' has random gradients in training mode, so that exact "
                 "ones can't be verified: call model.eval() before."
             )
+    refuse_scaled_gradients(model)
 
 
 def sum_of_squares(
@@ -337,6 +339,11 @@ def _known(model: Module) -> dict[Parameter, str]:
 
 def _own(module: Module) -> list[Parameter]:
     return [p for p in module._parameters.values() if p is not None]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """A gradient, also one of an embedding with sparse gradients."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 
 
 @contextmanager
@@ -22,6 +22,23 @@ def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def refuse_scaled_gradients(model: Module) -> None:
+    """Refuse embeddings whose gradients aren't those of the loss.
+
+    Raises:
+        ValueError: Naming the module.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, Embedding | EmbeddingBag) or not module.weight.requires_grad:
+            continue
+        if module.scale_grad_by_freq:
+            raise ValueError(
+                f"{type(module).__name__} '{name}' has scale_grad_by_freq=True, which divides its "
+                "gradient by numbers of a batch: it isn't the loss's, and no example has one of "
+                "its own. Set scale_grad_by_freq=False, or freeze its weight to leave it out."
+            )
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

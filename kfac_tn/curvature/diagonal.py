@@ -37,8 +37,8 @@ def compute_ggn_diagonal(
 
     The sum over examples and back-propagated columns of the loss Hessian's root of each parameter's
     squared gradient (Dangel et al. 2020, arXiv 1912.10985). Linear layers, (transposed)
-    convolutions and normalizations give it from their inputs and output gradients; for any other
-    parameter (embeddings, recurrent layers, one's own), and where the examples aren't on a layer's
+    convolutions, embeddings and normalizations give it from their inputs and output gradients; for
+    any other parameter (recurrent layers, one's own), and where the examples aren't on a layer's
     first axis, each example is differentiated alone, which is exact as well but slow: freeze what
     isn't needed. Which way is right is verified on the first batch of several examples. The model
     is used in the mode it is in; that must not mix examples.
@@ -69,8 +69,8 @@ def compute_ggn_diagonal(
     Raises:
         ValueError: For unknown options, a ``max_memory`` that is too small, a model without
             trainable parameters, an empty loader, a loss with ``reduction="none"``, batch
-            normalization in training mode or other mixing of examples, or results that aren't
-            finite.
+            normalization in training mode or other mixing of examples, an embedding with
+            ``scale_grad_by_freq``, or results that aren't finite.
         TypeError: For a loss whose likelihood isn't known, a model that returns no tensor, or
             batches that are no pairs and no ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.

@@ -19,9 +19,9 @@ def compute_per_example_gradients(
     """Gradients of a loss, split into what each example of a batch contributes.
 
     One forward and one backward pass for all layers of known kinds (linear layers, (transposed)
-    convolutions, normalizations); a further one for each example, alone, for parameters of other
-    kinds. One more backward pass verifies which way is right. The model is used in the mode it is
-    in; that must not mix examples. Neither ``.grad`` nor buffers are changed.
+    convolutions, embeddings, normalizations); a further one for each example, alone, for parameters
+    of other kinds. One more backward pass verifies which way is right. The model is used in the
+    mode it is in; that must not mix examples. Neither ``.grad`` nor buffers are changed.
 
     Args:
         model: The model; returns one tensor with the ``N`` examples first.
@@ -37,7 +37,8 @@ def compute_per_example_gradients(
 
     Raises:
         ValueError: For a loss that isn't a scalar, a model without trainable parameters, batch
-            normalization in training mode or other mixing of examples.
+            normalization in training mode or other mixing of examples, or an embedding with
+            ``scale_grad_by_freq``.
         TypeError: For a model that returns no tensor.
         RuntimeError: If a layer's input is changed in place after its use.
 

@@ -29,6 +29,10 @@ from kfac_tn.functional.conv_transpose import (
     conv_transpose_input_factor,
     conv_transpose_sum_grad_output,
 )
+from kfac_tn.functional.embedding import (
+    embedding_per_example_weight_gradient,
+    embedding_weight_diagonal,
+)
 from kfac_tn.functional.gradients import (
     conv_bias_diagonal,
     conv_per_example_weight_gradient,
@@ -62,6 +66,8 @@ __all__ = [
     "conv_transpose_sum_grad_output",
     "conv_transpose_weight_diagonal",
     "conv_weight_diagonal",
+    "embedding_per_example_weight_gradient",
+    "embedding_weight_diagonal",
     "gram",
     "linear_average_input",
     "linear_bias_diagonal",

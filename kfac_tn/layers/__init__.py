@@ -2,6 +2,7 @@
 
 from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
+from kfac_tn.layers.embedding import EmbeddingFamily
 from kfac_tn.layers.linear import LinearFamily
 from kfac_tn.layers.partition import (
     ApproximationChoice,
@@ -23,6 +24,7 @@ __all__ = [
     "ConvTransposeFamily",
     "CurvatureChoice",
     "CurvatureKind",
+    "EmbeddingFamily",
     "GradientFamily",
     "LargeFactors",
     "LayerBlock",

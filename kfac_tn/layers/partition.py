@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
+from kfac_tn.layers.embedding import EmbeddingFamily
 from kfac_tn.layers.linear import LinearFamily
 from kfac_tn.layers.norm import NORM_FAMILIES
 from kfac_tn.tn.nn import ConvNd, ConvTransposeNd, RandomizedConvNd
@@ -39,6 +40,12 @@ _FAMILIES: dict[type[Module], LayerFamily] = {
 }
 
 
+_GRADIENT_FAMILIES: dict[type[Module], GradientFamily] = {
+    **NORM_FAMILIES,
+    torch.nn.Embedding: EmbeddingFamily(),
+}
+
+
 def register_layer(module_type: type[Module], family: LayerFamily) -> None:
     """Teach kfac_tn a further kind of layer, or another treatment of a known one.
 
@@ -61,7 +68,7 @@ def register_layer(module_type: type[Module], family: LayerFamily) -> None:
 
 def gradient_family(module: Module) -> GradientFamily | None:
     """How a module's calls give each example's own gradient; None if that isn't known."""
-    return _FAMILIES.get(type(module)) or NORM_FAMILIES.get(type(module))
+    return _FAMILIES.get(type(module)) or _GRADIENT_FAMILIES.get(type(module))
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,6 +97,20 @@ class Text(nn.Module):
         return self.head(hidden.mean(1))
 
 
+class Language(nn.Module):
+    """Tokens looked up twice, with padding, and positions without an axis of examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(5, 3, padding_idx=1)
+        self.positions = nn.Embedding(6, 3)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
+        return self.head((hidden.tanh() + self.tokens(x[:, :1])).tanh().mean(1))
+
+
 def images(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
 
@@ -162,7 +176,9 @@ CASES = {
     "functional use, own parameter": (Functional, (3,)),
     "unused": (Unused, (3,)),
     "recurrent": (lambda: nn.Sequential(nn.RNNCell(3, 2)), (3,)),
-    "text": (Text, "text"),
+    "text": (Text, (3,)),
+    "language": (Language, (3,)),
+    "language, as long as examples": (Language, (4,)),
 }
 N = 4
 
@@ -171,8 +187,8 @@ def problem(case: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, shape = CASES[case]
     model = make().double()
-    if shape == "text":
-        return model, torch.randint(5, (N, 3))
+    if isinstance(next(model.modules()), Text | Language):
+        return model, torch.randint(5, (N, *shape))
     x = torch.randn(N, *shape, dtype=torch.float64)
     model(x)  # lazy modules
     for module in model.modules():
@@ -263,7 +279,7 @@ def test_per_example_gradients_are_those_of_vmap(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["cnn", "grouped, dilated", "transposed", "normalizations", "tied"]
+    "case", ["cnn", "grouped, dilated", "transposed", "normalizations", "tied", "text"]
 )
 def test_known_layers_need_no_loop_over_examples(case):
     model, x = problem(case)
@@ -278,7 +294,8 @@ def test_known_layers_need_no_loop_over_examples(case):
         ("other axes", {"first", "merged", "single"}),
         ("other axes, as many as examples", {"first", "merged", "single"}),
         ("functional use, own parameter", {"a.weight", "scale"}),
-        ("text", {"embedding"}),
+        ("language", {"positions"}),
+        ("language, as long as examples", {"positions"}),
     ],
 )
 def test_what_is_looped_over(case, unknown):
@@ -435,6 +452,11 @@ class Overwritten(nn.Module):
             "RandomizedConvNd '1' .* random",
         ),
         (nn.Sequential(nn.Linear(2, 2).requires_grad_(False)), ValueError, "no trainable"),
+        (
+            nn.ModuleDict({"e": nn.Embedding(3, 2, scale_grad_by_freq=True)}),
+            ValueError,
+            "Embedding 'e' has scale_grad_by_freq=True",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
