@@ -18,7 +18,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from measuring import Call, machine, markdown, parser, seconds, take_turns, write
+from measuring import Call, conditions, markdown, parser, seconds, take_turns, write
 from torch import Tensor
 
 from kfac_tn.curvature.inverse import damped_inverses
@@ -272,10 +272,7 @@ def main() -> None:
     rows = [kernel(bench, *batch) for batch in batches]
     rows += [model(bench, name) for name in MODELS]
     rows += [storage(bench, size) for size in sizes]
-    setting = (
-        f"Float32 on {options.device}, medians of up to {options.repetitions} interleaved turns, "
-        f"{perf_counter() - start:.0f} s in all; {machine(options.device)}."
-    )
+    setting = conditions(options, start)
     write(options.output, "inverses", setting, rows, report(setting, rows))
     plot([row for row in rows if row["part"] == "kernels"], options.output / "inverses.png")
 

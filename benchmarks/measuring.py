@@ -175,6 +175,15 @@ def machine(device: str) -> str:
     return name + describe_machine()
 
 
+def conditions(options: argparse.Namespace, start: float) -> str:
+    """How it was measured, for benchmarks with the options of ``parser`` (and ``batch``)."""
+    batch = f"Batches of {options.batch}, f" if hasattr(options, "batch") else "F"
+    return (
+        f"{batch}loat32 on {options.device}, medians of up to {options.repetitions} interleaved "
+        f"turns, {perf_counter() - start:.0f} s in all; {machine(options.device)}."
+    )
+
+
 def write(output: Path, name: str, setting: str, rows: list[dict], report: str) -> None:
     """The report as ``name.md``, all that was measured as ``name.json``; print the report."""
     output.mkdir(parents=True, exist_ok=True)

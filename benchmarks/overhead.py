@@ -1,6 +1,6 @@
 """What a call of the engine costs in Python, on top of its work on tensors.
 
-    python benchmarks/overhead.py        # writes benchmarks/results/overhead.md
+    python benchmarks/overhead.py        # writes benchmarks/results/overhead.{md,json}
 
 A second call with the same convolution, on tiny tensors: spec, network, simplification and plan are
 looked up, and the steps run. The calls on tensors that this makes are recorded, and replayed alone,
@@ -18,13 +18,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from measuring import ROOT, markdown, write
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import kfac_tn
 from kfac_tn import tn
 
-ROOT = Path(__file__).parents[1]
 SHAPE, WEIGHT = (2, 4, 6, 6), (6, 4, 3, 3)
 BUILDERS = (
     tn.forward,
@@ -119,15 +119,14 @@ def main() -> None:
         [name, *(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values())]
         for name, row in rows.items()
     ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells])
     setting = (
         f"Input {SHAPE}, weight {WEIGHT}, float32, {options.threads} thread(s); medians of "
         f"{options.repetitions} alternating calls; torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.machine()}."
     )
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "overhead.md").write_text(f"# Overhead\n\n{setting}\n\n{table}\n")
-    print(f"{setting}\n\n{table}")
+    report = f"# Overhead\n\n{setting}\n\n{markdown(head, cells)}"
+    record = [{"call": name, **row} for name, row in rows.items()]
+    write(options.output, "overhead", setting, record, report)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from time import perf_counter
 import torch
 from convolutions import Convolution
 from factors import prepare
-from measuring import machine, markdown, parser, peak_bytes, seconds, take_turns, write
+from measuring import conditions, markdown, parser, peak_bytes, seconds, take_turns, write
 from operations import Setting
 
 
@@ -248,10 +248,7 @@ def main() -> None:
         rows.append(row)
         times = ", ".join(f"{n} {1e3 * t:.2f} ms" for n, t in row["seconds"].items())
         print(f"{row['axis']} {row['size']}: {times}", flush=True)
-    setting = (
-        f"Float32 on {options.device}, medians of up to {options.repetitions} interleaved turns, "
-        f"{perf_counter() - start:.0f} s in all; {machine(options.device)}."
-    )
+    setting = conditions(options, start)
     head = ["factor", "grows with", "from, to", "time", "expected", "memory", "expected"]
     base = ", ".join(f"{name} {value}" for name, value in vars(Size()).items())
     report = (

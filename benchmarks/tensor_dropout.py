@@ -13,23 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from measuring import ROOT, describe_machine, markdown, write
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfac_tn.tn.nn import randomize
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from compare_optimizers import describe_machine  # noqa: E402
 
 ALONG = ("channels", "spatial", "kernel")
 KEEP = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -208,16 +202,10 @@ def main() -> None:
         f"Batches of {batch}, float32, medians of {repetitions} interleaved repetitions; "
         f"{describe_machine()}."
     )
-    head = list(rows[0])
-    cells = [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells])
-    options.output.mkdir(parents=True, exist_ok=True)
-    report = f"# Tensor dropout\n\n{setting}\n\n{table}\n"
-    (options.output / "tensor_dropout.md").write_text(report)
-    record = {"setting": setting, "rows": rows}
-    (options.output / "tensor_dropout.json").write_text(json.dumps(record, indent=1))
+    table = markdown(rows[0], [row.values() for row in rows])
+    report = f"# Tensor dropout\n\n{setting}\n\n{table}"
+    write(options.output, "tensor_dropout", setting, rows, report)
     plot(rows, options.output / "tensor_dropout.png")
-    print(report)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import curvlinops
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from problems import load_images
+from problems import load_images, small_cnn, train
 from torch import Tensor, nn
 
 import kfac_tn
@@ -30,27 +30,6 @@ ESTIMATORS: dict[str, Callable] = {
     "Hutch++": curvlinops.hutchpp_trace,
     "XTrace": curvlinops.xtrace,
 }
-
-
-def build_model() -> nn.Module:
-    """A small CNN for 8x8 images, with a grouped convolution."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()),
-        *(nn.Conv2d(8, 16, 3, padding=1, stride=2, groups=2), nn.ReLU()),
-        *(nn.Conv2d(16, 16, 3, padding=1, stride=2), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(4 * 16, 10)),
-    )
-
-
-def train(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
-    """Some epochs of KFAC on its defaults."""
-    optimizer = kfac_tn.KFAC(model, loss_fn)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(128):
-            optimizer.zero_grad()
-            loss_fn(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    optimizer.close()
 
 
 def plot_spectra(axes: Axes, operators: dict[str, object], vectors: int) -> None:
@@ -86,7 +65,7 @@ def main() -> None:
     epochs, examples, vectors = (2, 64, 16) if options.quick else (15, 512, 96)
 
     torch.manual_seed(0)
-    images, model, loss_fn = load_images("digits"), build_model(), nn.CrossEntropyLoss()
+    images, model, loss_fn = load_images("digits"), small_cnn(8, 2), nn.CrossEntropyLoss()
     train(model, loss_fn, images.x_train, images.y_train, epochs)
     model.double()  # Lanczos' method and XTrace lose digits
     data = [(images.x_train[:examples].double(), images.y_train[:examples])]

@@ -6,7 +6,7 @@ prior's precision by the marginal likelihood, without validation data, and looks
 on two moons, where the network should be sure and where not; on scikit-learn's digits, whether of
 all images that it is 80 % sure of it gets 80 % right. Where the labels are clean, the network is
 calibrated as it is, and its posterior not sure enough; where a part of them is wrong, the network
-has learnt these by heart, and the posterior knows better. The CNN has grouped convolutions, with
+has learnt these by heart, and the posterior knows better. The CNN has a grouped convolution, with
 factors for each group. Run from the root of the repository, with the extras `examples` and
 `laplace`:
 
@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from laplace import Laplace
 from matplotlib.axes import Axes
-from problems import load_images
+from problems import load_images, small_cnn
 from sklearn.datasets import make_moons
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,16 +38,6 @@ def moons_model() -> nn.Module:
     """An MLP on points of the plane."""
     return nn.Sequential(
         *(nn.Linear(2, 30), nn.Tanh()), *(nn.Linear(30, 30), nn.Tanh()), nn.Linear(30, 2)
-    )
-
-
-def digits_model() -> nn.Module:
-    """A small CNN for 8x8 images, with grouped convolutions."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 8, 3, padding=1), nn.Tanh()),
-        *(nn.Conv2d(8, 16, 3, padding=1, stride=2, groups=4), nn.Tanh()),
-        *(nn.Conv2d(16, 16, 3, padding=1, stride=2, groups=4), nn.Tanh()),
-        *(nn.Flatten(), nn.Linear(4 * 16, 10)),
     )
 
 
@@ -169,7 +159,7 @@ def digits(output: Path, quick: bool) -> Path:
     ):
         y = replace_labels(images.y_train[:few], share)
         y_test = replace_labels(torch.cat([images.y_train[few:], images.y_test]), share)
-        model = digits_model()
+        model = small_cnn(8, groups=4, activation=nn.Tanh)
         train(model, x, y, 300 if quick else 2000)
         la = posterior(model, x, y)
         for axes, (name, each) in zip(row, {"MAP": model, "Laplace": la}.items(), strict=True):

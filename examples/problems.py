@@ -1,4 +1,4 @@
-"""What the examples train: small image data sets, and a classifier and an autoencoder on them."""
+"""What the examples train: small image data sets, classifiers and an autoencoder on them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+import kfac_tn
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 DATASETS = ("digits", *TORCHVISION)
@@ -142,3 +144,26 @@ def autoencoder(images: Images, dataset: str) -> Problem:
 
 
 PROBLEMS = {"classifier": classifier, "autoencoder": autoencoder}
+
+
+def small_cnn(
+    width: int, groups: int, classes: int = 10, activation: type[nn.Module] = nn.ReLU
+) -> nn.Module:
+    """A classifier of 8x8 images, with a grouped convolution of `2 * width` channels."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, width, 3, padding=1), activation()),
+        *(nn.Conv2d(width, 2 * width, 3, padding=1, stride=2, groups=groups), activation()),
+        *(nn.Conv2d(2 * width, 2 * width, 3, padding=1, stride=2), activation()),
+        *(nn.Flatten(), nn.Linear(4 * 2 * width, classes)),
+    )
+
+
+def train(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
+    """Some epochs of KFAC on its defaults."""
+    optimizer = kfac_tn.KFAC(model, loss_fn)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            loss_fn(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    optimizer.close()

@@ -25,7 +25,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from problems import load_images
+from problems import load_images, small_cnn, train
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
@@ -34,27 +34,6 @@ import kfac_tn
 CLASSES = 7  # of the ten that the network learns
 PRIOR_PRECISION = 1.0
 Named = dict[str, Tensor]  # by parameter name
-
-
-def build_model() -> nn.Module:
-    """A small CNN for 8x8 images, with a grouped convolution."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 3, padding=1, stride=2, groups=2), nn.ReLU()),
-        *(nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(4 * 32, CLASSES)),
-    )
-
-
-def train(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
-    """Some epochs of KFAC on its defaults."""
-    optimizer = kfac_tn.KFAC(model, loss_fn)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(128):
-            optimizer.zero_grad()
-            loss_fn(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    optimizer.close()
 
 
 def saliencies(model: nn.Module, diagonal: Named) -> dict[str, Named]:
@@ -158,7 +137,7 @@ def main() -> None:
     learnt, seen = images.y_train < CLASSES, images.y_test < CLASSES
     x, y = images.x_train[learnt], images.y_train[learnt]
     x_test, y_test = images.x_test[seen], images.y_test[seen]
-    model, loss_fn = build_model(), nn.CrossEntropyLoss(reduction="sum")
+    model, loss_fn = small_cnn(16, 2, CLASSES), nn.CrossEntropyLoss(reduction="sum")
     train(model, nn.CrossEntropyLoss(), x, y, 3 if options.quick else 20)
     # Of a summed loss: the precision that all the examples together give each weight.
     batches = list(zip(x.split(256), y.split(256), strict=True))

@@ -12,26 +12,16 @@ import argparse
 from time import perf_counter
 
 import torch
-from problems import Images, load_images
+from problems import Images, load_images, small_cnn
 from torch import nn
 
 import kfac_tn
 
 
-def build_model() -> nn.Module:
-    """A small CNN for 8x8 images."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU()),
-        *(nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(4 * 32, 10)),
-    )
-
-
 def train(images: Images, epochs: int, lr: float, precondition: bool) -> list[tuple[float, ...]]:
     """Training loss, test accuracy and seconds of training so far, after each epoch."""
     torch.manual_seed(0)
-    model, loss_fn = build_model(), nn.CrossEntropyLoss()
+    model, loss_fn = small_cnn(16, groups=1), nn.CrossEntropyLoss()
     sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     preconditioner = kfac_tn.KFACPreconditioner(model, loss_fn) if precondition else None
 
