@@ -44,19 +44,19 @@ class EigenFactors(NamedTuple):
 class _KroneckerExtension(FisherExtension):
     """Kronecker factors of layers, diagonals of normalizations."""
 
+    field: str  # where results are saved
+    approximation: Approximation
+
     def __init__(
         self,
-        savefield: str,
-        approximation: Approximation,
-        fisher: BackpackFisher,
-        mc_samples: int,
-        bias: Bias,
-        generator: torch.Generator | None,
+        fisher: BackpackFisher = "mc",
+        mc_samples: int = 1,
+        bias: Bias = "separate",
+        generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(savefield, fisher, mc_samples, generator)
+        super().__init__(self.field, fisher, mc_samples, generator)
         if bias not in get_args(Bias):
             raise ValueError(f"bias is {bias!r}: choose one of {get_args(Bias)}.")
-        self.approximation = common.check_approximation(approximation)
         self.bias = bias
 
     def _quantities(
@@ -130,14 +130,8 @@ class KFACExpand(_KroneckerExtension):
         (torch.Size([2, 3, 3]), torch.Size([2, 18, 18]))
     """
 
-    def __init__(
-        self,
-        fisher: BackpackFisher = "mc",
-        mc_samples: int = 1,
-        bias: Bias = "separate",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__("kfac_expand", "expand", fisher, mc_samples, bias, generator)
+    field = "kfac_expand"
+    approximation = "expand"
 
 
 class KFACReduce(_KroneckerExtension):
@@ -169,14 +163,8 @@ class KFACReduce(_KroneckerExtension):
         ([torch.Size([1, 2, 2]), torch.Size([1, 3, 3])], None)
     """
 
-    def __init__(
-        self,
-        fisher: BackpackFisher = "mc",
-        mc_samples: int = 1,
-        bias: Bias = "separate",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__("kfac_reduce", "reduce", fisher, mc_samples, bias, generator)
+    field = "kfac_reduce"
+    approximation = "reduce"
 
 
 class EKFAC(_KroneckerExtension):
@@ -210,6 +198,8 @@ class EKFAC(_KroneckerExtension):
         (torch.Size([1, 2, 3]), torch.Size([1, 2, 1]))
     """
 
+    field = "ekfac"
+
     def __init__(
         self,
         approximation: Approximation = "expand",
@@ -218,7 +208,9 @@ class EKFAC(_KroneckerExtension):
         bias: Bias = "separate",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__("ekfac", approximation, fisher, mc_samples, bias, generator)
+        super().__init__(fisher, mc_samples, bias, generator)
+        common.check_approximation(approximation)
+        self.approximation = approximation
 
     def _block(
         self,
