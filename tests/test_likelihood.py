@@ -107,6 +107,8 @@ def elementwise_cases():
     for (shape_name, shape), reduction in product(ELEMENTWISE_SHAPES.items(), REDUCTIONS):
         name, targets = f"{shape_name}-{reduction}", logits(*shape, seed=1).sigmoid()
         yield pytest.param(nn.MSELoss(reduction=reduction), shape, targets, id=f"mse-{name}")
+        poisson = nn.PoissonNLLLoss(full=reduction == "sum", reduction=reduction)
+        yield pytest.param(poisson, shape, (4 * targets).round(), id=f"poisson-{name}")
         for weight_shape, pos_weight_shape in product((None, shape[-1:], shape), repeat=2):
             loss_fn = nn.BCEWithLogitsLoss(
                 reduction=reduction,
@@ -142,6 +144,9 @@ SMALL_CASES = [
         (2, 2),
         torch.tensor([[0.0, 1.0], [0.3, 1.0]]).double(),
         id="bce",
+    ),
+    pytest.param(
+        nn.PoissonNLLLoss(), (2, 2), torch.tensor([[0.0, 3.0], [1.0, 1.0]]).double(), id="poisson"
     ),
 ]
 
@@ -238,6 +243,33 @@ def test_hyper_parameters_are_read_when_used():
     assert likelihood.reduction == "sum"
     expected = hessian(scalar(loss_fn, targets), outputs)
     assert_close(gram(likelihood.columns(outputs, targets), outputs, 2), expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.0, 2.0, 0.3]).double()])
+@pytest.mark.parametrize("shape", CROSS_ENTROPY_SHAPES.values(), ids=CROSS_ENTROPY_SHAPES)
+def test_nll_behind_log_softmax_is_cross_entropy(shape, weight, reduction):
+    """Columns and samples, back-propagated to the logits; targets that are ignored, too."""
+    z, targets, dim = logits(*shape).requires_grad_(), class_indices(shape), len(shape) > 1
+    targets.view(-1)[1:2] = 255
+    loss_fn, reference = (
+        cls(weight=weight, ignore_index=255, reduction=reduction)
+        for cls in (nn.NLLLoss, nn.CrossEntropyLoss)
+    )
+    outputs = z.log_softmax(int(dim))
+    expected = hessian(scalar(reference, targets), z.detach())
+    likelihood = likelihood_of(loss_fn)
+
+    def pulled_back(columns):
+        return [torch.autograd.grad(outputs, z, s, retain_graph=True)[0] for s in columns]
+
+    num_examples = shape[0] if dim else 1
+    exact = pulled_back(likelihood.columns(outputs, targets))
+    torch.testing.assert_close(gram(exact, z, num_examples), expected, rtol=1e-12, atol=1e-14)
+    (sample,) = pulled_back([likelihood.sample(outputs, targets, torch.manual_seed(0))])
+    same = likelihood_of(reference).sample(z, targets, torch.manual_seed(0))
+    torch.testing.assert_close(sample, same, rtol=1e-12, atol=1e-14)
+    assert likelihood.num_terms(outputs, targets) == likelihood_of(reference).num_terms(z, targets)
 
 
 def test_byte_labels_are_labels_not_a_mask():
@@ -404,7 +436,19 @@ def test_number_of_terms(reduction):
 # ------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("loss_class", [nn.MSELoss, nn.BCEWithLogitsLoss])
+def test_options_without_a_fisher_in_natural_parameters_are_refused():
+    with pytest.raises(ValueError, match="set log_input=True"):
+        likelihood_of(nn.PoissonNLLLoss(log_input=False))
+    loss_fn = nn.PoissonNLLLoss()
+    likelihood = likelihood_of(loss_fn)
+    loss_fn.log_input = False
+    with pytest.raises(ValueError, match="set log_input=True"):
+        likelihood.sample(torch.zeros(2, 1), torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"must be class indices.*CrossEntropyLoss takes prob"):
+        likelihood_of(nn.NLLLoss()).columns(torch.zeros(2, 3), torch.full((2, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("loss_class", [nn.MSELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss])
 def test_targets_that_would_broadcast_are_refused(loss_class):
     likelihood = likelihood_of(loss_class())
     with pytest.raises(ValueError, match=r"shape of the outputs, \(3, 1\), but have \(3,\)"):
@@ -454,7 +498,6 @@ class Focal(nn.CrossEntropyLoss):
 @pytest.mark.parametrize(
     ("loss_fn", "match"),
     [
-        (nn.NLLLoss(), r"log_softmax\(z\) is nn.CrossEntropyLoss"),
         (nn.BCELoss(), r"sigmoid\(z\) is nn.BCEWithLogitsLoss"),
         (nn.KLDivLoss(), "probabilities as targets"),
         (nn.L1Loss(), "no curvature where it is linear"),
@@ -465,6 +508,7 @@ class Focal(nn.CrossEntropyLoss):
             r"pass nn.CrossEntropyLoss\(...\).*optimizer.observe\(outputs, targets\)",
         ),
         (F.mse_loss, r"pass nn.MSELoss\(...\)"),
+        (F.nll_loss, r"pass nn.NLLLoss\(...\)"),
         (lambda outputs, targets: outputs.sum(), "pass the nn.Module of the same loss"),
         (nn.MSELoss, "It is a class: pass a loss"),
         (Focal(), r"subclass of torch.nn.CrossEntropyLoss, but may compute something else"),
@@ -553,12 +597,12 @@ def test_registration_is_of_exactly_that_class():
 @pytest.mark.usefixtures("registry")
 def test_bad_registrations_are_refused():
     with pytest.raises(TypeError, match="must be a class"):
-        register_likelihood(nn.NLLLoss(), MSELikelihood)
+        register_likelihood(nn.CTCLoss(), MSELikelihood)
     with pytest.raises(TypeError, match="must be callable"):
-        register_likelihood(nn.NLLLoss, None)
-    register_likelihood(nn.NLLLoss, lambda loss: object())
-    with pytest.raises(TypeError, match=r"NLLLoss returned .* has no reduction, columns"):
-        likelihood_of(nn.NLLLoss())
+        register_likelihood(nn.CTCLoss, None)
+    register_likelihood(nn.CTCLoss, lambda loss: object())
+    with pytest.raises(TypeError, match=r"CTCLoss returned .* has no reduction, columns"):
+        likelihood_of(nn.CTCLoss())
 
 
 # -------------------------------------------------------------------------------------- example

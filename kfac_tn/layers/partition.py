@@ -161,6 +161,16 @@ class OtherParameter:
     reason: str
 
 
+def check_model(model: Module) -> None:
+    """Refuse what is no module, such as ``model.parameters()``, by habit.
+
+    Raises:
+        TypeError: Saying what it is.
+    """
+    if not isinstance(model, Module):
+        raise TypeError(f"model is a {type(model).__name__}: give the torch.nn.Module itself.")
+
+
 def partition(
     model: Module,
     approximation: ApproximationChoice = "expand",
@@ -186,6 +196,7 @@ def partition(
         in the order of ``model.named_parameters()``. Together: every trainable parameter, once.
 
     Raises:
+        TypeError: If the model is no module.
         ValueError: For an unknown choice, a name that a dict lacks or that is no layer, for
             parameters of lazy modules that have no shape yet, and for complex ones.
 
@@ -196,6 +207,7 @@ def partition(
         >>> blocks[0].name, [other.name for other in others]
         ('0', ['1.weight', '1.bias'])
     """
+    check_model(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, name in names.items():
         if is_lazy(parameter):

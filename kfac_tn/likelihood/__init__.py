@@ -13,6 +13,8 @@ from kfac_tn.likelihood.torch_losses import (
     BCEWithLogitsLikelihood,
     CrossEntropyLikelihood,
     MSELikelihood,
+    NLLLikelihood,
+    PoissonNLLLikelihood,
 )
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "CrossEntropyLikelihood",
     "Likelihood",
     "MSELikelihood",
+    "NLLLikelihood",
+    "PoissonNLLLikelihood",
     "likelihood_of",
     "register_likelihood",
 ]

@@ -14,12 +14,16 @@ from kfac_tn.likelihood.torch_losses import (
     BCEWithLogitsLikelihood,
     CrossEntropyLikelihood,
     MSELikelihood,
+    NLLLikelihood,
+    PoissonNLLLikelihood,
 )
 
 _FACTORIES: dict[type, Callable[[Any], Likelihood]] = {
     nn.BCEWithLogitsLoss: BCEWithLogitsLikelihood,
     nn.CrossEntropyLoss: CrossEntropyLikelihood,
     nn.MSELoss: MSELikelihood,
+    nn.NLLLoss: NLLLikelihood,
+    nn.PoissonNLLLoss: PoissonNLLLikelihood,
 }
 
 _METHODS = ("columns", "sample", "num_terms")
@@ -29,7 +33,6 @@ _NO_CURVATURE = (
     "family; nn.MSELoss() is its neighbour that has"
 )
 _REMEDIES: dict[object, str] = {
-    nn.NLLLoss: "nn.NLLLoss on log_softmax(z) is nn.CrossEntropyLoss on the logits z",
     nn.BCELoss: "nn.BCELoss on sigmoid(z) is nn.BCEWithLogitsLoss on the logits z",
     nn.KLDivLoss: (
         "nn.KLDivLoss on log_softmax(z) is, up to a constant, nn.CrossEntropyLoss on the logits z "
@@ -40,7 +43,8 @@ _REMEDIES: dict[object, str] = {
     nn.HuberLoss: _NO_CURVATURE,
     nn.GaussianNLLLoss: "examples/custom_likelihood.py has a Gaussian with predicted variance",
     F.cross_entropy: "nn.CrossEntropyLoss(...)",
-    F.nll_loss: "nn.CrossEntropyLoss(...) on the logits",
+    F.nll_loss: "nn.NLLLoss(...)",
+    F.poisson_nll_loss: "nn.PoissonNLLLoss(...)",
     F.mse_loss: "nn.MSELoss(...)",
     F.binary_cross_entropy: "nn.BCEWithLogitsLoss(...) on the logits",
     F.binary_cross_entropy_with_logits: "nn.BCEWithLogitsLoss(...)",
@@ -55,22 +59,22 @@ def likelihood_of(loss_fn: object) -> Likelihood:
 
     Args:
         loss_fn: The user's loss module. Its hyper-parameters are read whenever the likelihood is
-        used,
-            not now.
+            used, not now.
 
     Returns:
         Its likelihood.
 
     Raises:
         TypeError: The loss isn't known. The message says what would be.
+        ValueError: It has an option that can't be honoured (``PoissonNLLLoss``, ``log_input``).
 
     Example:
         >>> likelihood_of(nn.MSELoss())
         MSELikelihood(MSELoss())
-        >>> likelihood_of(nn.NLLLoss())  # doctest: +ELLIPSIS
+        >>> likelihood_of(nn.BCELoss())  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        TypeError: no likelihood is known for NLLLoss(). nn.NLLLoss on log_softmax(z) is ...
+        TypeError: no likelihood is known for BCELoss(). nn.BCELoss on sigmoid(z) is ...
     """
     if not isinstance(loss_fn, type):
         missing = _missing_members(loss_fn)

@@ -1,118 +1,24 @@
-"""The likelihoods of torch's own losses.
-
-They are sums of terms ``c * (A(z) - <T(y), z>)``: a coefficient ``c >= 0`` times the negative
-log-likelihood, up to constants, of an exponential family with natural parameter ``z``, the model's
-outputs. Hence the Hessian is ``c * A''(z) = c * Cov[T]``: it equals the Fisher information, targets
-enter it through the coefficient alone, and ``sqrt(c) * (E[T] - T)``, with ``T`` drawn from the
-model, is a Monte-Carlo column.
-
-References:
-    J. Martens (2020), New insights and perspectives on the natural gradient method, JMLR 21,
-    section 9.2 (Fisher = GGN in natural parameters). F. Dangel, F. Kunstner, P. Hennig (2020),
-    BackPACK: Packing more into backprop, ICLR, appendix A (back-propagation of a root of the loss
-    Hessian).
-"""
+"""The likelihoods of torch's own losses."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import product
-from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-
-class _NaturalParameterLikelihood(ABC):
-    """A torch loss that is a sum of terms ``c * (A(z) - <T(y), z>)``.
-
-    Holds the loss module itself, not its hyper-parameters: they may change during training.
-    """
-
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.loss})"
-
-    @property
-    def reduction(self) -> str:
-        """The loss module's reduction: ``"mean"``, ``"sum"`` or ``"none"``."""
-        return self.loss.reduction
-
-    def columns(
-        self, outputs: Tensor, targets: Tensor, weight: Tensor | None = None
-    ) -> Iterator[Tensor]:
-        """Yield the exact root of the loss Hessian; see :meth:`Likelihood.columns`.
-
-        Raises:
-            ValueError: The shapes of outputs and targets don't fit; a weight is given although the
-                loss is reduced, is not shaped like the unreduced loss, or is negative somewhere.
-        """
-        # Not a generator itself: errors are raised by the call, and no context outlives it.
-        with _plain_arithmetic(outputs):
-            outputs = _working(outputs)
-            return self._columns(outputs, self._coefficient(outputs, targets, weight).sqrt())
-
-    def sample(
-        self,
-        outputs: Tensor,
-        targets: Tensor,
-        generator: Generator | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        """Draw one Monte-Carlo column; see :meth:`Likelihood.sample`.
-
-        The gradient of a term's negative log-likelihood at a target drawn from the model, times the
-        root of the term's coefficient.
-
-        Raises:
-            ValueError: As :meth:`columns`.
-        """
-        with _plain_arithmetic(outputs):
-            outputs = _working(outputs)
-            scale = self._coefficient(outputs, targets, weight).sqrt()
-            return self._scaled(self._score(outputs, generator), scale)
-
-    def num_terms(self, outputs: Tensor, targets: Tensor) -> Tensor | int:
-        """Count the examples under a mean, 1 otherwise; see :meth:`Likelihood.num_terms`."""
-        if self.reduction != "mean" or outputs.ndim == 0:
-            return 1
-        return outputs.shape[0]
-
-    def _coefficient(self, outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-        """``c`` of each term, reduction and weight included, shaped like the unreduced loss."""
-        coefficient, divisor = self._terms(outputs, targets)
-        if self.reduction == "none":
-            return coefficient if weight is None else coefficient * _checked(weight, coefficient)
-        if weight is not None:
-            raise ValueError(
-                f"a weight applies to reduction='none' only, but this loss has reduction="
-                f"{self.reduction!r} and weighs its terms itself"
-            )
-        return coefficient / divisor if self.reduction == "mean" else coefficient
-
-    @abstractmethod
-    def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
-        """Coefficients of the unreduced loss, and what ``"mean"`` divides their sum by."""
-
-    @abstractmethod
-    def _columns(self, outputs: Tensor, scale: Tensor) -> Iterator[Tensor]:
-        """Columns of a root of ``scale^2 * A''(outputs)``."""
-
-    @abstractmethod
-    def _score(self, outputs: Tensor, generator: Generator | None) -> Tensor:
-        """``E[T] - T`` for a draw from the model, shaped like ``outputs``."""
-
-    def _scaled(self, score: Tensor, scale: Tensor) -> Tensor:
-        """``score``, shaped like outputs, times ``scale``, shaped like the unreduced loss."""
-        return score * scale
+from kfac_tn.likelihood.natural_parameters import (
+    ElementwiseLikelihood,
+    NaturalParameterLikelihood,
+    each_element,
+    plain_arithmetic,
+    require_same_shape,
+    working,
+)
 
 
-class CrossEntropyLikelihood(_NaturalParameterLikelihood):
+class CrossEntropyLikelihood(NaturalParameterLikelihood):
     r"""The categorical likelihood of :class:`torch.nn.CrossEntropyLoss`.
 
     Outputs are logits ``[N, C]``, ``[N, C, d1, ...]`` or ``[C]``; targets class indices (the same
@@ -154,14 +60,18 @@ class CrossEntropyLikelihood(_NaturalParameterLikelihood):
         ``sqrt(p_v) (e_v - p)``, is in Dangel et al. (2020), appendix A.
     """
 
+    @property
+    def _label_smoothing(self) -> float:
+        return self.loss.label_smoothing
+
     def num_terms(self, outputs: Tensor, targets: Tensor) -> Tensor | int:
         """What ``"mean"`` divides by (see the class), 1 otherwise.
 
         Raises:
             ValueError: The shapes of outputs and targets don't fit.
         """
-        with _plain_arithmetic(outputs):
-            return self._terms(_working(outputs), targets)[1] if self.reduction == "mean" else 1
+        with plain_arithmetic(outputs):
+            return self._terms(working(outputs), targets)[1] if self.reduction == "mean" else 1
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
         class_dim = _class_dim(outputs)
@@ -172,7 +82,7 @@ class CrossEntropyLikelihood(_NaturalParameterLikelihood):
             if self.loss.weight is None
             else self.loss.weight.to(outputs.dtype)
         )
-        smoothing = self.loss.label_smoothing
+        smoothing = self._label_smoothing
 
         if targets.shape == outputs.shape and targets.is_floating_point():
             probabilities = targets.to(outputs.dtype).movedim(class_dim, -1)
@@ -211,18 +121,37 @@ class CrossEntropyLikelihood(_NaturalParameterLikelihood):
         return score * scale.unsqueeze(_class_dim(score))
 
 
-class _ElementwiseLikelihood(_NaturalParameterLikelihood):
-    """Every output element has a term of its own: the Hessian is diagonal."""
+class NLLLikelihood(CrossEntropyLikelihood):
+    """The categorical likelihood of :class:`torch.nn.NLLLoss`.
 
-    def _columns(self, outputs: Tensor, scale: Tensor) -> Iterator[Tensor]:
-        return _diagonal_columns(scale * self._standard_deviation(outputs))
+    Outputs are log-probabilities, as ``log_softmax`` makes them, otherwise shaped as the logits of
+    :class:`CrossEntropyLikelihood`; targets are class indices. The loss is linear in them, so its
+    Hessian is 0; what is meant is the Fisher information, ``c (diag(p) - p p^T)`` with
+    ``p = exp(outputs)``. Back-propagated through ``log_softmax``, which has Jacobian ``I - 1 p^T``,
+    it is that of ``CrossEntropyLoss`` on the logits: ``p^T (I - 1 p^T) = 0``, so the last term
+    adds nothing, and Monte-Carlo columns have mean 0. Outputs that aren't normalized are treated
+    as if they were.
 
-    @abstractmethod
-    def _standard_deviation(self, outputs: Tensor) -> Tensor:
-        """``sqrt(A''(outputs))``, elementwise."""
+    Example:
+        >>> outputs, labels = torch.randn(4, 3).log_softmax(1), torch.tensor([0, 2, 1, 0])
+        >>> len(list(NLLLikelihood(torch.nn.NLLLoss()).columns(outputs, labels)))
+        2
+    """
+
+    @property
+    def _label_smoothing(self) -> float:
+        return 0.0
+
+    def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
+        if targets.is_floating_point():
+            raise ValueError(
+                f"targets of NLLLoss must be class indices, but are {targets.dtype} of shape "
+                f"{tuple(targets.shape)}; nn.CrossEntropyLoss takes probabilities"
+            )
+        return super()._terms(outputs, targets)
 
 
-class MSELikelihood(_ElementwiseLikelihood):
+class MSELikelihood(ElementwiseLikelihood):
     """The Gaussian likelihood of :class:`torch.nn.MSELoss`.
 
     Outputs and targets ``[N, ...]``, of one shape. The Hessian is ``2 / M`` times the identity,
@@ -243,7 +172,7 @@ class MSELikelihood(_ElementwiseLikelihood):
     """
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
-        _require_same_shape(outputs, targets)
+        require_same_shape(outputs, targets)
         # (z - y)^2 is twice the negative log-likelihood of a Gaussian of unit variance
         return torch.full_like(outputs, 2), outputs.numel()
 
@@ -254,7 +183,7 @@ class MSELikelihood(_ElementwiseLikelihood):
         return torch.empty_like(outputs).normal_(generator=generator)
 
 
-class BCEWithLogitsLikelihood(_ElementwiseLikelihood):
+class BCEWithLogitsLikelihood(ElementwiseLikelihood):
     """The Bernoulli likelihood of :class:`torch.nn.BCEWithLogitsLoss`.
 
     Outputs (logits) and targets (probabilities) ``[N, ...]``, of one shape, to which the loss's
@@ -274,7 +203,7 @@ class BCEWithLogitsLikelihood(_ElementwiseLikelihood):
     """
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
-        _require_same_shape(outputs, targets)
+        require_same_shape(outputs, targets)
         targets = targets.to(outputs.dtype)
         coefficient = torch.ones_like(outputs)
         if self.loss.pos_weight is not None:
@@ -294,61 +223,55 @@ class BCEWithLogitsLikelihood(_ElementwiseLikelihood):
         return probabilities - (uniform < probabilities).to(outputs.dtype)
 
 
-@contextmanager
-def _plain_arithmetic(outputs: Tensor) -> Iterator[None]:
-    """Neither gradients nor autocast, which would compute in half precision."""
-    device = outputs.device.type
-    autocast = (
-        torch.autocast(device, enabled=False)
-        if torch.amp.is_autocast_available(device)
-        else nullcontext()
-    )
-    with torch.no_grad(), autocast:
-        yield
+class PoissonNLLLikelihood(ElementwiseLikelihood):
+    """The Poisson likelihood of :class:`torch.nn.PoissonNLLLoss`, for counts.
 
+    Outputs (logarithms of rates) and targets ``[N, ...]``, of one shape. The Hessian is diagonal,
+    with entries ``exp(z)``, for ``"mean"`` over the number of elements; ``full`` adds a constant to
+    the loss, ``eps`` has no effect with logarithms. One exact column per output element of an
+    example.
 
-def _working(outputs: Tensor) -> Tensor:
-    """Detached, in float32 at least."""
-    return outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+    Raises:
+        ValueError: With ``log_input=False``: rates aren't natural parameters.
+
+    Example:
+        >>> likelihood = PoissonNLLLikelihood(torch.nn.PoissonNLLLoss(reduction="sum"))
+        >>> (column,) = likelihood.columns(torch.tensor([[0.0]]), torch.tensor([[3.0]]))
+        >>> float(column**2)
+        1.0
+
+    References:
+        McCullagh & Nelder (1989), Generalized linear models, section 6.2.
+    """
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__(loss)
+        self._check()
+
+    def _check(self) -> None:
+        if not self.loss.log_input:
+            raise ValueError(
+                f"{self.loss} takes rates, which aren't the natural parameters of the Poisson "
+                "distribution, so its Hessian isn't the Fisher information: let the model predict "
+                "their logarithms, and set log_input=True"
+            )
+
+    def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
+        self._check()  # again: options may change
+        require_same_shape(outputs, targets)
+        return torch.ones_like(outputs), outputs.numel()
+
+    def _standard_deviation(self, outputs: Tensor) -> Tensor:
+        return (outputs / 2).exp()
+
+    def _score(self, outputs: Tensor, generator: Generator | None) -> Tensor:
+        rates = outputs.exp()
+        # torch.poisson refuses NaN; rates that aren't finite make scores that aren't
+        return rates - torch.poisson(rates.nan_to_num(0.0, 0.0, 0.0), generator)
 
 
 def _class_dim(outputs: Tensor) -> int:
     return 0 if outputs.ndim == 1 else 1
-
-
-def _require_same_shape(outputs: Tensor, targets: Tensor) -> None:
-    # torch would broadcast a mean squared error, and [N, 1] against [N] isn't what anybody means
-    if targets.shape != outputs.shape:
-        raise ValueError(
-            f"targets must have the shape of the outputs, {tuple(outputs.shape)}, but have "
-            f"{tuple(targets.shape)}"
-        )
-
-
-def _checked(weight: Tensor, unreduced: Tensor) -> Tensor:
-    if weight.shape != unreduced.shape:
-        raise ValueError(
-            f"the weight must have the shape of the unreduced loss, {tuple(unreduced.shape)}, but "
-            f"has {tuple(weight.shape)}"
-        )
-    if (weight < 0).any():
-        raise ValueError(
-            "the weight must not be negative: the loss Hessian would have no real root"
-        )
-    return weight.detach().to(unreduced.dtype)
-
-
-def _each(shape: torch.Size) -> Iterator[tuple[EllipsisType | int, ...]]:
-    """Index each element of trailing dimensions ``shape``, leaving those before them alone."""
-    return ((..., *position) for position in product(*map(range, shape)))
-
-
-def _diagonal_columns(root: Tensor) -> Iterator[Tensor]:
-    """Columns of ``diag(root[n])`` for all examples ``n`` at once."""
-    for element in _each(root.shape[1:]):
-        column = torch.zeros_like(root)
-        column[element] = root[element]
-        yield column
 
 
 def _softmax_columns(root_probabilities: Tensor, scale: Tensor) -> Iterator[Tensor]:
@@ -364,7 +287,7 @@ def _softmax_columns(root_probabilities: Tensor, scale: Tensor) -> Iterator[Tens
     # takes s to -e_0. So C - 1 columns do; nothing is divided by less than 1; no probability is too
     # small.
     num_classes = root_probabilities.shape[_class_dim(root_probabilities)]
-    for position in _each(root_probabilities.shape[2:]):
+    for position in each_element(root_probabilities.shape[2:]):
         s = root_probabilities[position]  # [N, C] or [C]
         diagonal = s * scale[position].unsqueeze(-1)
         u = s.clone()

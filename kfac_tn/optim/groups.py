@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.layers import LayerBlock, partition
+from kfac_tn.layers.partition import check_model
 
 
 def default_groups(model: Module, other_lr: float | None) -> list[dict[str, Any]]:
@@ -19,6 +20,7 @@ def default_groups(model: Module, other_lr: float | None) -> list[dict[str, Any]
 
     What is frozen has a place too, for the day when it isn't.
     """
+    check_model(model)
     parameters = list(model.parameters())
     if other_lr is None:
         return [{"params": parameters}]

@@ -372,3 +372,25 @@ def test_agrees_with_curvlinops(make, approximation, fisher, loss_fn, bias):
     if fisher == "empirical" and isinstance(loss_fn, nn.MSELoss):
         expected = expected / 3  # its examples are single outputs, with gradients of their sum
     assert testing.relative_error(ours, expected) < 1e-9
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["mc", "type-2", "empirical"])
+def test_kfac_of_log_softmax_and_nll_is_that_of_cross_entropy(approximation, fisher):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)).double()
+    x, y = torch.randn(6, 1, 5, 5).double(), torch.tensor([0, 2, 1, -100, 0, 1])
+    weight = torch.tensor([1.0, 3.0, 0.5]).double()
+    options = {"approximation": approximation, "fisher": fisher}
+    cross_entropy, nll = (cls(weight=weight) for cls in (nn.CrossEntropyLoss, nn.NLLLoss))
+    expected, actual = (
+        kfac_tn.compute_kfac(model, loss_fn, [(x, y)], generator=torch.manual_seed(0), **options)
+        for model, loss_fn in (
+            (nn.Sequential(body), cross_entropy),
+            (nn.Sequential(body, nn.LogSoftmax(1)), nll),
+        )
+    )
+    for name, block in expected.blocks.items():
+        for factor in ("input_factor", "grad_output_factor"):
+            ours, theirs = getattr(actual.blocks[name], factor), getattr(block, factor)
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)

@@ -371,6 +371,15 @@ def test_unknown_options_are_refused(option):
         kfac_tn.KFAC(make_model(), nn.CrossEntropyLoss(), **{option: True})
 
 
+@pytest.mark.parametrize(
+    "use",
+    [kfac_tn.KFAC, kfac_tn.KFACPreconditioner, lambda m, loss: kfac_tn.compute_kfac(m, loss, [])],
+)
+def test_parameters_in_place_of_the_model_are_refused(use):
+    with pytest.raises(TypeError, match=r"model is a generator: give the torch.nn.Module itself"):
+        use(nn.Linear(2, 2).parameters(), nn.MSELoss())
+
+
 def test_models_that_cannot_be_trained_are_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
         make(make_model().requires_grad_(False))
