@@ -77,16 +77,19 @@ class CurvatureEstimator:
         kinds = options.approximation, options.curvature, options.max_dim, options.large_factors
         self.blocks, self.others = partition(self._model, *kinds)
         options.check(self.blocks)
+        own = self.others if options.other_curvature == "diagonal" else []
+        self._own = {other.parameter: other.block() for other in own}
+        self.curved = [*self.blocks, *self._own.values()]  # all that may have curvature
         self._covered = {p for block in self.blocks for p in block.parameters.values()}
         self._covered.update(other.parameter for other in self.others)
-        self._layouts = {block: (layout_of(block), block.parameters) for block in self.blocks}
+        self._layouts = {block: (layout_of(block), block.parameters) for block in self.curved}
         self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
         self._stack()
 
     def _stack(self) -> None:
         """Group layers of one shape, whose matrices are multiplied and inverted together."""
         shapes: dict[tuple, list[LayerBlock]] = {}
-        for block in self.blocks:
+        for block in self.curved:
             input_dim = block.input_dim + (block.bias is not None)
             weight = block.weight
             sizes = block.groups, block.grad_output_dim, input_dim, block.bias is not None
@@ -102,7 +105,13 @@ class CurvatureEstimator:
     def _watch(self) -> Capture:
         fisher, samples = self.options.fisher, self.options.mc_samples
         capture = Capture(
-            self.blocks, self._loss_fn, fisher, samples, (), self._generator, self._basis
+            self.blocks,
+            self._loss_fn,
+            fisher,
+            samples,
+            self.others if self._own else (),
+            self._generator,
+            self._basis,
         )
         capture.seconds = self.seconds
         return capture
@@ -152,7 +161,7 @@ class CurvatureEstimator:
         ):
             return False
         state = self._factors_state()
-        for block in self.blocks:
+        for block in self.curved:
             like = block.weight
             dtype = torch.promote_types(like.dtype, torch.float32)
             state[block.name] = {
@@ -204,6 +213,10 @@ class CurvatureEstimator:
         """Average the statistics of a step in, and return them."""
         self._plan()
         statistics = self.finite(self.capture.take())
+        for parameter, diagonal in statistics.diagonals.items():
+            block = self._own[parameter]
+            named = {block.name: diagonal}
+            statistics.moments[block] = self._layouts[block][0].to_matrix(named)
         for moving in self._moving:
             moving.update(
                 {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
@@ -226,7 +239,7 @@ class CurvatureEstimator:
     def finite(self, statistics: Statistics) -> Statistics:
         """The statistics, or none at all if any of them isn't finite."""
         tensors = [d for factors in statistics.factors.values() for d in factors.diagonals()]
-        tensors += statistics.moments.values()
+        tensors += [*statistics.moments.values(), *statistics.diagonals.values()]
         if tensors and not all_finite(tensors):
             self.warn("The curvature of a batch isn't finite (NaN or inf); it was left out.")
             return Statistics({}, {}, {})
@@ -347,7 +360,7 @@ class CurvatureEstimator:
         Raises:
             ValueError: If the state is of a model with other layers.
         """
-        unknown = state["factors"].keys() - {block.name for block in self.blocks}
+        unknown = state["factors"].keys() - {block.name for block in self.curved}
         if unknown:
             raise ValueError(f"The state has factors of layers {sorted(unknown)}, unknown here.")
         for moving in self._moving:

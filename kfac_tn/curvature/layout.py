@@ -39,7 +39,9 @@ class Layout:
     def rows(self) -> int:
         """d_out, the number of rows in each group."""
         shape = self.weight_shape
-        return shape[1] if self.transposed else shape[0] // self.groups
+        if self.transposed:
+            return shape[1]
+        return shape[0] // self.groups if shape else 1
 
     @property
     def columns(self) -> int:
@@ -76,7 +78,7 @@ class Layout:
         if self.transposed:
             channels, rows, kernel = self._channels_first
             weight = weight.reshape(*batch, self.groups, rows, channels, kernel).transpose(-3, -2)
-        named = {self.weight_name: weight.reshape(*batch, *self.weight_shape)}
+        named = {self.weight_name: weight.reshape((*batch, *self.weight_shape))}
         if self.bias_name is not None:
             assert bias is not None
             named[self.bias_name] = bias.reshape(*batch, self.groups * self.rows)

@@ -10,6 +10,7 @@ from kfac_tn.curvature.intervals import Interval
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors, LayerBlock
 
 Split: TypeAlias = Literal["pi", "exact"]
+OtherCurvature: TypeAlias = Literal["diagonal"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class CurvatureOptions:
         inverse_interval: Steps between inversions, or ``"auto"``.
         overhead: What a step may cost more with ``"auto"``, relative to the model's own passes.
         seed: Of the Monte-Carlo samples.
+        other_curvature: ``"diagonal"``, or None, of the parameters without Kronecker structure.
 
     Raises:
         ValueError: For a value out of its range.
@@ -48,6 +50,7 @@ class CurvatureOptions:
     curvature: CurvatureChoice = "kfac"
     max_dim: int | None = 8192
     large_factors: LargeFactors = "auto"
+    other_curvature: OtherCurvature | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor_decay < 1:
@@ -70,6 +73,15 @@ class CurvatureOptions:
         if self.large_factors not in get_args(LargeFactors):
             raise ValueError(
                 f"large_factors is {self.large_factors!r}: choose one of {get_args(LargeFactors)}."
+            )
+        if self.other_curvature not in (None, *get_args(OtherCurvature)):
+            raise ValueError(
+                f"other_curvature is {self.other_curvature!r}: choose 'diagonal' or None."
+            )
+        if self.other_curvature and self.fisher not in ("mc", "type-2"):
+            raise ValueError(
+                f"other_curvature={self.other_curvature!r} needs the extra backward passes of "
+                f"fisher='mc' or 'type-2', but fisher is {self.fisher!r}."
             )
         if not 0 < self.overhead < float("inf"):
             raise ValueError(f"overhead is {self.overhead}: it must be positive.")

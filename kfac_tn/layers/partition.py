@@ -141,7 +141,9 @@ class LayerBlock:
     def grad_output_dim(self) -> int:
         """Rows d_out of the output-gradient factor, in each group."""
         shape = self.weight.shape
-        return shape[1] if self.family.transposed else shape[0] // self.groups
+        if self.family.transposed:
+            return shape[1]
+        return shape[0] // self.groups if shape else 1
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -159,6 +161,21 @@ class OtherParameter:
     name: str
     parameter: Parameter
     reason: str
+
+    def block(self) -> LayerBlock:
+        """A block of its own, of which only a diagonal can be had."""
+        return LayerBlock(
+            name=self.name,
+            modules=(),
+            family=_FAMILIES[torch.nn.Linear],
+            approximation="expand",
+            weight=self.parameter,
+            bias=None,
+            weight_name=self.name,
+            bias_name=None,
+            groups=1,
+            curvature="diagonal",
+        )
 
 
 def check_model(model: Module) -> None:

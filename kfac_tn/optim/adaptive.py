@@ -128,10 +128,10 @@ def _ratios(
     spread: float,
 ) -> Tensor:
     """Norms of Adam's update over those of directions: of layers, the model, or between."""
-    layers = {p: i for i, b in enumerate(proposal.estimator.blocks) for p in b.parameters.values()}
+    layers = {p: i for i, b in enumerate(proposal.estimator.curved) for p in b.parameters.values()}
     index = torch.tensor([layers[p] for p in parameters]).to(given.device)
     norms = torch.stack([adam, given]).mul(weights).square()
-    by_layer = norms.new_zeros(2, len(proposal.estimator.blocks)).index_add_(1, index, norms)
+    by_layer = norms.new_zeros(2, len(proposal.estimator.curved)).index_add_(1, index, norms)
     of_layers, of_model = by_layer[:, index].sqrt(), norms.sum(1).sqrt()
     layer, model = of_layers[0] / of_layers[1], of_model[0] / of_model[1]
     return (layer**spread * model ** (1 - spread)).nan_to_num(0.0, 0.0, 0.0)

@@ -39,7 +39,8 @@ class CurvatureUser:
     def coverage(self) -> Coverage:
         """How each parameter is treated and why; prints as a table."""
         estimator = self._estimator
-        return coverage(self._model, estimator.blocks, estimator.others, self._other_treatment)
+        treatment = estimator.options.other_curvature or self._other_treatment
+        return coverage(self._model, estimator.blocks, estimator.others, treatment)
 
     def factors(self) -> dict[str, Factors]:
         """The moving averages of the Kronecker factors, by layer name; don't modify them."""

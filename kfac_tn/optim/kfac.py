@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 from kfac_tn.capture import Fisher
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
-from kfac_tn.curvature.options import CurvatureOptions, Split
+from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates
@@ -89,6 +89,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         large_factors: That part: ``"blocks"`` along the diagonal, of at most ``max_dim`` rows, or
             the ``"diagonal"``; ``"auto"``: blocks of input factors, the diagonal of the others
             (of a vocabulary, where it was as good as the whole; hidden layers want blocks).
+        other_curvature: Of parameters without Kronecker structure: None (default): they take Adam's
+            updates; ``"diagonal"``: squares of the samples' gradients, averaged, estimate the
+            Fisher's diagonal, and they take part in the step rule; for ``"mc"`` and ``"type-2"``.
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"`` (KFAC alone).
         mc_samples: Samples of the targets for ``"mc"``.
         damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
@@ -149,6 +152,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         curvature: CurvatureChoice = "kfac",
         max_dim: int | None = 8192,
         large_factors: LargeFactors = "auto",
+        other_curvature: OtherCurvature | None = None,
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
@@ -170,6 +174,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         self._trust_region = None if trust_region is None else TrustRegion(trust_region)
         if other_lr is not None and params is not None:
             raise ValueError("other_lr and params exclude each other: set lr in the groups.")
+        group_lr = other_lr  # others with curvature of their own need none
         other_lr = 1e-3 if other_lr is None and self._rule.natural else other_lr
         self._model, self._loss_fn, self._other_lr = model, loss_fn, other_lr
         self._options = CurvatureOptions(
@@ -177,6 +182,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             curvature=curvature,
             max_dim=max_dim,
             large_factors=large_factors,
+            other_curvature=other_curvature,
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,
@@ -195,7 +201,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             "damping": self._damping_rule.initial,
         }
         if params is None:
-            params = default_groups(model, other_lr)
+            params = default_groups(model, group_lr if other_curvature else other_lr)
         super().__init__(params, defaults)
         self._prepare()
 
@@ -385,7 +391,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         else:
             self._trust_region.scale(proposal, self._rule)
         if self._other_lr is not None and len(directions) < len(updates):
-            others = {other.parameter for other in self._estimator.others}
+            own = self._options.other_curvature is None
+            others = {other.parameter for other in self._estimator.others if own}
             moderate(updates, updates.keys() - directions.keys() - others, lrs, self._other_lr)
         updates.update(directions)
 

@@ -12,7 +12,7 @@ from kfac_tn.capture import Fisher
 from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
-from kfac_tn.curvature.options import CurvatureOptions, Split
+from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
@@ -25,7 +25,8 @@ class KFACPreconditioner(CurvatureUser):
     """Replaces each layer's gradient by the damped inverse curvature times it.
 
     Between ``loss.backward()`` and the step of the optimizer one has; parameters without Kronecker
-    structure keep their gradient. For the curvature, see ``KFAC``, whose arguments these are.
+    structure keep their gradient, unless ``other_curvature`` says otherwise. For the curvature, see
+    ``KFAC``, whose arguments these are.
 
     Args:
         model: The model.
@@ -40,6 +41,7 @@ class KFACPreconditioner(CurvatureUser):
         curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer.
         max_dim: Dimension above which a factor is only computed in part; None: no limit.
         large_factors: That part: ``"auto"``, ``"blocks"`` or ``"diagonal"``.
+        other_curvature: ``"diagonal"``, or None, of the parameters without Kronecker structure.
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``.
         damping: Added to each block: a number or a function of the step; set
@@ -83,6 +85,7 @@ class KFACPreconditioner(CurvatureUser):
         curvature: CurvatureChoice = "kfac",
         max_dim: int | None = 8192,
         large_factors: LargeFactors = "auto",
+        other_curvature: OtherCurvature | None = None,
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
@@ -112,6 +115,7 @@ class KFACPreconditioner(CurvatureUser):
             curvature=curvature,
             max_dim=max_dim,
             large_factors=large_factors,
+            other_curvature=other_curvature,
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,
