@@ -53,7 +53,7 @@ class _Pass:
 
     scale: Tensor
     calls: dict[Call, None] = field(default_factory=dict)  # that it reached
-    grad_outputs: list[tuple[Call, Tensor]] = field(default_factory=list)  # empirical Fisher
+    grad_outputs: list[tuple[Call, Tensor | Gram]] = field(default_factory=list)  # empirical Fisher
     terms: Tensor | int = 1
     moments: MomentCollector | None = None  # empirical Fisher
 
@@ -84,6 +84,7 @@ class Capture:
         generator: Source of randomness; by default the device's global one.
         basis: Along which the gradients of a layer are squared (its input is kept until then), or
             None for a layer whose aren't, yet.
+        joint: Whether input factors have a last row and column for the bias, if there is one.
 
     Raises:
         ValueError: For an unknown ``fisher``, ``mc_samples < 1``, or the empirical Fisher of a loss
@@ -100,6 +101,7 @@ class Capture:
         diagonals: Iterable[OtherParameter] = (),
         generator: Callable[[torch.device], torch.Generator | None] = lambda device: None,
         basis: Callable[[LayerBlock], Basis | None] = lambda block: None,
+        joint: bool = True,
     ) -> None:
         if fisher not in get_args(Fisher):
             raise ValueError(f"fisher is {fisher!r}: choose one of {get_args(Fisher)}.")
@@ -116,6 +118,7 @@ class Capture:
         self.mc_samples = mc_samples
         self.generator = generator
         self._basis = basis
+        self._joint = joint
         self._verified = False  # that the layers' first axis is that of the examples
         self.armed = True
         self.seen_loss = False
@@ -247,10 +250,10 @@ class Capture:
         self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
     ) -> None:
         counts = examples, positions = block.family.batch_and_positions(module, output)
-        before = self.sizes.get(block, (0, 0))
-        self.sizes[block] = before[0] + examples, before[1] + examples * positions
+        seen, terms = self.sizes.get(block, (0, 0))
+        self.sizes[block] = seen + examples, terms + examples * positions
         with plain(output.device):
-            statistic = input_statistic(block, module, x, counts) if block.has_factors else None
+            statistic = input_statistic(block, module, x, counts, self._joint)
         call = Call(block, module, output.shape, statistic, *counts)
         if self._basis(block) is not None:
             call.keep(x)
@@ -322,7 +325,7 @@ class Capture:
             self._columns_seen += 1
             # A mean over no terms (all targets ignored) is NaN: its weight is zero.
             column = torch.where(scale > 0, column, 0).to(outputs.dtype)
-            received: list[tuple[Call, Tensor]] = []
+            received: list[tuple[Call, Tensor | Gram]] = []
             moments = MomentCollector(self._basis, calls)
 
             def receive(

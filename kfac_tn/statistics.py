@@ -15,6 +15,7 @@ from kfac_tn import functional
 from kfac_tn.functional import common
 from kfac_tn.functional.blocks import block_gram, split_rows
 from kfac_tn.layers import LayerBlock
+from kfac_tn.tn import gemm
 
 Key = TypeVar("Key")
 Weight: TypeAlias = float | Tensor
@@ -23,9 +24,30 @@ Sums: TypeAlias = "defaultdict[Key, WeightedSum]"
 
 @dataclass(frozen=True)
 class Gram:
-    """A factor that isn't written out yet: the sum over rows ``[N, G, d]`` of their products."""
+    """A factor that isn't written out yet: the sum over rows ``[N, G, d]`` of their products.
+
+    Example:
+        >>> total = torch.ones(1, 2, 2)
+        >>> Gram(torch.tensor([[[1.0, 2.0]]])).weighted(4).add_into(total)
+        >>> total
+        tensor([[[ 5.,  9.],
+                 [ 9., 17.]]])
+    """
 
     rows: Tensor
+
+    def weighted(self, weight: Weight) -> Gram:
+        """A multiple: rows are weighted the same on both sides, so that it stays symmetric."""
+        return Gram(self.rows * weight**0.5)
+
+    def matrix(self) -> Tensor:
+        """Write it out, ``[G, d, d]``."""
+        return functional.gram(self.rows)
+
+    def add_into(self, total: Tensor, share: float = 1.0) -> None:
+        """Add it to ``share * total``, in place; it is never written out on its own."""
+        rows = self.rows.to(total.dtype)
+        gemm.add_product(total, rows.permute(1, 2, 0), rows.transpose(0, 1), share)
 
 
 class Factors:
@@ -54,7 +76,7 @@ class Factors:
     def _matrix(self, which: int) -> Tensor:
         factor = self._both[which]
         if isinstance(factor, Gram):
-            factor = self._both[which] = functional.gram(factor.rows)
+            factor = self._both[which] = factor.matrix()
         return factor
 
     def diagonals(self) -> list[Tensor]:
@@ -91,9 +113,7 @@ class Factors:
         """
         for factor, average in zip(self._both, (input, grad_output), strict=True):
             if isinstance(factor, Gram):
-                rows = factor.rows.to(average.dtype)
-                left, right = rows.permute(1, 2, 0), rows.transpose(0, 1)
-                average.baddbmm_(left, right, beta=1 - share, alpha=share)
+                factor.weighted(share).add_into(average, 1 - share)
             else:
                 average.lerp_(factor.to(average.dtype), share)
 
@@ -118,15 +138,15 @@ class Statistics:
 class Call:
     """One call of one module, kept by the autograd node that made its output.
 
-    ``input`` is the mean of a a^T (expand) or one average row per example (reduce); None once it
-    is counted, since a loss that the user keeps for its value keeps this too. ``kept`` is the very
-    input, where each example's gradient will be asked for, with its version.
+    ``input`` is the mean of a a^T (expand), also as rows, or one average row per example (reduce);
+    None once it is counted, since a loss that the user keeps for its value keeps this too. ``kept``
+    is the very input, where each example's gradient will be asked for, with its version.
     """
 
     block: LayerBlock
     module: Module
     output_shape: torch.Size
-    input: Tensor | None
+    input: Tensor | Gram | None
     examples: int
     positions: int
     keeps: bool = False
@@ -162,12 +182,14 @@ class Call:
             )
         return x
 
-    def grad_output_statistic(self, gradient: Tensor) -> Tensor:
-        """The sum of g g^T (expand) or one summed row per example (reduce)."""
-        family, pieces = self.block.family, self.block.grad_output_pieces
+    def grad_output_statistic(self, gradient: Tensor) -> Tensor | Gram:
+        """The sum of g g^T (expand), also as rows, or one summed row per example (reduce)."""
+        block, family, pieces = self.block, self.block.family, self.block.grad_output_pieces
         gradient = gradient.reshape(self.output_shape)
-        if self.block.approximation == "reduce":
-            return _cut(family.sum_grad_output(self.module, gradient), pieces)
+        few = _few_rows(self.examples, self.positions, block.grad_output_dim // pieces)
+        if few or block.approximation == "reduce":
+            rows = _cut(_own(family.sum_grad_output(self.module, gradient), gradient), pieces)
+            return rows if block.approximation == "reduce" else Gram(rows)
         if pieces == 1:
             return family.grad_output_factor(self.module, gradient)
         per_example = gradient.numel() // self.examples
@@ -184,42 +206,41 @@ class WeightedSum:
     """sum_i w_i F_i of factors, in one buffer: factors are large, and mostly there is just one.
 
     A first term is kept as it came until another comes or the result is asked for; then it is
-    weighted, and made a matrix if it isn't one. It may be somebody's tensor, and isn't changed.
+    weighted, and made a matrix if it isn't one. Matrices are the sum's own once they are added, and
+    changed in place.
 
     Example:
         >>> total = WeightedSum()
         >>> total.add(torch.ones(1, 2, 2), 3)
-        >>> total.add(torch.tensor([[[1.0, 2.0]]]), 1, rows=True)
+        >>> total.add(Gram(torch.tensor([[[1.0, 2.0]]])), 1)
         >>> total.result(2)
         tensor([[[2.0000, 2.5000],
                  [2.5000, 3.5000]]])
     """
 
     def __init__(self) -> None:
-        self._first: tuple[Tensor, Weight, bool] | None = None
+        self._first: tuple[Tensor | Gram, Weight] | None = None
         self._buffer: Tensor | None = None
 
-    def add(self, value: Tensor, weight: Weight, rows: bool = False) -> None:
+    def add(self, value: Tensor | Gram, weight: Weight) -> None:
         """Add a term.
 
         Args:
-            value: A matrix (or another tensor), or rows.
+            value: A matrix (or another tensor), or the rows of one.
             weight: Not negative; a scalar tensor where a number would cost a synchronization.
-            rows: Whether ``value`` is rows ``[N, G, d]``, for the sum of their outer products.
         """
         if self._buffer is None and self._first is None:
-            self._first = value, weight, rows
+            self._first = value, weight
             return
         if self._first is not None:
-            first, of_first, rows_first = self._first
-            self._first = None
-            self._buffer = (
-                functional.gram(_weighted(first, of_first)) if rows_first else first * of_first
-            )
+            (first, of_first), self._first = self._first, None
+            if isinstance(first, Gram):
+                self._buffer = first.weighted(of_first).matrix()
+            else:
+                self._buffer = first.mul_(of_first)
         assert self._buffer is not None
-        if rows:
-            value = _weighted(value, weight).to(self._buffer.dtype)
-            self._buffer.baddbmm_(value.permute(1, 2, 0), value.transpose(0, 1))
+        if isinstance(value, Gram):
+            value.weighted(weight).add_into(self._buffer)
         elif isinstance(weight, Tensor):
             self._buffer.addcmul_(value, weight)
         else:
@@ -230,15 +251,11 @@ class WeightedSum:
         if self._buffer is not None:
             return self._buffer.div_(total)
         assert self._first is not None
-        value, weight, rows = self._first
-        if rows:
-            return Gram(_weighted(value, weight / total))
-        return value if isinstance(weight, int) and weight == total else value * (weight / total)
-
-
-def _weighted(rows: Tensor, weight: Weight) -> Tensor:
-    """Rows whose products are weighted: the same on both sides, so that these stay symmetric."""
-    return rows * weight**0.5
+        value, weight = self._first
+        if isinstance(weight, int) and isinstance(total, int) and weight == total:
+            return value
+        weight = weight / total
+        return value.weighted(weight) if isinstance(value, Gram) else value.mul_(weight)
 
 
 # Combining the calls of a module: to its weight they are further shared positions
@@ -253,9 +270,9 @@ def add_inputs(
         statistic, call.input = call.input, None
         if statistic is None:
             continue
-        if call.block.approximation == "expand":
+        if isinstance(statistic, Gram) or call.block.approximation == "expand":
             count = call.examples * call.positions
-            sums[call.block].add(statistic, count)
+            sums[call.block].add(statistic, 1 if isinstance(statistic, Gram) else count)
             counts[call.block] = counts.get(call.block, 0) + count
         else:  # reduce: average over the positions of all calls before the outer product
             rows.setdefault((call.block, call.examples), []).append((statistic, call.positions))
@@ -264,23 +281,23 @@ def add_inputs(
         for further, more in parts[1:]:
             positions += more
             average = torch.lerp(average, further, more / positions)
-        sums[block].add(average, 1, rows=True)
+        sums[block].add(Gram(average), 1)
         counts[block] = counts.get(block, 0) + examples
 
 
 def add_grad_outputs(
-    sums: Sums[LayerBlock], statistics: Iterable[tuple[Call, Tensor]], weight: Tensor
+    sums: Sums[LayerBlock], statistics: Iterable[tuple[Call, Tensor | Gram]], weight: Tensor
 ) -> None:
     """Add the output-gradient factor of each block, weighted, from the statistics of its calls."""
     rows: dict[tuple[LayerBlock, int], Tensor] = {}
     for call, statistic in statistics:
-        if call.block.approximation == "expand":
+        if isinstance(statistic, Gram) or call.block.approximation == "expand":
             sums[call.block].add(statistic, weight)
         else:  # reduce: sum over the positions of all calls before the outer product
             key = (call.block, call.examples)
             rows[key] = rows[key] + statistic if key in rows else statistic
     for (block, _), total in rows.items():
-        sums[block].add(total, weight, rows=True)
+        sums[block].add(Gram(total), weight)
 
 
 def _version(x: Tensor) -> int | None:
@@ -288,27 +305,49 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def input_statistic(block: LayerBlock, module: Module, x: Tensor, counts: tuple) -> Tensor:
-    """The mean of a a^T of a call (expand), or one average row per example (reduce).
+def input_statistic(
+    block: LayerBlock, module: Module, x: Tensor, counts: tuple[int, int], joint: bool = True
+) -> Tensor | Gram | None:
+    """The mean of a a^T of a call (expand), also as rows, or one average row per example (reduce).
 
     Args:
         block: The layer.
         module: Its module that was called.
         x: With what.
         counts: Examples, and positions of each.
+        joint: Whether ``a`` has a trailing 1 for the layer's bias, if it has one.
+
+    Returns:
+        Matrices; rows ``[N, G, d]`` for reduce. With expand, rows whose outer products are summed
+        (and to be divided by their number) where these are fewer numbers than the matrix. None for
+        a layer that has no factors.
     """
-    family, bias, pieces = block.family, block.bias is not None, block.input_pieces
+    if not block.has_factors:
+        return None
+    family, bias, pieces = block.family, joint and block.bias is not None, block.input_pieces
     x = x.detach()
-    if block.approximation == "reduce":
-        statistic = _cut(family.average_input(module, x, bias), pieces)
-    elif pieces == 1:
-        statistic = family.input_factor(module, x, bias)
-    else:
-        examples, positions = counts
-        parts = _chunks(x, examples, block.groups * positions * block.joint_dim)
-        rows = (family.input_rows(module, part, bias).flatten(1, 2) for part in parts)
-        statistic = block_gram(rows, pieces).div_(examples * positions)
-    # A view of the input is copied: the user may overwrite it, or want it freed.
+    examples, positions = counts
+    few = _few_rows(examples, positions, (block.input_dim + bias) // pieces)
+    if few or block.approximation == "reduce":
+        rows = _cut(_own(family.average_input(module, x, bias), x), pieces)
+        return rows if block.approximation == "reduce" else Gram(rows)
+    if pieces == 1:
+        return _own(family.input_factor(module, x, bias), x)
+    parts = _chunks(x, examples, block.groups * positions * (block.input_dim + bias))
+    chunks = (family.input_rows(module, part, bias).flatten(1, 2) for part in parts)
+    return block_gram(chunks, pieces).div_(examples * positions)
+
+
+def _few_rows(examples: int, positions: int, size: int) -> bool:
+    """Whether no position is shared and rows take less memory than their products.
+
+    Then to average (or sum) over positions gives the very rows of KFAC-expand.
+    """
+    return positions == 1 and examples < size
+
+
+def _own(statistic: Tensor, x: Tensor) -> Tensor:
+    """A copy of what is a view of a tensor: the user may overwrite that, or want it freed."""
     shared = statistic.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     return statistic.clone() if shared else statistic
 

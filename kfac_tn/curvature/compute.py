@@ -106,8 +106,9 @@ def compute_kfac(
             f"{[other.name for other in others]} (requires_grad_(False)) or choose another Fisher."
         )
     unit = {block: Basis() for block in blocks if not block.has_factors}
+    joint = bias == "joint"
     capture = Capture(
-        blocks, loss_fn, fisher, mc_samples, others, lambda device: generator, unit.get
+        blocks, loss_fn, fisher, mc_samples, others, lambda device: generator, unit.get, joint
     )
     with closing(capture):
         go_through(model, with_progress(loader, "KFAC", progress_bar), capture, forward)
@@ -117,14 +118,10 @@ def compute_kfac(
         if not block.has_factors:
             computed |= _diagonals(block, statistics.moments.get(block))
             continue
-        factors = statistics.factors.get(block) or _zero(block)
+        factors = statistics.factors.get(block) or _zero(block, joint)
         check_finite(block.name, *factors.diagonals())
-        input_factor = factors.input
-        if block.bias is not None and bias == "separate":
-            input_factor = input_factor[:, :-1, :-1].contiguous()
-        computed[block.name] = KroneckerBlock(
-            layout_of(block), input_factor, factors.grad_output.contiguous(), bias
-        )
+        matrices = factors.input.contiguous(), factors.grad_output.contiguous()
+        computed[block.name] = KroneckerBlock(layout_of(block), *matrices, bias)
     for other in others:
         values = statistics.diagonals.get(other.parameter)
         if values is None:
@@ -200,9 +197,9 @@ def _diagonals(block: LayerBlock, moments: Tensor | None) -> dict[str, Block]:
     return {name: DiagonalBlock(name, values.contiguous()) for name, values in named.items()}
 
 
-def _zero(block: LayerBlock) -> Factors:
+def _zero(block: LayerBlock, joint: bool) -> Factors:
     """Factors of a layer that the loss doesn't depend on."""
-    size = block.input_dim + (block.bias is not None)
+    size = block.joint_dim if joint else block.input_dim
     outputs = block.grad_output_dim
     zeros = torch.zeros_like(block.weight, dtype=_accurate(block.weight)).new_zeros
     return Factors(zeros(block.groups, size, size), zeros(block.groups, outputs, outputs))

@@ -24,6 +24,9 @@ LEAST_SUM = 64
 LEAST_COPY = 96
 """Rows or columns that each element of a matrix meets, for which the matrix may be copied."""
 
+CACHED = 2**20
+"""Elements of a product that are still in a cache when they are put where they belong."""
+
 PLAIN = (Tensor, Parameter)
 
 
@@ -61,14 +64,55 @@ def multiply(first: Tensor, second: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or not takes(first, second) or not _able(first, second):
         return torch.bmm(first, second)
-    once = first.stride(0) == 0 and not first[0].is_contiguous()
-    rows = [first[0].contiguous()] * len(first) if once else first.unbind()
-    if len(first) == 1:
-        return _multiply(rows[0], second[0]).unsqueeze(0)
+    if len(first) == 1 and first.shape[1] * second.shape[2] <= CACHED:
+        return _linear(first[0], _laid_out(second[0]), None, "none", [], "").unsqueeze(0)  # type: ignore[operator]
     result = on_huge_pages(first.new_empty(len(first), first.shape[1], second.shape[2]))
-    for part, a, b in zip(result, rows, second, strict=True):
-        part.copy_(_multiply(a, b))
+    _put(result, first, second, 0.0)
     return result
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor, share: float = 1.0) -> None:
+    """Add a product to a multiple of matrices, in place: `share * total + first @ second`.
+
+    Args:
+        total: `[batch, rows, columns]`.
+        first: `[batch, rows, sum]`.
+        second: `[batch, sum, columns]`.
+        share: What `total` is multiplied with. 0: whatever is there is forgotten.
+
+    Example:
+        >>> total = torch.ones(1, 1, 1)
+        >>> add_product(total, torch.ones(1, 1, 3), torch.ones(1, 3, 1), 0.5)
+        >>> total
+        tensor([[[3.5000]]])
+    """
+    if torch.compiler.is_compiling() or not takes(first, second) or not _able(total, first, second):
+        if share == 0:
+            total.copy_(torch.bmm(first, second))
+        elif not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(total):
+            total.mul_(share).add_(torch.bmm(first, second))  # vmap has no rule for the other
+        else:
+            total.baddbmm_(first, second, beta=share)
+    else:
+        _put(total, first, second, share)
+
+
+def _put(total: Tensor, first: Tensor, second: Tensor, share: float) -> None:
+    """Put products where they belong, some rows at a time: oneDNN has memory of its own for them.
+
+    If fresh, that costs more than the product of thin matrices; what fits a cache is used again.
+    """
+    once = first.stride(0) == 0 and not first[0].is_contiguous()
+    lefts = [first[0].contiguous()] * len(first) if once else first.unbind()
+    rows = max(1, CACHED // total.shape[2])
+    for part, a, b in zip(total.unbind(), lefts, second.unbind(), strict=True):
+        weight = _laid_out(b)
+        for to, some in zip(part.split(rows), a.split(rows), strict=True):
+            product = _linear(some, weight, None, "none", [], "")  # type: ignore[operator]
+            if share == 0:
+                to.copy_(product)
+            else:
+                torch.add(product, to, alpha=share, out=to)
 
 
 def takes(first: Tensor, second: Tensor) -> bool:
@@ -108,11 +152,9 @@ def _plain(*tensors: Tensor) -> bool:
     )
 
 
-def _multiply(first: Tensor, second: Tensor) -> Tensor:
-    weight = second.mT
-    if not _is_dense(second.unsqueeze(0)):
-        weight = weight.contiguous()  # with gaps between rows, oneDNN has no fast kernel
-    return _linear(first, weight, None, "none", [], "")  # type: ignore[operator]
+def _laid_out(second: Tensor) -> Tensor:
+    """The transpose, as oneDNN takes it: it has no fast kernel for gaps between rows."""
+    return second.mT if _is_dense(second.unsqueeze(0)) else second.mT.contiguous()
 
 
 def _is_dense(matrices: Tensor) -> bool:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.blocks import assemble, examples_at_once
-from kfac_tn.tn.gram.symmetric import add_product
 from kfac_tn.tn.gram.windows import JointCell, Windows, every, joint_cells
 
 COPIES = 6
@@ -41,7 +40,7 @@ def _add_products(grams: list[Tensor], cells: Sequence[JointCell], images: _Imag
     for at, cell in enumerate(cells):
         left, right = images.matrices(cell)
         if at < len(grams):
-            add_product(grams[at], left.mT, right)
+            gemm.add_product(grams[at], left.mT, right)
         else:
             grams.append(gemm.multiply(left.mT, right))
 

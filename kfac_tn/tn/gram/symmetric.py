@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from kfac_tn.tn import gemm
@@ -62,7 +61,7 @@ class SymmetricSum:
                 for start, end in self._rows:
                     to = end if self._lower else chunk.shape[1]
                     left = _scaled(chunk[:, start:end], scale)
-                    add_product(self._whole[:, start:end, :to], left, chunk[:, :to].mT)
+                    gemm.add_product(self._whole[:, start:end, :to], left, chunk[:, :to].mT)
 
     def _start(self, columns: Tensor, terms: int, scale: float) -> None:
         groups, size, _ = columns.shape
@@ -80,7 +79,7 @@ class SymmetricSum:
             self._whole = on_huge_pages(columns.new_empty(groups, size, size))
             for start, end in self._rows:
                 left = _scaled(columns[:, start:end], scale)
-                self._whole[:, start:end, :end] = gemm.multiply(left, columns[:, :end].mT)
+                gemm.add_product(self._whole[:, start:end, :end], left, columns[:, :end].mT, 0)
 
     def result(self, scale: float = 1.0) -> Tensor:
         """The sum, `[groups, d, d]`, times a factor; nothing can be added to it any more."""
@@ -100,16 +99,6 @@ def symmetric_share(size: int, terms: int) -> float:
     starts = _starts(size, terms)
     ends = [*starts[1:], size]
     return sum((end - start) * end for start, end in zip(starts, ends, strict=True)) / size**2
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product of batched matrices in place, without a tensor for it where torch can."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(total):
-        total.add_(torch.bmm(left, right))  # vmap has no rule for the other
-    elif gemm.takes(left, right):
-        total.add_(gemm.multiply(left, right))
-    else:
-        total.baddbmm_(left, right)
 
 
 def _starts(size: int, terms: int) -> list[int]:
