@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -183,8 +182,8 @@ class _Held:
         self, add: Callable[[str, str, Contributions], None], columns: int, limit: int
     ) -> None:
         self._add, self._columns, self._left = add, columns, limit
+        self._held: dict[tuple[str, Call], tuple[int, Tensor]] = {}
         self._capacities: dict[tuple[str, Call], int] = {}
-        self._held: dict[tuple[str, Call], list[Tensor]] = defaultdict(list)
 
     def receive(self, name: str, attribute: str, contributions: Contributions) -> None:
         """Hold what comes, or hand it on."""
@@ -193,30 +192,35 @@ class _Held:
         if attribute != "weight" or others or self._capacity(name, call, g) == 1:
             self._add(name, attribute, contributions)
             return
-        held = self._held[name, call]
-        held.append(g)
-        if len(held) == self._capacities[name, call]:
-            self._release(name, call)
+        key = name, call
+        if key not in self._held:
+            self._held[key] = 0, g.new_empty((self._capacities[key], *g.shape))
+        count, gradients = self._held[key]
+        gradients[count] = g
+        self._held[key] = count + 1, gradients
+        if count + 1 == len(gradients):
+            self._release(key)
 
     def _capacity(self, name: str, call: Call, g: Tensor) -> int:
         """How many columns of a layer are held: at most a quarter of the room, for others' sake."""
-        if (name, call) not in self._capacities:
-            most = max(1, self._left // (4 * 2 * g.nbytes))  # twice, as they are stacked
-            capacity = min(self._columns, most)
-            if not call.family.squares_together(call.module, g, capacity):
-                capacity = 1
+        key = name, call
+        if key not in self._capacities:
+            most = max(1, min(self._columns, self._left // (4 * g.nbytes)))
+            most = min(most, call.family.columns_together(call.module, g, most))
+            capacity = -(-self._columns // -(-self._columns // most))  # each time about as many
             if capacity > 1:
-                self._left -= 2 * capacity * g.nbytes
-            self._capacities[name, call] = capacity
-        return self._capacities[name, call]
+                self._left -= capacity * g.nbytes
+            self._capacities[key] = capacity
+        return self._capacities[key]
 
-    def _release(self, name: str, call: Call) -> None:
-        self._add(name, "weight", [(call, torch.stack(self._held.pop((name, call))))])
+    def _release(self, key: tuple[str, Call]) -> None:
+        (name, call), (count, gradients) = key, self._held.pop(key)
+        self._add(name, "weight", [(call, gradients[:count])])
 
     def release(self) -> None:
         """Hand on what is held."""
-        for name, call in list(self._held):
-            self._release(name, call)
+        for key in list(self._held):
+            self._release(key)
 
 
 def _add_one_by_one(totals: dict[str, Tensor], calls: Calls, columns: list[Tensor]) -> None:

@@ -13,6 +13,7 @@ from kfac_tn.functional.networks import (
     Geometry,
     adjoint,
     evaluate,
+    seen_positions,
     spatial_sizes,
     weight_gradient,
 )
@@ -290,12 +291,14 @@ def _linear_pair(x: Tensor, g: Tensor) -> Pair:
             f"g of shape {tuple(g.shape)} must be {[*x.shape[:-1], 'd_out']}, or several such "
             f"columns, for x of shape {tuple(x.shape)}"
         )
+    positions = x[0, ..., 0].numel()
     return Pair(
         x,
         columns,
         lambda x: x.reshape(len(x), 1, -1, x.shape[-1]).mT,
         lambda g: g.reshape(*g.shape[:2], 1, -1, g.shape[-1]).mT,
-        (1, g.shape[-1], x.shape[-1], x[0, ..., 0].numel()),
+        (1, g.shape[-1], x.shape[-1], positions),
+        lambda: (tuple(range(positions)),),
     )
 
 
@@ -351,6 +354,7 @@ def _conv_pair(x: Tensor, g: Tensor, kernel: tuple[int, ...], geometry: Geometry
         lambda x: evaluate("unfold", cast(x), geometry).unflatten(1, (groups, -1)),
         lambda g: g.unflatten(2, (groups, -1)).flatten(4),
         (groups, d_out, d_in, g[0, 0, 0].numel()),
+        lambda: seen_positions(x, geometry),
         direct if len(kernel) <= 3 and prod(kernel) > 1 else None,
     )
 

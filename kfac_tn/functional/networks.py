@@ -73,6 +73,14 @@ def adjoint(x: Tensor, geometry: Geometry) -> tuple[Geometry, tuple[int, ...]]:
     return Geometry(kernel, stride, padding, dilation, geometry.groups), sizes
 
 
+def seen_positions(x: Tensor, geometry: Geometry) -> tuple[tuple[int, ...], ...]:
+    """For each entry of a kernel, the output positions at which it sees more than padding.
+
+    Both are numbered row by row.
+    """
+    return _seen_positions(*_key(x, geometry))
+
+
 def weight_gradient(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     """Gradient of a convolution's weight, by torch's own kernel.
 
@@ -133,6 +141,14 @@ def _adjoint(*key: Any) -> tuple[Any, ...]:
     sizes = (size + min(0, last) for size, (_, last) in zip(spec.output_size, needed, strict=True))
     padding = tuple((before, max(0, last)) for before, last in needed)
     return spec.kernel_size, spec.strides, padding, spec.dilations, tuple(sizes)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=1024)
+def _seen_positions(shape: tuple[int, ...], *options: Any) -> tuple[tuple[int, ...], ...]:
+    key = (1, 1, *shape[2:]), *Geometry(*options)._replace(groups=1)
+    seen = _network("unfold", *key).evaluate(input=torch.ones(key[0]))
+    return tuple(tuple(row.nonzero().flatten().tolist()) for row in seen[0])
 
 
 @lru_cache(maxsize=1024)

@@ -27,6 +27,8 @@ class Pair:
         vectors: Makes `a`, `[n, groups, d_in, R]`, of some examples' input.
         rows: Makes `[v, n, groups, d_out, R]` of some columns.
         shape: `groups`, `d_out`, `d_in` and the number of positions `R`.
+        seen: For each entry of a kernel the positions at which it sees more than padding. `d_in`
+            is channels times entries.
         direct: Makes the gradient, `[groups, d_out, d_in]`, of one example's input and one column
             of gradients of its output, both with an axis of one example, without its vectors. None
             where nothing does.
@@ -37,6 +39,7 @@ class Pair:
     vectors: Callable[[Tensor], Tensor]
     rows: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int, int]
+    seen: Callable[[], tuple[tuple[int, ...], ...]]
     direct: Callable[[Tensor, Tensor], Tensor] | None = None
 
 

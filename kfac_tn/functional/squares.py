@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +16,15 @@ from kfac_tn.tn import gemm
 LARGE = 2**22
 """Multiplications of an example's gradients that are worth products of their own."""
 
+ENOUGH = 4
+"""Columns that are worth being held, so that an input is unfolded once for all of them."""
+
 FEW = 8
 """Gradients of a chunk that are squared and added one by one: so many launches cost less than to
 write their squares."""
+
+ROWS = 768
+"""Rows of output gradients, of several columns, that are multiplied at once."""
 
 SQUARING = 16
 """Positions whose products take as long as to write a gradient and to add its square (measured on a
@@ -63,10 +70,11 @@ def choose(pair: Pair, limit: int) -> str:
     columns = len(pair.g)
     if positions == 1:
         return "one position"
-    if is_for_pairs(positions, columns) and sum(_bytes_of_pairs(pair)) <= limit:
+    if is_for_pairs(positions, columns) and sum(_bytes_of_pairs(pair, limit)) <= limit:
         return "positions"
-    # To unfold takes time with `d_in R`; torch's kernel loses time with its result, `d_out d_in`.
-    direct = pair.direct is not None and positions > columns * d_out
+    # To unfold takes time with `d_in R`, once for all columns; torch's kernel loses time with its
+    # result, `d_out d_in`.
+    direct = pair.direct is not None and columns == 1 and positions > d_out
     return "direct" if direct and _is_for_one_dnn(pair.g) else "gradients"
 
 
@@ -105,23 +113,17 @@ def _gradients(pair: Pair, total: Tensor, limit: int) -> None:
 
 
 def _large_gradients(pair: Pair, total: Tensor, limit: int) -> None:
-    """Example by example, in blocks that stay in the cache until they are squared.
-
-    With `d_in` first: so the smaller factor is the one that a library lays out anew.
-    """
-    squares = total.new_zeros(total.mT.shape)
+    """Example by example, in blocks of `d_in` that stay in a cache until they are squared."""
     for vectors, rows in _chunks(pair, limit):
-        gradients = len(rows) * total[0].nbytes
-        blocks = -(-2 * gradients // common.CACHE_BYTES)
-        for group, parts in enumerate(squares):
-            for block, square in zip(
-                vectors[:, group].chunk(blocks, 1), parts.chunk(blocks), strict=True
-            ):
-                for n, a in enumerate(block):
-                    products = _multiply(a, rows[:, n, group].flatten(0, 1))
-                    for gradient in products.unflatten(1, (len(rows), -1)).unbind(1):
-                        square.addcmul_(gradient, gradient)
-    total += squares.mT
+        blocks = -(-len(rows) * total[0].nbytes // (2 * common.CACHE_BYTES))
+        size = -(-total.shape[-1] // blocks)
+        for group in range(len(total)):
+            for n, a in enumerate(vectors[:, group]):
+                g = rows[:, n, group].flatten(0, 1)
+                for first in range(0, total.shape[-1], size):
+                    block = slice(first, first + size)
+                    for gradient in _multiply(g, a[block]).chunk(len(rows)):
+                        total[group, :, block].addcmul_(gradient, gradient)
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -140,27 +142,79 @@ def _pairs_of_positions(pair: Pair, total: Tensor, limit: int) -> None:
     """`sum_v (sum_r g_v[r] a[r])^2 = sum_rs (sum_v g_v[r] g_v[s]) a[r] a[s]`.
 
     So columns are summed over before anything is multiplied with the input, and examples by the
-    product. Of two positions in either order, one is enough; pairs come by their distance, of which
-    each is a slice.
+    product. Of two positions in either order, one is enough. Where an entry of a kernel sees
+    nothing but padding, its `a` is zero: entries that see the same positions take these alone.
     """
-    positions = pair.shape[-1]
-    example, fixed = _bytes_of_pairs(pair)
+    seen, positions = pair.seen(), pair.shape[-1]
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for entry, visible in enumerate(seen):
+        if visible:
+            alike[visible].append(entry)
+    index = lambda numbers: torch.tensor(numbers, device=total.device)  # noqa: E731
+    parts = total.unflatten(2, (-1, len(seen)))
+    sums = {v: total.new_zeros(parts[..., e].mT.flatten(2).shape) for v, e in alike.items()}
+    example, fixed = _bytes_of_pairs(pair, limit)
     chunks = -(-len(pair.x) // max(1, (limit - fixed) // example))
     size = -(-len(pair.x) // chunks)  # of each chunk, about the same
     for start in range(0, len(pair.x), size):
         chunk = slice(start, start + size)
-        # Examples last: [groups, d_in, R, n] and [groups, V, d_out, R, n].
-        a = cast(pair.vectors(pair.x[chunk])).permute(1, 2, 3, 0).contiguous()
-        g = cast(pair.rows(pair.g[:, chunk])).permute(2, 0, 3, 4, 1).contiguous()
-        for distance in range(positions):
-            left, right = slice(positions - distance), slice(distance, None)
-            input_pairs = (a[:, :, left] * a[:, :, right]).flatten(2)
-            pairs = (g[:, :, :, left] * g[:, :, :, right]).sum(1).flatten(2)
-            if distance:
-                pairs *= 2
-            for group in range(len(total)):
-                total[group] += _multiply(pairs[group], input_pairs[group])
+        # Examples last: [groups, entries, channels, R, n] and [V, groups, d_out, R, n].
+        a = cast(pair.vectors(pair.x[chunk])).unflatten(2, (-1, len(seen)))
+        a = a.permute(1, 3, 2, 4, 0).contiguous()
+        g = cast(pair.rows(pair.g[:, chunk])).permute(0, 2, 3, 4, 1).contiguous()
+        g_pairs = _multiply_pairs(g)
+        g_pairs[:, :, positions:] *= 2  # of different positions, in either order
+        for visible, entries in alike.items():
+            x, rows = a, g_pairs
+            if len(entries) < len(seen):
+                x = x.index_select(1, index(entries))
+            if len(visible) < positions:
+                x = x.index_select(3, index(visible))
+                rows = rows.index_select(2, index(_numbers(visible, positions)))
+            _add_products(sums[visible], rows, x.flatten(1, 2), _share(pair, limit // 4))
+    for visible, entries in alike.items():
+        parts[..., entries] += sums[visible].unflatten(2, (len(entries), -1)).mT
     total.clamp_(min=0)  # what cancels may leave less than nothing
+
+
+def _multiply_pairs(rows: Tensor) -> Tensor:
+    """Products of all pairs of positions, each once, by their distance; summed over columns.
+
+    `[V, groups, d, R, n]` to `[groups, d, R (R + 1) / 2, n]`.
+    """
+    _, *shape, positions, examples = rows.shape
+    products = rows.new_zeros(*shape, positions * (positions + 1) // 2, examples)
+    first = 0
+    for count in range(positions, 0, -1):  # of pairs at the next distance
+        for row in rows:
+            left, right = row[:, :, :count], row[:, :, positions - count :]
+            products[:, :, first : first + count].addcmul_(left, right)
+        first += count
+    return products
+
+
+def _numbers(visible: Sequence[int], positions: int) -> list[int]:
+    """Where the pairs of some positions are among those of all, in the same order."""
+    numbers = []
+    for distance in range(len(visible)):
+        for left, right in zip(visible, visible[distance:], strict=False):
+            apart = right - left
+            numbers.append(apart * positions - apart * (apart - 1) // 2 + left)
+    return numbers
+
+
+def _add_products(total: Tensor, g_pairs: Tensor, x: Tensor, share: int) -> None:
+    """Add the products with all pairs of `x`, made for as much of it at once as stays in a cache.
+
+    `[groups, d_out, pairs, n]` and `[groups, d, R, n]` to `[groups, d_out, d]`.
+    """
+    size = max(1, share // g_pairs[:, 0].nbytes)
+    for first in range(0, x.shape[1], size):
+        block = slice(first, first + size)
+        pairs = _multiply_pairs(x[None, :, block])
+        for group in range(len(total)):
+            products = _multiply(g_pairs[group].flatten(1), pairs[group].flatten(1))
+            total[group, :, block] += products
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -189,13 +243,19 @@ def _chunk_sizes(pair: Pair, limit: int) -> tuple[int, int]:
     """Numbers of columns and of examples whose gradients are computed at once."""
     columns = len(pair.g)
     example, gradient = _bytes_of_gradients(pair)
-    # A CPU squares gradients best as long as they are in its cache.
-    share = min(limit, common.CACHE_BYTES) if pair.x.device.type == "cpu" else limit
-    width = min(columns, max(1, min(share, limit - example) // gradient))
+    share = _share(pair, limit)
     if _is_large(pair, columns):  # gradients of one example at a time
+        width = min(columns, ROWS // pair.shape[1], (limit - example) // gradient)
+        width = max(1, width)
         return width, max(1, min(share, limit - width * gradient) // example)
+    width = min(columns, max(1, min(share, limit - example) // gradient))
     size = min(share // (width * gradient), limit // (example + width * gradient))
     return width, max(1, size)
+
+
+def _share(pair: Pair, limit: int) -> int:
+    """Bytes of what is to be read again at once: on a CPU, it had better stay in the cache."""
+    return min(limit, common.CACHE_BYTES) if pair.x.device.type == "cpu" else limit
 
 
 def _is_large(pair: Pair, columns: int) -> bool:
@@ -214,12 +274,13 @@ def _bytes_of_gradients(pair: Pair) -> tuple[int, int]:
     )
 
 
-def _bytes_of_pairs(pair: Pair) -> tuple[int, int]:
-    """Of an example: what is unfolded, laid out anew and multiplied; of all of them: the result."""
+def _bytes_of_pairs(pair: Pair, limit: int) -> tuple[int, int]:
+    """Of an example: what is unfolded, laid out anew and multiplied; of all: products, results."""
     groups, d_out, d_in, positions = pair.shape
     size = groups * accumulation_dtype(pair.x).itemsize
-    example = size * positions * (4 * d_in + (3 * len(pair.g) + 2) * d_out)
-    return example, 2 * size * d_out * d_in
+    pairs = positions * (positions + 1) // 2
+    copies = positions * (4 * d_in + 2 * len(pair.g) * d_out)
+    return size * (copies + pairs * (2 * d_out + 1)), 3 * size * d_out * d_in + limit // 4
 
 
 def _check_memory(pair: Pair, max_memory: int) -> None:

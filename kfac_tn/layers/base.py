@@ -35,12 +35,12 @@ class GradientFamily(ABC):  # noqa: B024 (what a family lacks, it says when aske
         """What each example alone gives the bias: ``[N, *bias.shape]``."""
         raise NotImplementedError(self._lacks("per_example_bias_gradient"))
 
-    def squares_together(self, module: Module, g: Tensor, columns: int) -> bool:
-        """Whether ``weight_diagonal`` is to have so many columns at once, ``[V, N, ...]``.
+    def columns_together(self, module: Module, g: Tensor, columns: int) -> int:
+        """Of so many columns, how many ``weight_diagonal`` is to have at once, ``[V, N, ...]``.
 
-        Default: no, it gets them one after the other, ``g`` shaped like the output.
+        Default: 1, it gets them one after the other, ``g`` shaped like the output.
         """
-        return False
+        return 1
 
     def weight_diagonal(
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None

@@ -14,7 +14,7 @@ from kfac_tn.functional.rows import (
     conv_input_rows,
     conv_transpose_input_rows,
 )
-from kfac_tn.functional.squares import is_for_pairs
+from kfac_tn.functional.squares import ENOUGH, is_for_pairs
 from kfac_tn.layers.base import LayerFamily
 
 
@@ -60,8 +60,10 @@ class ConvFamily(_ConvFamily):
         x, g = _batched(module, x), _batched(module, g)
         return functional.conv_per_example_weight_gradient(x, g, **_hyper_parameters(module))
 
-    def squares_together(self, module: Module, g: Tensor, columns: int) -> bool:  # noqa: D102
-        return is_for_pairs(math.prod(_batched(module, g).shape[2:]), columns)
+    def columns_together(self, module: Any, g: Tensor, columns: int) -> int:  # noqa: D102
+        if is_for_pairs(math.prod(_batched(module, g).shape[2:]), columns):
+            return columns
+        return ENOUGH if math.prod(module.kernel_size) > 1 else 1
 
     def weight_diagonal(  # noqa: D102
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None

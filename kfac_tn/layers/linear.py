@@ -48,8 +48,8 @@ class LinearFamily(LayerFamily):
     def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
         return functional.linear_per_example_weight_gradient(_batched(x), _batched(g))
 
-    def squares_together(self, module: Module, g: Tensor, columns: int) -> bool:  # noqa: D102
-        return is_for_pairs(math.prod(g.shape[1:-1]), columns)
+    def columns_together(self, module: Module, g: Tensor, columns: int) -> int:  # noqa: D102
+        return columns if is_for_pairs(math.prod(g.shape[1:-1]), columns) else 1
 
     def weight_diagonal(  # noqa: D102
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None
