@@ -26,7 +26,7 @@ from kfac_tn.columns import empirical_column, mc_columns, random_signs
 from kfac_tn.functional import common
 from kfac_tn.functional.blocks import split_rows
 from kfac_tn.graph import Found, differentiate, find, output_edge, remember
-from kfac_tn.hooks import WeakHook, plain, remove, timed
+from kfac_tn.hooks import WeakHook, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.likelihood import Likelihood, likelihood_of
 from kfac_tn.moments import Basis, MomentCollector, check_examples_first
@@ -62,8 +62,8 @@ class Capture:
     """Watches a model and a loss, and turns what they do into Kronecker factors.
 
     Nothing happens while ``armed`` is false, under ``torch.no_grad()``, in backward passes (where
-    checkpointing runs layers again), or after ``close()``. The hooks don't keep this object alive,
-    and copies of the model don't report to it.
+    checkpointing runs layers again), in transforms of ``torch.func``, or after ``close()``. The
+    hooks don't keep this object alive, and copies of the model don't report to it.
 
     Scale (curvature is that of the loss as the user computes it): input factors are means over
     the examples of all passes. Output-gradient factors of several losses in one ``backward()`` add
@@ -229,7 +229,7 @@ class Capture:
     def _active(self) -> bool:
         return (
             self.armed
-            and torch.is_grad_enabled()
+            and recorded()
             and torch._C._current_graph_task_id() == -1  # not in a backward pass
         )
 
@@ -260,7 +260,7 @@ class Capture:
         remember(edge, self._key, call)
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
-        if not torch.is_grad_enabled() or not isinstance(loss, Tensor):
+        if not recorded() or not isinstance(loss, Tensor):
             return
         self.seen_loss = True
         if not self._active() or not loss.requires_grad:

@@ -29,6 +29,16 @@ class WeakHook:
         return WeakHook, ()
 
 
+def recorded() -> bool:
+    """Whether autograd records what is called: no ``torch.no_grad()``, no transform of torch.func.
+
+    Tensors that these wrap have no storage to look at, and no graph that ``backward()`` walks.
+    """
+    return torch.is_grad_enabled() and (
+        torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def remove(handles: Iterable[RemovableHandle]) -> None:
     """Remove hooks; again is no harm."""
     for handle in handles:

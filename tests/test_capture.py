@@ -612,3 +612,27 @@ def test_hooks_are_plain_handles():
     assert [set(vars(module)) for module in model.modules()] == before
     assert all(isinstance(handle, RemovableHandle) for handle in capture._handles)
     assert list(model.state_dict()) == list(make_model().state_dict())
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_transforms_of_torch_func_are_let_be(fisher):
+    """The model may be differentiated by them between forward and backward pass."""
+    model, loss_fn, (x, y) = make_model(), nn.CrossEntropyLoss(), make_data()
+    results = []
+    for transform in (False, True):
+        capture = watch(model, loss_fn, fisher)
+        loss = loss_fn(model(x), y)
+        if transform:
+            parameters = dict(model.named_parameters())
+
+            def of_one(parameters, x, y):
+                outputs = torch.func.functional_call(model, parameters, (x[None],))
+                return loss_fn(outputs, y[None])
+
+            gradients = torch.vmap(torch.func.grad(of_one), (None, 0, 0))(parameters, x, y)
+            assert gradients["0.weight"].shape == (len(x), *model[0].weight.shape)
+            torch.func.jacrev(model)(x)
+        loss.backward()
+        results.append(factors(capture))
+        capture.close()
+    assert_same(*results)

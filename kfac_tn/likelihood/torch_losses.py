@@ -138,6 +138,13 @@ class NLLLikelihood(CrossEntropyLikelihood):
         2
     """
 
+    def normalized(self, outputs: Tensor) -> Tensor:
+        """Log-probabilities as they are, but known to sum to 1 when the loss is differentiated.
+
+        So the Hessian of the loss of these is the Fisher information.
+        """
+        return outputs.log_softmax(_class_dim(outputs))
+
     @property
     def _label_smoothing(self) -> float:
         return 0.0

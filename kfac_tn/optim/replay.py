@@ -12,10 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
-from kfac_tn.hooks import WeakHook, remove
+from kfac_tn.hooks import WeakHook, recorded, remove
+from kfac_tn.likelihood import likelihood_of
 
 
 @dataclass
@@ -141,7 +143,8 @@ class Replay:
         grams = []
         with self._undisturbed(capture):
             for batch in self._batches:
-                with self._as_recorded(batch):
+                # of attention's kernels, only the plain one can be differentiated twice
+                with self._as_recorded(batch), sdpa_kernel(SDPBackend.MATH):
                     outputs, tangents = self._push_forward(batch, vectors)
                     grams.append(self._loss_gram(batch, outputs, tangents))
         return self._total(grams)
@@ -184,7 +187,7 @@ class Replay:
     # Hooks -------------------------------------------------------------------------------------
 
     def _before(self, module: Module, args: tuple, kwargs: dict) -> None:
-        if module is not self._model or not self.armed or not torch.is_grad_enabled():
+        if module is not self._model or not self.armed or not recorded():
             return
         device = next(self._model.parameters()).device
         kind = device.type
@@ -199,7 +202,7 @@ class Replay:
             self._batches[-1].output = output
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
-        if not self.armed or not torch.is_grad_enabled() or not isinstance(loss, Tensor):
+        if not self.armed or not recorded() or not isinstance(loss, Tensor):
             return
         values = dict(kwargs)
         outputs = args[0] if args else values.pop("input")
@@ -218,7 +221,8 @@ class Replay:
     def _loss_gram(self, batch: _Batch, outputs: Tensor, tangents: Sequence[Tensor]) -> Tensor:
         """``t_i^T H t_j`` with the Hessian of the loss in the outputs, ``[T, T]``."""
         outputs = outputs.detach().requires_grad_()
-        loss = self._loss_of(batch, outputs)
+        normalized = getattr(likelihood_of(self._loss_fn), "normalized", lambda outputs: outputs)
+        loss = self._loss_of(batch, normalized(outputs))
         (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
         rows = []
         for tangent in tangents:
@@ -242,8 +246,7 @@ class Replay:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
         def call(parameters: dict[str, Tensor]) -> Tensor:
-            random = [state.clone() for state in batch.random_states]
-            _set_random(random, next(model.parameters()).device)
+            _set_random(batch.random_states, next(model.parameters()).device)
             everything = {**{n: b.clone() for n, b in buffers.items()}, **parameters}
             outputs = torch.func.functional_call(model, everything, batch.args, batch.kwargs)
             return outputs.reshape(batch.shape)

@@ -9,6 +9,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kfac_tn
 from kfac_tn.optim.adaptive import Adaptive
@@ -181,6 +183,7 @@ def test_the_quadratic_model_is_minimized(momentum, relative, forward_mode):
         coefficients = torch.linalg.solve(span.T @ damped @ span, -span.T @ gradient)
         torch.testing.assert_close(step, span @ coefficients, rtol=1e-6, atol=1e-9)
         previous = step
+    assert optimizer._replay.forward_mode == forward_mode  # that it was possible
 
 
 def test_a_linear_model_is_solved_in_one_step():
@@ -262,6 +265,51 @@ def test_the_quadratic_model_continues_from_a_checkpoint(cut):
         for seed in range(cut, 8):
             take_step(*run, seed)
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+class Attention(nn.Module):
+    """Attention by the kernel that torch chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.head = nn.Linear(3, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        q, k, v = self.project(x.unflatten(0, (2, -1))).view(2, 1, -1, 3, 4).unbind(-2)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(torch.cat([q, k, mixed], -1)).flatten(0, 2)
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+def test_the_quadratic_model_of_attention(forward_mode):
+    torch.manual_seed(0)
+    model, loss_fn = Attention().double(), nn.CrossEntropyLoss()
+    rule = QuadraticModel(relative_norm=None, momentum=False)
+    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, damping=1e-9, **EAGER)
+    optimizer._replay.forward_mode = forward_mode
+    names = [name for name, _ in model.named_parameters()]
+    before = flat(p.detach().clone() for p in model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        ggn = dense_ggn(model, loss_fn, *batch(), names)  # which the hooks let be
+    take_step(model, loss_fn, optimizer)
+    step = flat(p.detach() for p in model.parameters()) - before
+    slope = flat(p.grad for p in model.parameters()) @ step
+    assert optimizer._replay.forward_mode == forward_mode
+    assert float(-slope / (step @ ggn @ step)) == pytest.approx(1, rel=1e-4)  # its minimum
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "graft", "kl_clip", "fixed", "quadratic"])
+def test_log_softmax_and_nll_train_as_cross_entropy(rule):
+    """Though the loss itself has no curvature in what the model returns."""
+    results = []
+    for tail, loss_fn in (([], nn.CrossEntropyLoss()), ([nn.LogSoftmax(1)], nn.NLLLoss())):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), *tail).double()
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, **EAGER)
+        for seed in range(4):
+            take_step(model, loss_fn, optimizer, seed)
+        results.append(model[0].weight)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
 def test_compiled_models_have_a_quadratic_model_too():
