@@ -278,10 +278,18 @@ def test_per_example_gradients_are_those_of_vmap(case):
     assert relative_error(actual, wanted) < TOLERANCE
 
 
+@pytest.fixture(params=["a few", "all"])
+def verified(request, monkeypatch):
+    """Of which examples it is found out what the model does to them."""
+    if request.param == "all":
+        monkeypatch.setattr("kfac_tn.curvature.calls.FEW", N)
+    return request.param
+
+
 @pytest.mark.parametrize(
     "case", ["cnn", "grouped, dilated", "transposed", "normalizations", "tied", "text"]
 )
-def test_known_layers_need_no_loop_over_examples(case):
+def test_known_layers_need_no_loop_over_examples(case, verified):
     model, x = problem(case)
     calls = Calls(model, (x, None))
     calls.verify()
@@ -298,7 +306,7 @@ def test_known_layers_need_no_loop_over_examples(case):
         ("language, as long as examples", {"positions"}),
     ],
 )
-def test_what_is_looped_over(case, unknown):
+def test_what_is_looped_over(case, unknown, verified):
     model, x = problem(case)
     calls = Calls(model, (x, None))
     calls.verify()
@@ -426,6 +434,19 @@ class Centred(nn.Module):
         return x - x.mean(0)
 
 
+class Cumulative(nn.Module):
+    """Adds to each example those before it, or those behind it; neither the first nor the last."""
+
+    def __init__(self, backwards: bool):
+        super().__init__()
+        self.linear, self.dims = nn.Linear(2, 2), (0,) if backwards else ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = self.linear(x).flip(self.dims)
+        sums = torch.cat([sums[:1], sums[1:-1] + 1e-3 * sums[:-2].cumsum(0), sums[-1:]])
+        return sums.flip(self.dims)
+
+
 class Overwritten(nn.Module):
     """Changes what a layer was given."""
 
@@ -444,6 +465,8 @@ class Overwritten(nn.Module):
     ("model", "error", "message"),
     [
         (Centred(), ValueError, "mixes examples"),
+        (Cumulative(backwards=False), ValueError, "mixes examples"),
+        (Cumulative(backwards=True), ValueError, "mixes examples"),
         (nn.Sequential(nn.PReLU(), nn.Dropout(0.5)).train(), ValueError, "random"),
         (Overwritten(), RuntimeError, "in ?place"),
         (
@@ -460,9 +483,9 @@ class Overwritten(nn.Module):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_has_no_gradient_for_each_example_is_refused(model, error, message):
+def test_what_has_no_gradient_for_each_example_is_refused(model, error, message, verified):
     torch.manual_seed(0)
-    x, loss_fn = torch.rand(3, 2), nn.MSELoss()
+    x, loss_fn = torch.rand(N, 2), nn.MSELoss()
     with pytest.raises(error, match=message):
         kfac_tn.compute_per_example_gradients(model, loss_fn, x, x)
     with pytest.raises(error, match=message):
@@ -497,6 +520,25 @@ def test_dropout_is_no_harm_to_known_layers():
     loss_fn(model(x), y).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name].sum(0), parameter.grad)
+
+
+class Whole(nn.Module):
+    """Takes batches of one size only."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.view(N, 2))
+
+
+def test_batches_that_cannot_be_cut():
+    torch.manual_seed(0)
+    model, x, loss_fn = Whole().double(), torch.rand(N, 2, dtype=torch.float64), nn.MSELoss()
+    diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, x)])
+    expected = dense_ggn(model, loss_fn, x, x).diagonal()
+    assert relative_error(flat(diagonal, model), expected) < TOLERANCE
 
 
 def test_leaves_no_trace():
