@@ -239,7 +239,9 @@ class Calls:
         rounding = 100 * torch.finfo(expected.dtype).eps
         return few if _close(few.outputs.detach(), expected, rounding) else None
 
-    def alone(self, n: int, names: Sequence[str]) -> Callable[[Tensor], list[Tensor]]:
+    def alone(
+        self, n: int, names: Sequence[str]
+    ) -> Callable[[Tensor, Sequence[str]], list[Tensor]]:
         """The way of parameters whose calls tell nothing: run the model on one example alone.
 
         Args:
@@ -247,7 +249,7 @@ class Calls:
             names: Of the parameters.
 
         Returns:
-            A function of a column ``[1, ...]``, which returns the gradients.
+            A function of a column ``[1, ...]`` and some of the names, which returns the gradients.
 
         Raises:
             ValueError: When the example alone has another output than in its batch.
@@ -262,12 +264,11 @@ class Calls:
                 "random (call model.eval() for dropout), mixes examples, or has them on another "
                 "axis than the first. Freeze these parameters to leave them out."
             )
-        parameters = [self.parameters[name] for name in names]
 
-        def gradients(column: Tensor) -> list[Tensor]:
+        def gradients(column: Tensor, names: Sequence[str]) -> list[Tensor]:
             found = torch.autograd.grad(
                 outputs,
-                parameters,
+                [self.parameters[name] for name in names],
                 column.to(outputs.dtype),
                 retain_graph=True,
                 allow_unused=True,

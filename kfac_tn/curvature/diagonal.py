@@ -52,9 +52,12 @@ def compute_ggn_diagonal(
             unbiased estimate from targets drawn from the model, one pass for each sample.
         mc_samples: Samples for ``"mc"``; the error falls with their square root. Default: 1.
         max_memory: Most bytes to hold for squaring gradients of one layer, besides its input,
-            output gradients and result: examples and columns come in chunks. Default: 64 MiB, or
-            what a single gradient takes if that is more; and as much again as the layers' inputs
-            (64 MiB at least) for output gradients that are squared faster with other columns'.
+            output gradients and result: examples and columns come in chunks. The same for gradients
+            of one example of parameters that are differentiated so: with more than it allows at
+            once, there are further backward passes. Default: 64 MiB, or what a single gradient
+            takes if that is more; and as much again as the layers' inputs (64 MiB at least) for
+            output gradients that are squared faster with other columns'. Parameters differentiated
+            example by example all at once.
         generator: Source of randomness (on the model's device); by default the global one.
         forward: For other batches (dicts, more than two parts) and other ways to call the model: a
             function of model and batch that returns the outputs for the loss, and the targets.
@@ -166,7 +169,7 @@ def _add_batch(
         for column in chunk:
             calls.backward(column, held.receive)
         held.release()
-        _add_one_by_one(totals, calls, chunk)
+        _add_one_by_one(totals, calls, chunk, max_memory)
 
 
 class _Held:
@@ -223,12 +226,38 @@ class _Held:
             self._release(key)
 
 
-def _add_one_by_one(totals: dict[str, Tensor], calls: Calls, columns: list[Tensor]) -> None:
-    if not calls.unknown:
-        return
-    names = sorted(calls.unknown)
-    for n in range(len(calls)):
-        differentiate = calls.alone(n, names)
+def _add_one_by_one(
+    totals: dict[str, Tensor], calls: Calls, columns: list[Tensor], max_memory: int | None
+) -> None:
+    """Add squares of the gradients of parameters whose calls tell nothing."""
+    parts = list(_parts(calls, max_memory))
+    for n in range(len(calls)) if parts else ():
+        differentiate = calls.alone(n, sorted(calls.unknown))
         for column in columns:
-            for name, gradient in zip(names, differentiate(column[n : n + 1]), strict=True):
-                totals[name] += cast(gradient).square()
+            for names in parts:
+                gradients = differentiate(column[n : n + 1], names)
+                while gradients:
+                    gradient = cast(gradients.pop())
+                    totals[names[len(gradients)]].addcmul_(gradient, gradient)
+
+
+def _parts(calls: Calls, max_memory: int | None) -> Iterator[list[str]]:
+    """Names of parameters whose gradients may be held at once, all by default."""
+    part: list[str] = []
+    held = 0
+    for name in sorted(calls.unknown):
+        parameter = calls.parameters[name]
+        # Contributions of several uses are added up, and others are cast.
+        needed = 2 * parameter.numel() * common.accumulation_dtype(parameter).itemsize
+        if max_memory is not None and needed > max_memory:
+            raise ValueError(
+                f"max_memory={max_memory:,} bytes is too little: one example's gradient of "
+                f"'{name}' takes {needed:,}"
+            )
+        if part and max_memory is not None and held + needed > max_memory:
+            yield part
+            part, held = [], 0
+        part.append(name)
+        held += needed
+    if part:
+        yield part

@@ -74,7 +74,7 @@ def compute_per_example_gradients(
         calls.backward(column, receive)
         if calls.unknown:
             names = sorted(calls.unknown)
-            rows = [calls.alone(n, names)(column[n : n + 1]) for n in range(len(calls))]
+            rows = [calls.alone(n, names)(column[n : n + 1], names) for n in range(len(calls))]
             for name, parts in zip(names, zip(*rows, strict=True), strict=True):
                 gradients[name] = cast(torch.stack(parts))
         return {

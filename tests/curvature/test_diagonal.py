@@ -329,7 +329,7 @@ def test_monte_carlo_converges_to_the_exact_diagonal():
 
 
 def test_max_memory_changes_nothing_or_is_refused():
-    for case in ("cnn", "called twice", "transposed"):
+    for case in ("cnn", "called twice", "transposed", "functional use, own parameter"):
         model, x = problem(case)
         loss_fn, y = loss_and_targets("mse", model(x))
         expected = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])

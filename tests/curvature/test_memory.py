@@ -74,3 +74,41 @@ def test_peak_of_exact_diagonals(peak_bytes, name, mode):
     assert peaks[4 * largest] <= peaks[None]
     if mode == "exact":
         assert peaks[8 * largest] < CLASSES * N * weights / 2
+
+
+class Own(nn.Module):
+    """Layers of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(96, 96) / 10 for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = (x @ weight).tanh()
+        return x[:, :CLASSES]
+
+
+@pytest.mark.parametrize("mode", ["exact", "mc"])
+def test_peak_of_what_is_differentiated_example_by_example(peak_bytes, mode):
+    torch.manual_seed(0)
+    model, loss_fn = Own(), nn.CrossEntropyLoss()
+    x, y = torch.randn(N, 96), torch.randint(CLASSES, (N,))
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    largest = weights // 8
+
+    def compute(max_memory):
+        return kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], mode, max_memory=max_memory)
+
+    besides = peak_bytes(lambda: model(x)) + weights + MiB // 16
+    limits = (2 * largest, 5 * largest)
+    peaks = [peak_bytes(lambda limit=limit: compute(limit)) for limit in (*limits, None)]
+    for peak, limit in zip(peaks, limits, strict=False):
+        assert peak <= besides + limit
+    assert peaks[-1] > besides + limits[0]  # of all weights at once
+    if mode == "exact":
+        for chunked, whole in zip(compute(limits[0]).values(), compute(None).values(), strict=True):
+            torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=0)
+    message = rf"max_memory={largest:,} bytes is too little: one example's gradient of 'weights.0'"
+    with pytest.raises(ValueError, match=message):
+        compute(largest)
