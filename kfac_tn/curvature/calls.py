@@ -343,7 +343,7 @@ def per_example(
 
 
 def _rows(batch: Any, rows: slice | Tensor, count: int) -> Any:
-    """A batch of some examples, of the same structure: of tensors that have ``count`` rows these."""
+    """A batch of some examples, of the same structure: tensors that have ``count`` rows are cut."""
 
     def cut(leaf: Any) -> Any:
         if isinstance(leaf, UserDict):  # transformers' batches; no structure that torch knows
