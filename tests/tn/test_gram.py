@@ -123,7 +123,7 @@ CONVOLUTIONS = {
     "3x3": ((8, 32, 28, 28), 3, {"padding": 1}, "lags"),
     "3x3 grouped": ((8, 64, 28, 28), 3, {"padding": 1, "groups": 2}, "lags"),
     "5x5 dilated": ((4, 64, 28, 28), 5, {"dilation": 2, "padding": 4}, "lags"),
-    "small": ((8, 512, 4, 4), 3, {"padding": 1}, "cells"),
+    "small": ((32, 256, 7, 7), 3, {"padding": 1}, "cells"),
     "depthwise": ((4, 128, 28, 28), 7, {"padding": 3, "groups": 128}, "correlations"),
     "pointwise": ((4, 32, 20, 20), 1, {}, "unfolding"),
     "few channels": ((2, 3, 32, 32), 7, {"padding": 3, "stride": 2}, "unfolding"),

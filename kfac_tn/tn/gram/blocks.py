@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, product
 from math import prod
 
@@ -15,6 +15,9 @@ from kfac_tn.tn.pages import on_huge_pages
 
 CACHE = 2**18
 """Elements that stay in a processor's cache while they are laid out."""
+
+LEAST_ROWS = 2**16
+"""Elements that are laid out at once, at the least."""
 
 LITTLE = 8
 """What part of the result is little beside it."""
@@ -45,14 +48,15 @@ def by_offset(cells: Sequence[JointCell]) -> list[list[int]]:
 
 
 def assemble(
-    x: Tensor, cells: Sequence[JointCell], grams: Sequence[Tensor], kernels: list[int]
+    x: Tensor, cells: Sequence[JointCell], grams: list[Tensor], kernels: list[int]
 ) -> Tensor:
     """The Gram matrix of windows from the products of cells.
 
     Args:
         x: `[shared, examples, channels, *sizes]`.
         cells: All of them.
-        grams: The product of each, `[shared, channels, channels]`.
+        grams: The product of each, `[shared, channels, channels]`. The list is emptied on the way,
+            so that no more is held than what is needed.
         kernels: Kernel size along each axis.
 
     Returns:
@@ -60,57 +64,42 @@ def assemble(
     """
     shared, _, channels, *_ = x.shape
     positions = list(product(*map(range, kernels)))
-    sums = [_Sums(cells, members, x) for members in by_offset(cells)]
+    blocks: dict[Block, Tensor] = {}
+    for members in by_offset(cells):
+        for block, gram in _sums([cells[at] for at in members], [grams[at] for at in members]):
+            blocks[block] = gram
+            if cells[members[0]].mirrored:
+                blocks[block[::-1]] = gram.mT
+        for at in members:
+            grams[at] = x.new_empty(0)
+    zero = x.new_zeros(()).expand(shared, channels, channels)
     result = x.new_empty(shared, channels, len(positions), channels, len(positions))
     on_huge_pages(result)
     # Blocks interleave: those of some rows side by side, then as they are in the matrix.
-    rows = max(1, CACHE // (shared * channels * len(positions)))
+    at_once = min(CACHE, max(x.numel() // LITTLE, LEAST_ROWS))
+    rows = max(1, at_once // (shared * channels * len(positions)))
     for start in range(0, channels, rows):
         some = slice(start, start + rows)
-        zero = x.new_zeros(()).expand_as(result[:, some, 0, :, 0])
-        blocks: dict[Block, Tensor] = {}
-        for each in sums:
-            blocks.update(each.rows_of_blocks(grams, some))
         for at, k in enumerate(positions):
-            side_by_side = [blocks.get((k, other), zero) for other in positions]
+            side_by_side = [blocks.get((k, other), zero)[:, some] for other in positions]
             result[:, some, at] = torch.stack(side_by_side).movedim(0, -1)
     return result.view(shared, channels * len(positions), channels * len(positions))
 
 
-class _Sums:
-    """The blocks of one offset, as sums of the products of its cells.
-
-    Args:
-        cells: The cells of all offsets.
-        members: The numbers of those of this one.
-        like: A tensor.
-    """
-
-    def __init__(self, cells: Sequence[JointCell], members: list[int], like: Tensor) -> None:
-        self.members, self.mirrored = members, cells[members[0]].mirrored
-        of_block: dict[Block, tuple[int, ...]] = {}
-        for column, at in enumerate(members):
-            for block in cells[at].blocks:
-                of_block[block] = (*of_block.get(block, ()), column)
-        different = {columns: row for row, columns in enumerate(dict.fromkeys(of_block.values()))}
-        self.rows = {block: different[columns] for block, columns in of_block.items()}
-        # All sums at once are a product with a matrix of zeros and ones.
-        chosen = torch.zeros(len(different), len(members))
+def _sums(cells: Sequence[JointCell], grams: Sequence[Tensor]) -> Iterator[tuple[Block, Tensor]]:
+    """The blocks of one offset, as sums of the products of its cells; equal ones are one tensor."""
+    of_block: dict[Block, tuple[int, ...]] = {}
+    for column, cell in enumerate(cells):
+        for block in cell.blocks:
+            of_block[block] = (*of_block.get(block, ()), column)
+    different = {columns: row for row, columns in enumerate(dict.fromkeys(of_block.values()))}
+    if all(len(columns) == 1 for columns in different):
+        sums = [grams[column] for (column,) in different]
+    else:  # all at once, by a product with a matrix of zeros and ones
+        chosen = torch.zeros(len(different), len(grams))
         for columns, row in different.items():
             chosen[row, list(columns)] = 1
-        self.chosen = chosen.to(like)
-
-    def rows_of_blocks(self, grams: Sequence[Tensor], some: slice) -> dict[Block, Tensor]:
-        """Some rows of all blocks, each `[shared, rows, channels]`."""
-        some_rows = self._sum([grams[at][:, some] for at in self.members])
-        found = {block: some_rows[row] for block, row in self.rows.items()}
-        if self.mirrored:
-            turned = self._sum([grams[at][:, :, some].mT for at in self.members])
-            found.update({(k, other): turned[row] for (other, k), row in self.rows.items()})
-        return found
-
-    def _sum(self, grams: list[Tensor]) -> Tensor:
-        stacked = torch.stack(grams)
-        if len(grams) == 1:
-            return stacked
-        return (self.chosen @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
+        stacked = torch.stack(list(grams))
+        sums = [*(chosen.to(stacked) @ stacked.flatten(1)).view(-1, *stacked.shape[1:])]
+    for block, columns in of_block.items():
+        yield block, sums[different[columns]]

@@ -63,7 +63,7 @@ def gram_by_lags(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) ->
     for members in by_offset(cells):
         # All pairs, less those of all cells but the largest: what is left is the largest's.
         largest, *others = sorted(members, key=lambda at: -cells[at].pairs)
-        grams[largest] = all_lags[_key(cells[largest], windows)]
+        grams[largest] = all_lags[_key(cells[largest], windows)].clone()  # the others go
         for at in others:
             grams[at] = slabs.product(cells[at])
             grams[largest] -= grams[at]

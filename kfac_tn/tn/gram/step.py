@@ -51,6 +51,9 @@ NEAR = 2**22
 UNFOLDED_WASTE = 6
 """How much longer convolutions take that are unfolded by torch."""
 
+GRAM = 4
+"""How often an element of a cell's product is moved until it is where it belongs."""
+
 LAG = 4
 """How often an element of what correlations result in is moved."""
 
@@ -103,11 +106,13 @@ class WindowGram(Step):
         """Multiply."""
         for axis, window in zip(axes[-1], windows, strict=False):
             tensor = tensor.narrow(axis, 0, window.size)  # what lies behind is in no window
+        rows = [tensor.shape[axis] for axis in axes[2]]
+        rows += [window.kernel_size for window in windows]
+        axes, windows = _in_place(tensor, axes, windows, method)
         shared, examples, own, sizes = ([tensor.shape[a] for a in group] for group in axes)
         last = sizes if windows else [prod(sizes)]
         x = tensor.permute([axis for group in axes for axis in group])
         x = x.reshape(prod(shared), prod(examples), prod(own), *last)
-        rows = [*own, *(window.kernel_size for window in windows)]
         return METHODS[method](x, windows, scale).reshape(*shared, *rows, *rows)
 
     def estimate(self, *inputs: Tensor) -> Tensor:
@@ -191,14 +196,14 @@ class WindowGram(Step):
         if self.method == "cells":
             there = amounts(self.windows)
             rows = self.windows[0].size * shared * examples * channels
-            blocks = shared * channels**2 * (there.cells + 2 * there.sums)
+            blocks = shared * channels**2 * (GRAM * there.cells + 3 * there.sums)
             return 3 * there.copied * rows + 2 * x.numel() + blocks + 4 * result
         if self.method == "lags":
             there = amounts(self.windows, True)
             all_lags = lags_of_classes(self.windows)
             lags = sum(prod(lag.number for lag in joint) for joint in all_lags)
             once = COPIES_OF_LAGS * x.numel() * len(all_lags)
-            blocks = there.cells + 2 * there.sums + LAG * lags * self._chunks_of_lags(x)
+            blocks = GRAM * there.cells + 3 * there.sums + LAG * lags * self._chunks_of_lags(x)
             return once + shared * channels**2 * blocks + 4 * result
         if self.method == "positions":
             pairs = shared * channels**2 * self._position_pairs
@@ -299,6 +304,26 @@ class WindowGram(Step):
             ]
             found.append((prod(count for _, count, _ in cells), prod(offsets)))
         return found
+
+
+def _in_place(
+    tensor: Tensor, axes: tuple[tuple[int, ...], ...], windows: tuple[Windows, ...], method: str
+) -> tuple[tuple[tuple[int, ...], ...], tuple[Windows, ...]]:
+    """Axes that are summed over, behind channels, as windows of one position: else all is copied.
+
+    These are the last, where cells are views along the first axis.
+    """
+    shared, examples, own, last = axes
+    behind = [axis for axis in examples if axis > max(own, default=axis)]
+    if not windows or not behind or method not in ("cells", "lags", "unfolding"):
+        return axes, windows
+    if method == "lags" and len(windows) + len(behind) > MOST_AXES:
+        return axes, windows
+    found = dict(zip(last, windows, strict=True))
+    found |= {axis: Windows(0, 1, size := tensor.shape[axis], 1, 1, size) for axis in behind}
+    order = sorted(found, key=lambda axis: (method == "cells" and axis in behind, axis))
+    others = tuple(axis for axis in examples if axis not in behind)
+    return (shared, others, own, tuple(order)), tuple(found[axis] for axis in order)
 
 
 # torch.compile takes the method as one call, and traces what it does on tensors.

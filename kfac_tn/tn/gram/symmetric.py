@@ -16,8 +16,11 @@ What is right of it is mirrored. On a CPU that takes up to a third less time. A 
 make one large product.
 """
 
-MOST_BLOCKS = 4
-"""Blocks of rows at the most: more would save little."""
+LEAST_BLOCKS = 4
+"""Blocks of rows of a result that is large enough: fewer would save little."""
+
+MOST_ROWS = 256
+"""Rows of a block at the most: the product is made apart, and more would not be faster."""
 
 LEAST_SUM = 512
 """Terms of the sums from which on to multiply costs more than to mirror the result."""
@@ -73,7 +76,7 @@ class SymmetricSum:
             if (
                 on_cpu and size >= 2 * BLOCK
             ):  # what is added may be made apart first: not all at once
-                starts = list(range(0, size, -(-size // MOST_BLOCKS)))
+                starts = list(range(0, size, rows_at_once(size)))
         self._rows = list(zip(starts, [*starts[1:], size], strict=True))
         if self._lower:
             self._whole = on_huge_pages(columns.new_empty(groups, size, size))
@@ -101,10 +104,15 @@ def symmetric_share(size: int, terms: int) -> float:
     return sum((end - start) * end for start, end in zip(starts, ends, strict=True)) / size**2
 
 
+def rows_at_once(size: int) -> int:
+    """Rows of a result that are computed at once, if it is large."""
+    return max(BLOCK, min(-(-size // LEAST_BLOCKS), MOST_ROWS)) if size >= 2 * BLOCK else size
+
+
 def _starts(size: int, terms: int) -> list[int]:
     if size < 2 * BLOCK or terms < LEAST_SUM or size * terms < LEAST_ELEMENTS:
         return [0]
-    return list(range(0, size, max(BLOCK, -(-size // MOST_BLOCKS))))
+    return list(range(0, size, rows_at_once(size)))
 
 
 def _in_rows(columns: Tensor) -> Iterator[Tensor]:

@@ -1,25 +1,33 @@
-"""The Gram matrix of windows by unfolding: chunk after chunk, each product added in place."""
+"""The Gram matrix of windows by unfolding: chunk after chunk, each product added in place.
+
+Whatever is held besides the result, at any time, is no larger than a padded copy of the tensor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
 
-import torch
 from torch import Tensor
 
-from kfac_tn.tn.gram.symmetric import SymmetricSum
-from kfac_tn.tn.gram.windows import Windows, fit, unfold
+from kfac_tn.tn.gram.symmetric import SymmetricSum, rows_at_once
+from kfac_tn.tn.gram.windows import Windows, fit, padded_size, unfold
 
 LEAST_CHUNK = 2**18
 """Elements of a chunk that are never too many: less work would not be worth a launch."""
+
+LEAST_TERMS = 512
+"""Terms of a chunk's products, at the least, where results are large: each is added to them."""
+
+SCRATCH = 2**17
+"""Elements that a product takes besides, whatever its size: a library's own memory."""
 
 IN_PLACE = 1024
 """Positions from which on single examples are multiplied where they are, instead of copied."""
 
 
 def gram_by_unfolding(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -> Tensor:
-    """Unfold and multiply, in chunks that hold at most as many elements as the tensor itself.
+    """Unfold and multiply, in chunks.
 
     Args:
         x: `[shared, examples, channels, *sizes]`.
@@ -30,17 +38,23 @@ def gram_by_unfolding(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.
     Returns:
         `[shared, d, d]`, `d = channels * prod(kernel sizes)`.
     """
-    outputs = [window.output_size for window in windows] or [x.shape[3]]
-    groups, *_ = division(x.shape[:3], windows, prod(outputs))
-    parts = [_gram(part, windows, scale) for part in x.split(groups)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _gram(x: Tensor, windows: tuple[Windows, ...], scale: float) -> Tensor:
+    positions = prod(window.output_size for window in windows) if windows else x.shape[3]
+    groups, *at_once = division(x.shape[:3], windows, positions)
+    if groups >= len(x):
+        return _gram(x, windows, at_once, scale)
     size = x.shape[2] * prod(window.kernel_size for window in windows)
+    result = x.new_empty(len(x), size, size)
+    for start in range(0, len(x), groups):
+        part = x[start : start + groups]
+        result[start : start + groups] = _gram(part, windows, at_once, scale)
+    return result
+
+
+def _gram(x: Tensor, windows: tuple[Windows, ...], at_once: list[int], scale: float) -> Tensor:
     total = SymmetricSum()
     few: float | None = None
-    for columns in _columns(x, windows, size):
+    for columns in _columns(x, windows, *at_once):
+        size = columns.shape[1]
         if few is None:  # the smaller of columns and result is scaled
             few = scale if columns.shape[-1] < size else 1.0
         total.add(columns, few)
@@ -65,33 +79,48 @@ def division(
             return shared, examples, outputs  # a view
         if positions >= max(IN_PLACE, channels):
             return shared, 1, outputs
-    elements = prod(window.size for window in windows) if windows else positions
-    limit = max(shared * examples * channels * elements, LEAST_CHUNK)
-    columns = limit // (channels * prod(window.kernel_size for window in windows))
-    if columns >= examples * positions:  # groups are independent: their results needn't be added
-        return min(shared, columns // (examples * positions)), examples, outputs
-    if columns >= positions or not windows:
-        return 1, max(1, columns // positions), outputs
-    return 1, 1, max(1, columns * outputs // positions)
+    kernel = prod(window.kernel_size for window in windows)
+    size, padded = channels * kernel, channels * padded_size(windows, positions)
+    allowed = shared * examples * padded
+    # An example is copied (with zeros around it first), then multiplied, a block of rows at a time.
+    rows = rows_at_once(size)
+    copied = size * positions + padded * any(max(window.overhang) > 0 for window in windows)
+    multiplied, product = (size + rows) * positions, size * rows + SCRATCH
+    groups = shared
+    while groups > 1:  # independent: their results needn't be added
+        count = groups * examples
+        held = max(count * copied, count * multiplied + groups * product)
+        if held + (groups < shared) * groups * size**2 <= allowed:
+            return groups, examples, outputs
+        groups //= 2
+    share = min(allowed / copied, (allowed - product) / multiplied)  # of examples
+    share = max(share, LEAST_CHUNK / (size * positions), min(LEAST_TERMS, size) / positions)
+    if share >= 1 or not windows:
+        chunks = -(-examples // max(1, int(share)))
+        return 1, -(-examples // chunks), outputs
+    return 1, 1, max(1, int(share * outputs))
 
 
-def _columns(x: Tensor, windows: tuple[Windows, ...], size: int) -> Iterator[Tensor]:
+def _columns(
+    x: Tensor, windows: tuple[Windows, ...], examples: int, outputs: int
+) -> Iterator[Tensor]:
     """The unfolded tensor, `[shared, d, columns]`, in chunks."""
-    outputs = [window.output_size for window in windows] or [x.shape[3]]
-    shared = len(x)
-    _, count, rows = division(x.shape[:3], windows, prod(outputs))
-    for chunk in x.split(count, 1):
-        for start in range(0, outputs[0], rows):
-            columns = chunk
-            if windows:
-                first, *others = windows
-                first = first._replace(
-                    start=first.start + start * first.stride,
-                    output_size=min(rows, outputs[0] - start),
-                )
-                part = (first, *others)
-                columns = unfold(fit(chunk, 3, part), 3, part)
-            # From [shared, examples, channels, *kernels, *outputs]:
-            axes = range(2, columns.ndim)
-            kernels, rest = axes[: 1 + len(windows)], axes[1 + len(windows) :]
-            yield columns.permute(0, *kernels, 1, *rest).reshape(shared, size, -1)
+    size = windows[0].output_size if windows else outputs
+    for chunk in x.split(examples, 1):
+        for start in range(0, size, outputs):
+            yield _unfolded(chunk, windows, start, min(outputs, size - start))
+
+
+def _unfolded(chunk: Tensor, windows: tuple[Windows, ...], start: int, outputs: int) -> Tensor:
+    """Some outputs along the first axis; zeros are put around for them alone."""
+    columns = chunk
+    if windows:
+        first, *others = windows
+        first = first._replace(start=first.start + start * first.stride, output_size=outputs)
+        part = (first, *others)
+        columns = unfold(fit(chunk, 3, part), 3, part)
+    # From [shared, examples, channels, *kernels, *outputs]:
+    axes = range(2, columns.ndim)
+    kernels, rest = axes[: 1 + len(windows)], axes[1 + len(windows) :]
+    size = prod(columns.shape[axis] for axis in kernels)
+    return columns.permute(0, *kernels, 1, *rest).reshape(len(chunk), size, -1)

@@ -76,6 +76,13 @@ def fit(x: Tensor, first_axis: int, windows: tuple[Windows, ...]) -> Tensor:
     return x
 
 
+def padded_size(windows: tuple[Windows, ...], positions: int) -> int:
+    """Positions along all axes, with the zeros that windows see; without windows, as they are."""
+    if not windows:
+        return positions
+    return prod(window.size + sum(max(end, 0) for end in window.overhang) for window in windows)
+
+
 @dataclass(frozen=True)
 class Cell:
     """Pairs of positions along one axis that belong to the same blocks.
