@@ -80,7 +80,8 @@ class CurvatureEstimator:
         own = self.others if options.other_curvature == "diagonal" else []
         self._own = {other.parameter: other.block() for other in own}
         self.curved = [*self.blocks, *self._own.values()]  # all that may have curvature
-        self._covered = {p for block in self.blocks for p in block.parameters.values()}
+        self.layer_of = {p: i for i, b in enumerate(self.curved) for p in b.parameters.values()}
+        self._covered = set(self.layer_of)
         self._covered.update(other.parameter for other in self.others)
         self._layouts = {block: (layout_of(block), block.parameters) for block in self.curved}
         self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
@@ -252,11 +253,11 @@ class CurvatureEstimator:
         Only for layers all of whose trainable parameters have a gradient. Layers that have no
         curvature yet are missing in the result, and the user is told once.
         """
-        matrices: dict[LayerBlock, Tensor] = {}
+        columns: dict[LayerBlock, Columns] = {}
         for block, (layout, parameters) in self._layouts.items():
             named = {name: gradients[p] for name, p in parameters.items() if p in gradients}
             if len(named) == len(parameters):
-                matrices[block] = layout.to_matrix(named)
+                columns[block] = layout.to_columns(*named.values())
             elif named:
                 self.warn(
                     f"Of layer '{block.name}' only {sorted(named)} has a gradient, so it is used "
@@ -265,18 +266,18 @@ class CurvatureEstimator:
         results: dict[LayerBlock, Columns] = {}
         for moving in self._moving:
             results.update(
-                moving.directions({b: matrices[b] for b in moving.blocks if b in matrices})
+                moving.directions({b: columns[b] for b in moving.blocks if b in columns})
             )
-        for block in matrices.keys() - results.keys():
+        for block in columns.keys() - results.keys():
             self.warn(
                 f"Layer '{block.name}' has a gradient, but no call of it was seen by the loss: it "
                 "is trained without curvature. Was its weight used without calling the module, or "
                 "is there another loss?"
             )
         directions: dict[Parameter, Tensor] = {}
-        for block, columns in results.items():
+        for block, result in results.items():
             layout, parameters = self._layouts[block]
-            for name, value in layout.from_columns(*columns).items():
+            for name, value in layout.from_columns(*result).items():
                 directions[parameters[name]] = value
         return directions
 

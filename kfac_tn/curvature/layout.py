@@ -54,17 +54,21 @@ class Layout:
         channels = self.weight_shape[0] // self.groups
         return channels, self.rows, self.columns // channels
 
-    def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """``[*batch, G, d_out, d_in]`` of a weight (and bias) by name, ``[*batch, *shape]``."""
-        weight = tensors[self.weight_name]
+    def to_columns(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The columns of a weight, and that of the bias: ``[*batch, G, d_out, columns]`` each."""
         batch = weight.shape[: weight.ndim - len(self.weight_shape)]
+        rows = self.rows
         if self.transposed:
             weight = weight.reshape(*batch, self.groups, *self._channels_first).transpose(-3, -2)
-        matrix = weight.reshape(*batch, self.groups, self.rows, self.columns)
-        if self.bias_name is None:
-            return matrix
-        bias = tensors[self.bias_name].reshape(*batch, self.groups, self.rows, 1)
-        return torch.cat([matrix, bias], dim=-1)
+        columns = weight.reshape(*batch, self.groups, rows, self.columns)
+        if bias is None:
+            return (columns,)
+        return columns, bias.reshape(*batch, self.groups, rows, 1)
+
+    def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``[*batch, G, d_out, d_in]`` of a weight (and bias) by name, ``[*batch, *shape]``."""
+        columns = self.to_columns(*(tensors[name] for name in self.names))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
         """The inverse of ``to_matrix``."""

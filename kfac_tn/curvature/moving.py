@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from kfac_tn.curvature.kronecker import pi_shares
 from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
 from kfac_tn.moments import Basis
-from kfac_tn.tn.gemm import multiply
+from kfac_tn.tn.gemm import LEAST_PRODUCT, multiply
 
 Columns: TypeAlias = "tuple[Tensor, ...]"
 
@@ -73,8 +74,9 @@ class Moving(ABC):
         Layers that have no inverse yet are missing in the result.
         """
 
-    def directions(self, matrices: Mapping[LayerBlock, Tensor]) -> dict[LayerBlock, Columns]:
-        """As ``precondition``: the columns of the weight, and that of the bias if there is one."""
+    def directions(self, columns: Mapping[LayerBlock, Columns]) -> dict[LayerBlock, Columns]:
+        """As ``precondition``, of and by columns: those of the weight, and the bias' if any."""
+        matrices = {block: _joined(each) for block, each in columns.items()}
         return {
             block: (matrix,) if block.bias is None else (matrix[..., :-1], matrix[..., -1:])
             for block, matrix in self.precondition(matrices).items()
@@ -302,26 +304,43 @@ class MovingFactors(KroneckerMoving):
 
         Layers that have no inverse yet are missing in the result.
         """
-        return {b: torch.cat(columns, -1) for b, columns in self.directions(matrices).items()}
+        columns = {block: (matrix,) for block, matrix in matrices.items()}
+        return {block: _joined(each) for block, each in self.directions(columns).items()}
 
-    def directions(self, matrices: Mapping[LayerBlock, Tensor]) -> dict[LayerBlock, Columns]:
+    def directions(self, columns: Mapping[LayerBlock, Columns]) -> dict[LayerBlock, Columns]:
         """As ``precondition``, by columns, each contiguous: faster in what is done with them."""
-        blocks = [b for b, slot in self._slot.items() if self.inverted[slot] and b in matrices]
-        if not blocks:
-            return {}
-        first, *others = (matrices[block] for block in blocks)
-        stacked = torch.stack([first, *others]) if others else first.unsqueeze(0)
-        stacked = stacked.to(self.input.dtype)
-        everything = len(blocks) == len(self.blocks)
-        slots: Any = slice(None) if everything else [self._slot[block] for block in blocks]
-        a, b = (
-            each[slots].flatten(0, 1) for each in (self.input_inverse, self.grad_output_inverse)
-        )
-        parts = self._products(b, stacked.flatten(0, 1), a)
-        unbound = [part.reshape(*stacked.shape[:3], -1).unbind() for part in parts]
-        return dict(zip(blocks, zip(*unbound, strict=True), strict=True))
+        blocks = [block for block in columns if self.inverted[self._slot[block]]]
+        if len(blocks) > 1 and self._gains_from_company:
+            everything = tuple(blocks) == self.blocks
+            slots: Any = slice(None) if everything else [self._slot[block] for block in blocks]
+            stacked = [
+                torch.stack(each) for each in zip(*(columns[b] for b in blocks), strict=True)
+            ]
+            parts = self._products(slots, _joined(stacked))
+            return dict(zip(blocks, zip(*map(Tensor.unbind, parts), strict=True), strict=True))
+        return {
+            block: self._products(self._slot[block], _joined(columns[block])) for block in blocks
+        }
 
-    def _products(self, b: Tensor, matrices: Tensor, a: Tensor) -> Columns:
+    @cached_property
+    def _gains_from_company(self) -> bool:
+        """Whether layers are better multiplied together: small ones share the launches.
+
+        Large ones on a CPU don't, and would be copied.
+        """
+        size = self.d_out * self.d_in * min(self.d_out, self.d_in)
+        return not self.input.is_cpu or size < LEAST_PRODUCT
+
+    def _products(self, slots: Any, matrices: Tensor) -> Columns:
+        """B^-1 M A^-1 of ``[..., G, d_out, d_in]``, by columns; slots in the leading axis."""
+        matrices = matrices.to(self.input.dtype)
+        a, b = self.input_inverse[slots], self.grad_output_inverse[slots]
+        if matrices.dim() == 3:
+            return self._each(b, matrices, a)
+        parts = self._each(b.flatten(0, 1), matrices.flatten(0, 1), a.flatten(0, 1))
+        return tuple(part.unflatten(0, matrices.shape[:2]) for part in parts)
+
+    def _each(self, b: Tensor, matrices: Tensor, a: Tensor) -> Columns:
         """B^-1 M A^-1 of ``[K, d_out, d_in]``, by columns."""
         if self.pieces != (1, 1):
             result = self._both_sides(b, matrices, a)
@@ -337,6 +356,10 @@ class MovingFactors(KroneckerMoving):
     @staticmethod
     def renew(moving: Sequence[MovingFactors], damping: float, relative: bool) -> list[str]:  # noqa: D102
         return invert(moving, damping, relative)
+
+
+def _joined(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), -1)
 
 
 def invert(moving: Iterable[MovingFactors], damping: float, relative: bool) -> list[str]:

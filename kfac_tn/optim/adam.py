@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+_STATE = ("step", "exp_avg", "exp_avg_sq")
+
 
 def adam_updates(
     groups: Iterable[Mapping[str, Any]],
@@ -26,7 +28,8 @@ def adam_updates(
         states: ``step`` (on the CPU: read without waiting for a device), ``exp_avg`` and
             ``exp_avg_sq`` of each parameter, as in ``torch.optim.Adam``; made where missing.
         gradients: Of the parameters that take a step.
-        corrected: Whether the first moments are wanted corrected, or as they are: the state itself.
+        corrected: Whether the first moments are wanted corrected, or as they are: the state itself
+            (which it also is where the correction is none, rounded). Don't modify them.
 
     Returns:
         m / (1 - beta1^t) and that over sqrt(v / (1 - beta2^t)) + eps (Kingma & Ba 2015), by
@@ -46,25 +49,21 @@ def adam_updates(
         chosen = [p for p in group["params"] if p in gradients]
         if not chosen:
             continue
-        for p in chosen:
-            if not states[p]:
-                states[p]["step"] = torch.zeros(())
-                states[p]["exp_avg"] = torch.zeros_like(p, dtype=accurate(p))
-                states[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=accurate(p))
-        mine = [states[p] for p in chosen]
-        grads = [gradients[p].to(accurate(p)) for p in chosen]
-        first = [state["exp_avg"] for state in mine]
-        second = [state["exp_avg_sq"] for state in mine]
-        steps = [state["step"] for state in mine]
+        mine = [states[p] or _start(p, states[p]) for p in chosen]
+        grads = [gradients[p] for p in chosen]
+        if any(g.dtype is not s["exp_avg"].dtype for g, s in zip(grads, mine, strict=True)):
+            grads = [g.to(s["exp_avg"].dtype) for g, s in zip(grads, mine, strict=True)]
+        steps, first, second = ([s[name] for s in mine] for name in _STATE)
         torch._foreach_add_(steps, 1)
-        fused = _fused(group, steps, grads, first, second)
-        if fused is None:
+        results = _fused(group, steps, grads, first, second)
+        if results is None:
             beta1, beta2 = group["betas"]
             torch._foreach_lerp_(first, grads, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        averages = _corrected(group, steps, first) if corrected or fused is None else first
-        results = _quotients(group, steps, averages, second) if fused is None else fused
+        averages = _corrected(group, steps, first) if corrected or results is None else first
+        if results is None:
+            results = _quotients(group, steps, averages, second)
         moments.update(zip(chosen, averages if corrected else first, strict=True))
         updates.update(zip(chosen, results, strict=True))
     return moments, updates
@@ -91,10 +90,20 @@ def current_updates(
     return moments, updates
 
 
+def _start(parameter: Parameter, state: dict[str, Any]) -> dict[str, Any]:
+    """Make the state of a parameter that takes its first step."""
+    state["step"] = torch.zeros(())
+    for name in _STATE[1:]:
+        state[name] = torch.zeros_like(parameter, dtype=accurate(parameter))
+    return state
+
+
 def _corrected(group: Mapping[str, Any], steps: list[Tensor], first: list[Tensor]) -> list[Tensor]:
     """First moments over 1 - beta1^t."""
-    beta1 = group["betas"][0]
-    return list(torch._foreach_div(first, [1 - beta1 ** int(step) for step in steps]))
+    powers = [group["betas"][0] ** step for step in torch.stack(steps).tolist()]
+    if all(2 * power < torch.finfo(m.dtype).eps for power, m in zip(powers, first, strict=True)):
+        return first
+    return list(torch._foreach_div(first, [1 - power for power in powers]))
 
 
 def _quotients(
@@ -103,7 +112,8 @@ def _quotients(
     """Corrected moments over sqrt(v / (1 - beta2^t)) + eps."""
     beta2 = group["betas"][1]
     roots = torch._foreach_sqrt(second)
-    torch._foreach_div_(roots, [(1 - beta2 ** int(step)) ** 0.5 for step in steps])
+    powers = [beta2**step for step in torch.stack(steps).tolist()]
+    torch._foreach_div_(roots, [(1 - power) ** 0.5 for power in powers])
     torch._foreach_add_(roots, group["eps"])
     return list(torch._foreach_div(corrected, roots))
 
@@ -121,9 +131,8 @@ def _fused(
     """
     dtype = grads[0].dtype
     if not all(
-        tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous()
-        for tensors in (grads, first, second)
-        for tensor in tensors
+        tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()
+        for tensor in (*grads, *first, *second)
     ):
         return None
     updates = [torch.zeros_like(gradient) for gradient in grads]

@@ -79,29 +79,31 @@ class Adaptive(StepRule):
     def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
         if not proposal.directions:
             return torch.ones(())
-        parameters = list(proposal.directions)
-        directions = [proposal.directions[p] for p in parameters]
-        given = torch.stack(torch._foreach_norm(directions))
-        adam = torch.stack(torch._foreach_norm([proposal.references[p] for p in parameters]))
-        rates = [proposal.lrs[p] for p in parameters]
-        # Of learning rates that differ by group, the model sees the ratios.
-        largest = max(rates)
-        weights = torch.tensor([r / largest if largest else 1.0 for r in rates]).to(given)
-        slopes = torch._foreach_mul(directions, [proposal.gradients[p] for p in parameters])
-        sums = torch.stack([product.sum() for product in slopes]) * weights
-
-        bound = self.radius * _ratios(proposal, parameters, adam, given, weights, self.spread)
-        if proposal.replay is not None:
-            trial = torch._foreach_mul(directions, list((bound * weights).unbind()))
-            form = proposal.replay.form(
-                dict(zip(parameters, trial, strict=True)), proposal.estimator.capture
-            )
-            self._average(form / (bound.square() * weights * sums).sum())
+        parameters, directions = list(proposal.directions), list(proposal.directions.values())
+        references = [proposal.references[p] for p in parameters]
+        norms = torch.stack(torch._foreach_norm([*references, *directions])).view(2, -1)
+        adam, given = norms.unbind()
+        weights = _weights([proposal.lrs[p] for p in parameters], given)
+        seen = norms if weights is None else norms * weights
+        layers = [proposal.estimator.layer_of[p] for p in parameters]
+        bound = self.radius * _ratios(seen, layers, self.spread)
+        best: float | Tensor = self.share / self.lr
+        if weights is not None or proposal.replay is not None:
+            slopes = torch._foreach_mul(directions, [proposal.gradients[p] for p in parameters])
+            sums = torch.stack([product.sum() for product in slopes])
+            if weights is not None:
+                sums *= weights
+                best = best * sums.sum() / (weights * sums).sum()
+            if proposal.replay is not None:
+                bounds = bound if weights is None else bound * weights
+                trial = torch._foreach_mul(directions, list(bounds.unbind()))
+                form = proposal.replay.form(
+                    dict(zip(parameters, trial, strict=True)), proposal.estimator.capture
+                )
+                self._average(form / (bound * bounds * sums).sum())
         excess = self.excess.to(given)
-        best = self.share / self.lr * sums.sum() / (excess * (weights * sums).sum())
-        scales = torch.where(bound < best, bound, best.expand_as(bound))
-        grafted = torch.where(given > 0, adam / given, torch.zeros_like(given))
-        scales = torch.where(excess.isfinite(), scales, grafted).nan_to_num(0.0, 0.0, 0.0)
+        scales = torch.where(excess.isnan(), adam / given, torch.minimum(bound, best / excess))
+        scales = scales.nan_to_num(0.0, 0.0, 0.0)  # of directions that are zero
         torch._foreach_mul_(directions, list(scales.unbind()))
         return scales
 
@@ -119,19 +121,28 @@ class Adaptive(StepRule):
         self.excess = state["excess"].clone()
 
 
-def _ratios(
-    proposal: Proposal,
-    parameters: list[Any],
-    adam: Tensor,
-    given: Tensor,
-    weights: Tensor,
-    spread: float,
-) -> Tensor:
-    """Norms of Adam's update over those of directions: of layers, the model, or between."""
-    layers = {p: i for i, b in enumerate(proposal.estimator.curved) for p in b.parameters.values()}
-    index = torch.tensor([layers[p] for p in parameters]).to(given.device)
-    norms = torch.stack([adam, given]).mul(weights).square()
-    by_layer = norms.new_zeros(2, len(proposal.estimator.curved)).index_add_(1, index, norms)
-    of_layers, of_model = by_layer[:, index].sqrt(), norms.sum(1).sqrt()
-    layer, model = of_layers[0] / of_layers[1], of_model[0] / of_model[1]
-    return (layer**spread * model ** (1 - spread)).nan_to_num(0.0, 0.0, 0.0)
+def _weights(lrs: list[float], like: Tensor) -> Tensor | None:
+    """Of learning rates that differ by group, the model sees the ratios; None if all are one."""
+    largest = max(lrs)
+    if not largest or min(lrs) == largest:
+        return None
+    return torch.tensor([lr / largest for lr in lrs]).to(like)
+
+
+def _ratios(norms: Tensor, layers: list[int], spread: float) -> Tensor:
+    """Norms of Adam's update over those of directions: of layers, the model, or between.
+
+    Args:
+        norms: Of both, ``[2, parameters]``.
+        layers: Numbers of the parameters' layers.
+        spread: Share of the layers'.
+    """
+    squares, places = norms.square(), torch.tensor(layers).to(norms.device)
+    by_layer = squares.new_zeros(2, max(layers) + 1).index_add_(1, places, squares)
+    layer, model = (_quotient(each.sqrt()) for each in (by_layer, by_layer.sum(1)))
+    return (layer**spread * model ** (1 - spread)).nan_to_num(0.0, 0.0, 0.0)[places]
+
+
+def _quotient(pair: Tensor) -> Tensor:
+    above, below = pair.unbind()
+    return above / below
