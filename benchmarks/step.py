@@ -5,10 +5,11 @@
 The problems of `training.py`, at its batch sizes, and a small ViT and GPT (`model_zoo.py`, batches
 of 8, random data). AdamW is torch's default (on the CPU a loop over the parameters); its fused form
 stands beside it. Each optimizer trains its own copy of a model in one process, a few steps at a
-time, in turn: whatever else the machine does meets all alike. KFAC's steps are of three kinds, and
-each is measured: those that renew nothing, those with statistics, those with inverses. Amortized is
-the first plus what the others take more, divided by their intervals. (The first steps, in which
-curvature is renewed more often, are not in it: their share depends on the length of a training.)
+time, in turn: whatever else the machine does meets all alike. KFAC's steps are of four kinds, and
+each is measured: those that renew nothing, those with statistics, those in which the step rule
+measures the curvature along its direction, those with inverses. Amortized is the first plus what
+the others take more, divided by their intervals. (The first steps, in which curvature is renewed
+more often, are not in it: their share depends on the length of a training.)
 The bound is what no arrangement of KFAC's exact float32 products could beat on the machine at hand:
 (AdamW's time + the products alone, measured as bare matrix products) / AdamW's time. The state is
 what the optimizer keeps between steps.
@@ -32,6 +33,7 @@ from training_problems import TASKS
 
 import kfac_tn
 from kfac_tn.layers import partition
+from kfac_tn.optim import Adaptive
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, nn.Module], Optimizer]] = {
     "AdamW": lambda model, loss_fn: torch.optim.AdamW(model.parameters(), lr=1e-3),
@@ -41,7 +43,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, nn.Module], Optimizer]] = {
     "KFAC-expand": lambda model, loss_fn: kfac_tn.KFAC(model, loss_fn, approximation="expand"),
     "KFAC-reduce": lambda model, loss_fn: kfac_tn.KFAC(model, loss_fn, approximation="reduce"),
 }
-KINDS = ("idle", "statistics", "inverses")
+KINDS = ("idle", "statistics", "measurement", "inverses")
+NEVER = 10**9
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,12 @@ class Training:
             self.run("idle")
 
     @property
-    def intervals(self) -> tuple[int, int]:
-        """Steps between statistics, and between inverses."""
-        optimizer = self.optimizer
-        return optimizer.diagnostics().intervals if isinstance(optimizer, kfac_tn.KFAC) else (1, 1)
+    def intervals(self) -> tuple[int, ...]:
+        """Steps between statistics, between measurements, and between inverses."""
+        if not isinstance(self.optimizer, kfac_tn.KFAC):
+            return (1, 1, 1)
+        statistics, inverses = self.optimizer.diagnostics().intervals
+        return statistics, Adaptive().interval, inverses
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -114,11 +119,15 @@ class Training:
         return 1e3 * (end - start), 1e3 * (end - before)
 
     def _choose(self, optimizer: kfac_tn.KFAC, kind: str) -> None:
-        """Set the counter of steps to where just this is due."""
-        estimator = optimizer._estimator
+        """Set the counter of steps, and what depends on it, to where just this is due."""
+        estimator, rule, replay = optimizer._estimator, optimizer._rule, optimizer._replay
+        assert isinstance(rule, Adaptive)
+        assert replay is not None
         late = 1000 * estimator.intervals[1]
         estimator.steps = late if kind == "inverses" else late + 1
         estimator.capture.armed = kind == "statistics"
+        rule.interval = 1 if kind == "measurement" else NEVER
+        replay.armed = kind == "measurement"
 
     def _now(self) -> float:
         if self.device == "cuda":
@@ -208,13 +217,14 @@ def table(rows: list[dict]) -> str:
     """The numbers, AdamW's intervals left out."""
     head = [
         "problem", "optimizer", "ms per step", "ratio to AdamW", "bound", "idle, ms",
-        "of it in step()", "statistics, ms", "inverses, ms", "intervals", "state, in parameters",
+        "of it in step()", "statistics, ms", "measurement, ms", "inverses, ms", "intervals",
+        "state, in parameters",
     ]  # fmt: skip
 
     def cell(row: dict, name: str) -> object:
         value = row.get(name)
         if name == "intervals":
-            return "{} / {}".format(*row[name]) if row["bound"] else ""
+            return " / ".join(map(str, row[name])) if row["bound"] else ""
         return "" if value is None else value
 
     return markdown(head, [[cell(row, name) for name in head] for row in rows])
@@ -235,7 +245,8 @@ def plot(rows: list[dict], path: Path) -> None:
         ax.bar(places, [row["ratio to AdamW"] for row in mine], 0.19, label=name)
     bounds = [row["bound"] for row in mine]
     label = "AdamW and the exact products"
-    ax.scatter([n + 0.2 for n in range(len(titles))], bounds, 60, "black", "_", label=label)
+    places = [n + 0.2 for n in range(len(titles))]
+    ax.scatter(places, bounds, s=60, c="black", marker="_", label=label)
     shown = [title.split(" on ")[0].split(",")[0] for title in titles]
     digits = ["\n(digits)" if "digits" in title else "" for title in titles]
     labels = [name + more for name, more in zip(shown, digits, strict=True)]

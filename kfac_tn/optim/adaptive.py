@@ -49,7 +49,7 @@ class Adaptive(StepRule):
 
     natural = False
     needs_batch = True
-    without_batch = "takes the steps of 'graft'"
+    without_batch = "the step rule takes the steps of 'graft'"
 
     def __init__(
         self,

@@ -106,11 +106,7 @@ class Replay:
         self.discard()
         self._batches = complete
         if self.required and not self._batches:
-            raise RuntimeError(
-                "This rule computes the loss once more, which it can't: the loss module wasn't "
-                "called on the model's output itself (or a view of it with another shape). Call "
-                "loss_fn(model(x), y), or choose step_rule='graft' and a fixed damping."
-            )
+            raise RuntimeError(without_batch("the rule that needs it can't go on"))
         return bool(self._batches)
 
     def change(self, capture: Capture, closure: Callable[[], float] | None = None) -> float:
@@ -327,10 +323,11 @@ def _is_view(tensor: Tensor, base: Tensor) -> bool:
     return whole and tensor.data_ptr() == base.data_ptr()
 
 
-def without_batch(instead: str) -> str:
+def without_batch(consequence: str) -> str:
     """What the user is told where a rule wants the batch of a step and there is none."""
     return (
         "The batch of a step can't be recorded: the loss module wasn't called on the model's "
-        f"output itself (or a view of it with another shape), so the step rule {instead}. Call "
-        "loss_fn(model(x), y), or choose a step rule that needs no batch, as step_rule='graft'."
+        f"output itself (or a view of it with another shape), so {consequence}. Call "
+        "loss_fn(model(x), y), or choose rules that need no batch: step_rule='graft' and a fixed "
+        "damping."
     )

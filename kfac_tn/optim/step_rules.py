@@ -50,7 +50,7 @@ class StepRule(ABC):
         needs_batch: Whether it ever computes with the batch.
         any_length: Whether it gives directions a length that theirs has no part in, so that they,
             and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
-        without_batch: What it does where there is none; empty where it can do nothing.
+        without_batch: What follows where there is none, for a message; empty: an error.
     """
 
     lr = 1e-2
