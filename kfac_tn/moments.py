@@ -74,7 +74,7 @@ def second_moment(basis: Basis, pairs: Sequence[tuple[Call, Tensor]]) -> Tensor:
     """Sum over examples of a layer's squared gradients in a basis, ``[G, d_out, d_in]``.
 
     To its weight, the calls of a layer are further shared positions. Examples come in chunks whose
-    rows and gradients (and as much again, for their rotations) stay within a limit.
+    rows (and as much again, for their rotations) stay within a limit.
 
     Args:
         basis: The basis.
@@ -87,9 +87,9 @@ def second_moment(basis: Basis, pairs: Sequence[tuple[Call, Tensor]]) -> Tensor:
     joint = block.bias is not None
     d_in, d_out = block.input_dim + joint, block.grad_output_dim
     positions = sum(call.positions for call, _ in pairs)
-    written = positions * (d_in + d_out) + (d_in * d_out if positions > 1 else 0)
+    written = block.groups * positions * (d_in + d_out)
     itemsize = common.accumulation_dtype(pairs[0][1]).itemsize
-    size = max(1, common.UNFOLD_BYTES // (2 * block.groups * written * itemsize))
+    size = max(1, common.UNFOLD_BYTES // (2 * 2 * written * itemsize))  # half is for gradients
     total: Tensor | None = None
     for start in range(0, count, size):
         part = slice(start, start + size) if size < count else ...

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfac_tn.functional.common import cast, full_precision
+from kfac_tn.tn import gemm
 
 
 def split_rows(rows: Tensor, pieces: int) -> Tensor:
@@ -76,7 +77,7 @@ def multiply_blocks(rows: Tensor, matrix: Tensor) -> Tensor:
     groups, count, _ = rows.shape
     pieces, size = matrix.shape[0] // groups, matrix.shape[-1]
     if pieces == 1:
-        return torch.bmm(rows, matrix)
+        return gemm.multiply(rows, matrix)
     if size == 1:
         return rows * matrix.view(groups, 1, pieces)
     columns = split_rows(rows, pieces).transpose(1, 2).flatten(0, 1)

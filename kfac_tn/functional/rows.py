@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kfac_tn.functional.blocks import multiply_blocks
+from kfac_tn.functional import common
 from kfac_tn.functional.common import cast, check, full_precision
 from kfac_tn.functional.networks import Geometry, evaluate
 from kfac_tn.functional.products import append_one
@@ -177,6 +178,7 @@ def rotated_second_moment(
     The gradient of one example is sum_r g_r a_r^T over its positions; EKFAC's eigenvalues are the
     sums of the squared entries of Q_B^T (sum_r g_r a_r^T) Q_A (George et al. 2018, Eq. 10).
     Each side is rotated where that takes fewer products: before its rows are contracted, or after.
+    Gradients are formed for a few examples at a time.
     Without shared positions no gradient is formed at all: a square of g a^T is the product of the
     squares.
 
@@ -205,12 +207,21 @@ def rotated_second_moment(
         g = _multiply_rows(g, grad_output_vectors)
     if positions == 1:
         return g.squeeze(2).square().mT @ a.squeeze(2).square()
-    gradients = g.mT @ a
-    if not a_first:
-        gradients = _multiply_rows(gradients, input_vectors)
-    if not g_first:
-        gradients = _multiply_rows(gradients.mT, grad_output_vectors).mT
-    return gradients.square().sum(1)
+    example = len(a) * a.shape[-1] * g.shape[-1] * a.itemsize
+    size = max(
+        1, common.UNFOLD_BYTES // (4 * 2 * example)
+    )  # a gradient, and its rotation or square
+    total: Tensor | None = None
+    for some_a, some_g in zip(a.split(size, 1), g.split(size, 1), strict=True):
+        gradients = some_g.mT @ some_a
+        if not a_first:
+            gradients = _multiply_rows(gradients, input_vectors)
+        if not g_first:
+            gradients = _multiply_rows(gradients.mT, grad_output_vectors).mT
+        moment = gradients.square_().sum(1)
+        total = moment if total is None else total.add_(moment)
+    assert total is not None
+    return total
 
 
 def _multiply_rows(rows: Tensor, matrix: Tensor | None) -> Tensor:
