@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.functional import common
+from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.functional.common import cast, check, full_precision
 from kfac_tn.functional.networks import Geometry, evaluate
 from kfac_tn.functional.products import append_one
