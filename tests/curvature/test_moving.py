@@ -43,9 +43,12 @@ def test_averages_are_corrected_for_their_start(decay):
             torch.testing.assert_close(getattr(moving.factors(block), name), expected)
 
 
+@pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
-def test_batched_layers_equal_single_ones_and_the_dense_inverse(relative):
+def test_batched_layers_equal_single_ones_and_the_dense_inverse(relative, large, monkeypatch):
     torch.manual_seed(0)
+    if large:  # whose products aren't made together
+        monkeypatch.setattr("kfac_tn.curvature.moving.LEAST_PRODUCT", 0)
     blocks = make_blocks()
     together, alone = MovingFactors(blocks, 0.9), [MovingFactors([b], 0.9) for b in blocks]
     new = {block: random_factors() for block in blocks}
@@ -191,3 +194,24 @@ def test_the_state_is_a_copy():
     before = kept.clone()
     moving.update({block: random_factors()})
     assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("size", [8, 128])
+def test_directions_are_contiguous_columns_of_the_dense_product(size, layers):
+    torch.manual_seed(0)
+    blocks = partition(nn.ModuleList([nn.Linear(size - 1, size) for _ in range(layers)]))[0]
+    moving = MovingFactors(blocks, 0.9)
+    roots = [torch.rand(2, size, size) / size for _ in blocks]
+    moving.update(
+        {b: Factors(*(r @ r.mT).unsqueeze(1)) for b, r in zip(blocks, roots, strict=True)}
+    )
+    assert invert([moving], 0.1, True) == []
+    columns = {b: (torch.rand(1, size, size - 1), torch.rand(1, size, 1)) for b in blocks}
+    results = moving.directions(columns)
+    for slot, block in enumerate(blocks):
+        b, a = (each[slot].double() for each in (moving.grad_output_inverse, moving.input_inverse))
+        expected = b @ torch.cat(columns[block], -1).double() @ a
+        assert all(part.is_contiguous() for part in results[block])
+        actual = torch.cat(results[block], -1).double()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
