@@ -29,7 +29,13 @@ from kfac_tn.graph import Found, differentiate, find, output_edge, remember
 from kfac_tn.hooks import WeakHook, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.likelihood import Likelihood, likelihood_of
-from kfac_tn.moments import Basis, MomentCollector, check_examples_first
+from kfac_tn.moments import (
+    Basis,
+    MomentCollector,
+    check_examples_first,
+    find_shared,
+    refuse_shared,
+)
 from kfac_tn.statistics import (
     Call,
     Factors,
@@ -120,11 +126,14 @@ class Capture:
         self._basis = basis
         self._joint = joint
         self._verified = False  # that the layers' first axis is that of the examples
+        self._shared: dict[tuple[Any, ...], bool] = {}  # whether it isn't, of indices
         self.armed = True
         self.seen_loss = False
         self.seconds: dict[str, float] = {}
         self.diagonals = [other.parameter for other in diagonals]
         self._blocks = {module: block for block in blocks for module in block.modules}
+        one_hot = any(block.family.one_hot for block in self._blocks.values())
+        self._signs = one_hot or bool(self.diagonals)  # for squares of sums over examples
         self._key = object()  # marks our records among those of other captures
         self._kept: list[Call] = []
         self._reset()
@@ -301,7 +310,7 @@ class Capture:
                 self.likelihood, outputs.detach(), targets, self.mc_samples, generator, weight
             )
         columns = self.likelihood.columns(outputs.detach(), targets, weight)
-        return (random_signs(c, generator) for c in columns) if self.diagonals else iter(columns)
+        return (random_signs(c, generator) for c in columns) if self._signs else iter(columns)
 
     def _empirical(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
@@ -311,7 +320,7 @@ class Capture:
         finally:
             self.armed = True
         generator = self.generator(outputs.device)
-        yield random_signs(column, generator) if self.diagonals else column
+        yield random_signs(column, generator) if self._signs else column
 
     def _differentiate(
         self, outputs: Tensor, columns: Iterable[Tensor], scale: Tensor, task: int
@@ -342,10 +351,12 @@ class Capture:
                 self._moment_sums[block].add(moment, scale)
             for parameter, gradient in zip(self.diagonals, gradients, strict=True):
                 if gradient is not None:
+                    gradient = gradient.to_dense() if gradient.is_sparse else gradient
                     self._diagonal_sums[parameter].add(gradient.square(), scale)
 
     def _keep_until_taken(self, found: list[Found[Call]], outputs: Tensor) -> list[Call]:
         """The calls whose inputs are kept, from now on until the statistics are taken."""
+        find_shared([one for one in found if one.record.keeps], outputs, self._shared)
         self._verified = check_examples_first(found, outputs, self.fisher, self._verified)
         calls = [one.record for one in found if one.record.keeps]
         self._kept += calls
@@ -361,6 +372,7 @@ class Capture:
         one_pass = self._begin(task, scale)
         one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
         found = find(outputs, self._key)
+        refuse_shared(find_shared(found, outputs, self._shared), outputs)
         one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))
         hook = WeakHook(self, "_at_layer_backward")
         for one in found:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_tn.functional import common
-from kfac_tn.functional.rows import rotated_second_moment
 from kfac_tn.graph import Found, differentiate
 from kfac_tn.layers import LayerBlock
 from kfac_tn.statistics import Call
@@ -84,24 +85,94 @@ def second_moment(basis: Basis, pairs: Sequence[tuple[Call, Tensor]]) -> Tensor:
         RuntimeError: If an input was changed in place.
     """
     block, count = pairs[0][0].block, pairs[0][0].examples
+    rows = [(call.kept_input(), gradient) for call, gradient in pairs]
+    if any(call.shared for call, _ in pairs):
+        count, rows = 1, [(x.reshape(1, -1), g.reshape(1, -1, g.shape[-1])) for x, g in rows]
     joint = block.bias is not None
     d_in, d_out = block.input_dim + joint, block.grad_output_dim
     positions = sum(call.positions for call, _ in pairs)
     written = block.groups * positions * (d_in + d_out)
+    if block.family.one_hot:  # whose inputs aren't written, but their gradients may be
+        unit = basis.input is None or block.has_diagonal_inputs
+        written = positions * d_out + (0 if unit else d_in * d_out)
     itemsize = common.accumulation_dtype(pairs[0][1]).itemsize
     size = max(1, common.UNFOLD_BYTES // (2 * 2 * written * itemsize))  # half is for gradients
     total: Tensor | None = None
     for start in range(0, count, size):
         part = slice(start, start + size) if size < count else ...
-        inputs, grad_outputs = [], []
-        for call, gradient in pairs:
-            inputs.append(block.family.input_rows(call.module, call.kept_input()[part], joint))
-            grad_outputs.append(block.family.grad_output_rows(call.module, gradient[part]))
-        rows = _join(inputs), _join(grad_outputs)
-        moment = rotated_second_moment(*rows, basis.input, basis.grad_output)
+        moment = block.family.second_moment(
+            pairs[0][0].module,
+            [x[part] for x, _ in rows],
+            [gradient[part] for _, gradient in rows],
+            joint,
+            basis.input,
+            basis.grad_output,
+        )
         total = moment if total is None else total.add_(moment)
     assert total is not None
     return total
+
+
+def find_shared(
+    found: Sequence[Found[Call]], outputs: Tensor, known: dict[tuple[Any, ...], bool]
+) -> list[Call]:
+    """Find calls on indices that aren't each example's own, as of positions, and mark them.
+
+    Their gradients are sums over examples. Where the columns' signs are random from one example to
+    the next, squares of these have no cross terms on average: such a call is one example's.
+
+    Args:
+        found: What the outputs depend on.
+        outputs: Of the model, whose first axis is that of the examples.
+        known: What was found out earlier, by layer and shapes. A new entry takes a backward pass.
+
+    Returns:
+        The marked calls.
+    """
+    rows = outputs.shape[0] if outputs.dim() else 1
+    keys = {
+        one.record: (one.record.block, one.record.output_shape, outputs.shape)
+        for one in found
+        if one.record.block.family.one_hot
+    }
+    new = [one for one in found if one.record in keys and keys[one.record] not in known]
+    for one in new:
+        known[keys[one.record]] = rows % one.record.examples > 0 or len(one.record.output_shape) < 2
+    asked = [one for one in new if not known[keys[one.record]] and rows > 1]
+    for count, last in itertools.product({one.record.examples for one in asked}, (False, True)):
+        share = rows // count  # of what would be one example's; causal models mix one way alone
+        end = slice(rows - share, rows) if last else slice(share)
+        numbers = torch.randn(outputs[end].shape, generator=torch.Generator().manual_seed(0))
+        column = torch.zeros_like(outputs)
+        column[end] = numbers.to(column)
+
+        def receive(call: Call, gradient: Tensor, last: bool = last) -> None:
+            gradient = gradient.reshape(call.output_shape)
+            others = gradient[:-1] if last else gradient[1:]
+            if call.examples == 1 or bool(others.any()):
+                known[keys[call]] = True
+
+        mine = [one for one in asked if one.record.examples == count]
+        differentiate(outputs, column, mine, receive)
+    for call, key in keys.items():
+        call.shared = known[key]
+    return [call for call in keys if call.shared]
+
+
+def refuse_shared(calls: Iterable[Call], outputs: Tensor) -> None:
+    """Refuse calls on indices that examples share, where signs aren't random.
+
+    Raises:
+        ValueError: Naming the layer.
+    """
+    for call in calls:
+        raise ValueError(
+            f"fisher='empirical' needs each example's gradient, but layer '{call.block.name}' "
+            f"looks up indices that examples share (its output is {list(call.output_shape)}, that "
+            f"of the model {list(outputs.shape)}): give it indices with the examples in the first "
+            "axis (positions.expand(N, -1)), or use fisher='mc', or curvature='none' for this "
+            "layer."
+        )
 
 
 def check_examples_first(
@@ -126,7 +197,7 @@ def check_examples_first(
     Raises:
         ValueError: Naming the layer.
     """
-    kept = [one for one in found if one.record.keeps]
+    kept = [one for one in found if one.record.keeps and not one.record.block.family.one_hot]
     rows = outputs.shape[0] if outputs.dim() else 1
     merged = [one for one in kept if one.record.examples != rows]
     for one in merged:
@@ -165,7 +236,3 @@ def check_examples_first(
             "no normalization over them, or use curvature='kfac'."
         )
     return True
-
-
-def _join(rows: list[Tensor]) -> Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)

@@ -140,7 +140,8 @@ class Call:
 
     ``input`` is the mean of a a^T (expand), also as rows, or one average row per example (reduce);
     None once it is counted, since a loss that the user keeps for its value keeps this too. ``kept``
-    is the very input, where each example's gradient will be asked for, with its version.
+    is the very input, where each example's gradient will be asked for, with its version. ``shared``
+    is whether its first axis is found not to be that of the examples.
     """
 
     block: LayerBlock
@@ -150,6 +151,7 @@ class Call:
     examples: int
     positions: int
     keeps: bool = False
+    shared: bool = False
     kept: tuple[Tensor, int | None] | None = None
 
     def keep(self, x: Tensor) -> None:
@@ -331,7 +333,7 @@ def input_statistic(
     if few or block.approximation == "reduce":
         rows = _cut(_own(family.average_input(module, x, bias), x), pieces)
         return rows if block.approximation == "reduce" else Gram(rows)
-    if pieces == 1:
+    if pieces == 1 or block.has_diagonal_inputs:
         return _own(family.input_factor(module, x, bias), x)
     parts = _chunks(x, examples, block.groups * positions * (block.input_dim + bias))
     chunks = (family.input_rows(module, part, bias).flatten(1, 2) for part in parts)

@@ -119,8 +119,9 @@ def exact_settings(seed: int = 0) -> Iterator[Setting]:
 
     Single convolutions of every kind (1-d to 3-d, grouped, strided, dilated, transposed, every
     padding), whose output is the prediction (expand) or is averaged (reduce); deep linear networks
-    applied at every position (expand, in every layer); deep circular linear CNNs that are averaged
-    (reduce, in every layer). Joint blocks of weight and bias.
+    applied at every position (expand, in every layer), also to what an embedding gives; deep
+    circular linear CNNs that are averaged (reduce, in every layer), and an embedding that is. Joint
+    blocks of weight and bias.
 
     Args:
         seed: Of parameters and data; the global random state is left as it was.
@@ -134,6 +135,7 @@ def exact_settings(seed: int = 0) -> Iterator[Setting]:
         yield from _single_convolutions()
         yield from _pointwise_networks()
         yield from _circular_networks()
+        yield from _embeddings()
 
 
 _CONVOLUTIONS: tuple[tuple[int, dict], ...] = (
@@ -171,6 +173,13 @@ class _Pool(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).mean(2)
+
+
+class _Mean(Module):
+    """The mean over all axes but first and last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1, -2).mean(1)
 
 
 def _single_convolutions() -> Iterator[Setting]:
@@ -234,6 +243,24 @@ def _circular_networks() -> Iterator[Setting]:
             names = tuple((f"{layer}.weight", f"{layer}.bias") for layer in range(3))
             title = f"circular {dimension}-d network, {reduction}"
             yield Setting(title, model, mse, x, y, "reduce", names)
+
+
+def _embeddings() -> Iterator[Setting]:
+    for reduction in ("mean", "sum"):
+        mse = torch.nn.MSELoss(reduction=reduction)
+        for padding_idx in (None, 1):
+            options: Any = {"padding_idx": padding_idx, "dtype": torch.float64}
+            title = f"padding_idx={padding_idx}, {reduction}"
+            x = torch.randint(6, (3, 5))
+            model = torch.nn.Sequential(
+                torch.nn.Embedding(6, 2, **options), torch.nn.Linear(2, 3, dtype=torch.float64)
+            )
+            y = torch.rand(3, 5, 3, dtype=torch.float64)
+            blocks = (("0.weight",), ("1.weight", "1.bias"))
+            yield Setting(f"Embedding and Linear, {title}", model, mse, x, y, "expand", blocks)
+            pooled = torch.nn.Sequential(torch.nn.Embedding(6, 2, **options), _Mean())
+            y = torch.rand(3, 2, dtype=torch.float64)
+            yield Setting(f"pooled Embedding, {title}", pooled, mse, x, y, "reduce", blocks[:1])
 
 
 def _jacobian(outputs: Tensor, parameters: list[Tensor]) -> Tensor:

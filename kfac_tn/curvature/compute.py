@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import Module
 from kfac_tn.capture import Capture, Factors, Fisher
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
 from kfac_tn.curvature.block import Block, DiagonalBlock
+from kfac_tn.curvature.checks import refuse_scaled_gradients
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
@@ -42,9 +44,10 @@ def compute_kfac(
     r"""KFAC of a model's loss over a data set: Kronecker factors for every layer.
 
     Each layer's block is B (x) A (Martens & Grosse 2015; with weight sharing Eschenhagen et al.
-    2023). Trainable parameters without Kronecker structure (normalization, embeddings, ...) have a
-    diagonal block, estimated without bias from the same backward passes. The model is used in the
-    mode (train or eval) it is in, and is left as it was.
+    2023). Trainable parameters without Kronecker structure (normalization, ...) have a diagonal
+    block, estimated without bias from the same backward passes. (Such an estimate, not exact, is B
+    of an embedding of positions, whose indices examples share, for every Fisher.) The model is used
+    in the mode (train or eval) it is in, and is left as it was.
 
     Args:
         model: The model; called on each batch, on whatever device that is.
@@ -54,7 +57,7 @@ def compute_kfac(
             terms, a sum loss summed.
         approximation: ``"expand"`` (exact for weights shared over positions whose losses add up),
             ``"reduce"`` (for positions that are averaged, and cheaper), a dict by layer name or a
-            function of (name, module).
+            function of (name, module). Of an embedding, A is diagonal for ``"expand"``.
         fisher: ``"mc"``, ``"type-2"`` (exact, one backward pass for each output of an example),
             ``"empirical"`` or ``"forward-only"`` (B is the identity).
         mc_samples: Samples of the targets for ``"mc"``; the error falls with their square root.
@@ -66,21 +69,25 @@ def compute_kfac(
         progress_bar: Whether to show how many batches are done (by tqdm). Default: no.
         curvature: ``"kfac"``; or ``"diagonal"``: second moments of each example's gradients, the
             very diagonal of the generalised Gauss-Newton matrix for ``"type-2"``, for layers whose
-            factors would be too large. For all layers or by layer, in the ways of
-            ``approximation``. The first axis of such a layer is that of the examples.
+            factors would be too large; or ``"none"``, as if it had no Kronecker structure. For all
+            layers or by layer, in the ways of ``approximation``. The first axis of such a layer is
+            that of the examples.
         max_dim: Largest dimension of a factor, above which a layer is refused: all functions of a
             block are of whole factors. Default: 16384, which takes 1 GB in float32. None: no limit.
 
     Returns:
         The curvature; ``curvature.blocks["conv1"].input_factor`` is ``[G, d_in, d_in]``,
-        ``.grad_output_factor`` ``[G, d_out, d_out]``. Layers with diagonals have one block for each
-        parameter, under its name. Layers that the loss doesn't depend on have zero blocks.
+        ``.grad_output_factor`` ``[G, d_out, d_out]``; with ``"expand"``, each row of an embedding
+        is a group, all with one B: ``[V, 1, 1]`` and ``[1, d, d]``. Layers with diagonals have one
+        block for each parameter, under its name. Layers that the loss doesn't depend on have zero
+        blocks.
 
     Raises:
         ValueError: For unknown options, a model without trainable parameters, an empty loader,
             results that aren't finite, a loss with ``reduction="none"``, a layer larger than
-            ``max_dim``, or ``"forward-only"`` with diagonals or parameters that have no Kronecker
-            structure (freeze them, or choose another Fisher).
+            ``max_dim``, an embedding with ``scale_grad_by_freq``, or ``"forward-only"`` with
+            diagonals or parameters that have no Kronecker structure (freeze them, or choose another
+            Fisher).
         TypeError: For a loss whose likelihood isn't known; for outputs that are no tensor, or
             batches that are no pairs, and no ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.
@@ -97,6 +104,7 @@ def compute_kfac(
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias is {bias!r}: choose 'joint' or 'separate'.")
     blocks, others = partition(model, approximation, curvature)
+    refuse_scaled_gradients(model)
     _check_kinds(blocks, fisher, max_dim)
     if not blocks and not others:
         raise ValueError("The model has no trainable parameter.")
@@ -121,7 +129,7 @@ def compute_kfac(
         factors = statistics.factors.get(block) or _zero(block, joint)
         check_finite(block.name, *factors.diagonals())
         matrices = factors.input.contiguous(), factors.grad_output.contiguous()
-        computed[block.name] = KroneckerBlock(layout_of(block), *matrices, bias)
+        computed[block.name] = KroneckerBlock(matrix_layout(block), *matrices, bias)
     for other in others:
         values = statistics.diagonals.get(other.parameter)
         if values is None:
@@ -164,6 +172,16 @@ def layout_of(block: LayerBlock) -> Layout:
     )
 
 
+def matrix_layout(block: LayerBlock) -> Layout:
+    """The layout of a layer's ``KroneckerBlock``.
+
+    A diagonal input factor makes a group of each of its rows, all of them with one B: the weight's
+    columns ``[d_in, d_out, 1]`` and the factors ``[d_in, 1, 1]`` and ``[1, d_out, d_out]``.
+    """
+    layout = layout_of(block)
+    return replace(layout, groups=block.input_dim) if block.has_diagonal_inputs else layout
+
+
 def _check_kinds(blocks: Sequence[LayerBlock], fisher: Fisher, max_dim: int | None) -> None:
     """Refuse what can't be had, naming the layer."""
     for block in blocks:
@@ -177,7 +195,8 @@ def _check_kinds(blocks: Sequence[LayerBlock], fisher: Fisher, max_dim: int | No
                 "fisher='forward-only' has no gradients, but curvature is 'diagonal' for layer "
                 f"'{block.name}': use 'kfac' there, or another Fisher."
             )
-        size = max(block.joint_dim, block.grad_output_dim)
+        inputs = 1 if block.has_diagonal_inputs else block.joint_dim
+        size = max(inputs, block.grad_output_dim)
         if block.has_factors and max_dim is not None and size > max_dim:
             raise ValueError(
                 f"Layer '{block.name}' has a factor of dimension {size:,}, above max_dim="
@@ -199,10 +218,11 @@ def _diagonals(block: LayerBlock, moments: Tensor | None) -> dict[str, Block]:
 
 def _zero(block: LayerBlock, joint: bool) -> Factors:
     """Factors of a layer that the loss doesn't depend on."""
-    size = block.joint_dim if joint else block.input_dim
+    size = (block.joint_dim if joint else block.input_dim) // block.input_pieces
     outputs = block.grad_output_dim
     zeros = torch.zeros_like(block.weight, dtype=_accurate(block.weight)).new_zeros
-    return Factors(zeros(block.groups, size, size), zeros(block.groups, outputs, outputs))
+    inputs = zeros(block.groups * block.input_pieces, size, size)
+    return Factors(inputs, zeros(block.groups, outputs, outputs))
 
 
 def _accurate(parameter: Tensor) -> torch.dtype:

@@ -12,7 +12,13 @@ from torch.nn import Module
 
 from kfac_tn.capture import Capture, Fisher
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
-from kfac_tn.curvature.compute import LARGEST, check_finite, compute_kfac, go_through
+from kfac_tn.curvature.compute import (
+    LARGEST,
+    check_finite,
+    compute_kfac,
+    go_through,
+    layout_of,
+)
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
@@ -106,7 +112,9 @@ def compute_ekfac(
         moments = capture.take().moments
     blocks = dict(kfac.blocks)
     for layer, basis in eigen.items():
-        values = moments.get(layer, torch.zeros_like(basis.values))
+        values = torch.zeros_like(basis.values)
+        if layer in moments:  # whose groups may be others than the block's
+            values = basis.layout.to_matrix(layout_of(layer).from_matrix(moments[layer]))
         check_finite(layer.name, values)
         blocks[layer.name] = replace(basis, values=values)
     return Curvature(blocks, kfac.shapes)

@@ -91,10 +91,10 @@ class CurvatureEstimator:
         """Group layers of one shape, whose matrices are multiplied and inverted together."""
         shapes: dict[tuple, list[LayerBlock]] = {}
         for block in self.curved:
-            input_dim = block.input_dim + (block.bias is not None)
-            weight = block.weight
-            sizes = block.groups, block.grad_output_dim, input_dim, block.bias is not None
-            key = (block.curvature, *sizes, weight.dtype, weight.device, self._group(block))
+            sizes = block.groups, block.grad_output_dim, block.joint_dim, block.bias is not None
+            pieces = block.input_pieces, block.grad_output_pieces
+            place = block.weight.dtype, block.weight.device
+            key = (block.curvature, *sizes, *pieces, *place, self._group(block))
             shapes.setdefault(key, []).append(block)
         self._moving = [
             self._kinds[kind](blocks, self.options.factor_decay)
@@ -277,8 +277,10 @@ class CurvatureEstimator:
         directions: dict[Parameter, Tensor] = {}
         for block, result in results.items():
             layout, parameters = self._layouts[block]
-            for name, value in layout.from_columns(*result).items():
-                directions[parameters[name]] = value
+            named = layout.from_columns(*result)
+            for module in block.modules:
+                block.family.constrain(module, named[block.weight_name])
+            directions.update({parameters[name]: value for name, value in named.items()})
         return directions
 
     def dampings(self) -> dict[Parameter, Tensor]:

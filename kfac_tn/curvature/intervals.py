@@ -138,7 +138,10 @@ def layer_work(
     """
     d_in, d_out = block.joint_dim, block.grad_output_dim
     parameters, outputs = block.groups * d_in * d_out, block.groups * d_out * rows
-    forward = 2 * rows * parameters * (pace.blas if block.weight.dim() == 2 else 1)
+    looked_up = block.family.one_hot  # which takes no product
+    forward = (
+        0 if looked_up else 2 * rows * parameters * (pace.blas if block.weight.dim() == 2 else 1)
+    )
     model = 3 * forward + pace.small(
         _MODEL_LAUNCHES, _OUTPUT_PASSES * outputs + _PARAMETER_PASSES * parameters
     )

@@ -30,6 +30,8 @@ from kfac_tn.functional.conv_transpose import (
     conv_transpose_sum_grad_output,
 )
 from kfac_tn.functional.embedding import (
+    embedding_average_input,
+    embedding_input_factor,
     embedding_per_example_weight_gradient,
     embedding_weight_diagonal,
 )
@@ -66,6 +68,8 @@ __all__ = [
     "conv_transpose_sum_grad_output",
     "conv_transpose_weight_diagonal",
     "conv_weight_diagonal",
+    "embedding_average_input",
+    "embedding_input_factor",
     "embedding_per_example_weight_gradient",
     "embedding_weight_diagonal",
     "gram",

@@ -87,6 +87,6 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def concatenate(chunks: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first axis; a single chunk isn't copied."""
-    return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]
+def concatenate(chunks: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Concatenate along an axis; a single chunk isn't copied."""
+    return torch.cat(list(chunks), axis) if len(chunks) > 1 else chunks[0]

@@ -202,9 +202,9 @@ def rotated_second_moment(
     a, g = input_rows, grad_output_rows
     a_first, g_first = positions <= d_out, positions <= d_in
     if a_first:
-        a = _multiply_rows(a, input_vectors)
+        a = multiply_rows(a, input_vectors)
     if g_first:
-        g = _multiply_rows(g, grad_output_vectors)
+        g = multiply_rows(g, grad_output_vectors)
     if positions == 1:
         return g.squeeze(2).square().mT @ a.squeeze(2).square()
     example = len(a) * a.shape[-1] * g.shape[-1] * a.itemsize
@@ -215,16 +215,16 @@ def rotated_second_moment(
     for some_a, some_g in zip(a.split(size, 1), g.split(size, 1), strict=True):
         gradients = some_g.mT @ some_a
         if not a_first:
-            gradients = _multiply_rows(gradients, input_vectors)
+            gradients = multiply_rows(gradients, input_vectors)
         if not g_first:
-            gradients = _multiply_rows(gradients.mT, grad_output_vectors).mT
+            gradients = multiply_rows(gradients.mT, grad_output_vectors).mT
         moment = gradients.square_().sum(1)
         total = moment if total is None else total.add_(moment)
     assert total is not None
     return total
 
 
-def _multiply_rows(rows: Tensor, matrix: Tensor | None) -> Tensor:
+def multiply_rows(rows: Tensor, matrix: Tensor | None) -> Tensor:
     """`[groups, N, R, d]` times `[groups, d, d]` or blocks: no copy of them for each example."""
     if matrix is None:
         return rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.curvature.block import DiagonalBlock
-from kfac_tn.curvature.compute import compute_kfac, layout_of
+from kfac_tn.curvature.compute import compute_kfac, matrix_layout
 from kfac_tn.curvature.diagonal import compute_ggn_diagonal
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.per_example import compute_per_example_gradients
@@ -120,8 +120,8 @@ class KFACTNBackend(_Interface):
     def arrange(self, kfacs: list[Factors]) -> Any:
         """Factors of all segments as laplace-torch's own ``Kron``, or ours where that won't do."""
         with self._only(self.params):
-            layers, _ = partition(self.model)
-        layouts = {name: layout_of(layer) for layer in layers for name in layer.parameters}
+            layers, _ = partition(self.model, self.approximation)
+        layouts = {name: matrix_layout(layer) for layer in layers for name in layer.parameters}
         counts, orders, start = [], [], 0
         for name in self._names():
             shape = self.model.get_parameter(name).shape
@@ -350,6 +350,7 @@ def _factors(block: KroneckerBlock, factor: float, share: float) -> dict[str, li
     """The blocks of a layer's weight and bias, one for each group."""
     layout = block.layout
     outputs, inputs = factor * block.grad_output_factor, share * block.input_factor
+    outputs = outputs.expand(layout.groups, -1, -1)  # of an embedding's rows, they are one
     if layout.transposed:
         inputs = inputs.unsqueeze(1)  # see GroupedKron
     named = {layout.weight_name: [[b, a] for b, a in zip(outputs, inputs, strict=True)]}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import Module
+
+from kfac_tn.functional.common import concatenate
+from kfac_tn.functional.rows import rotated_second_moment
 
 Approximation = Literal["expand", "reduce"]
 
@@ -71,6 +75,17 @@ class LayerFamily(GradientFamily):
     """Whether the weight is ``[G * C_in, C_out, *K]``, as transposed convolutions have it: d_out is
     the second axis then, and d_in all others. Default: ``[G * d_out, *d_in]``."""
 
+    one_hot: bool = False
+    """Whether inputs are indices, which stand for one-hot vectors: the mean of their products is
+    diagonal, so ``input_factor`` gives ``[G * d_in, 1, 1]``. Default: no."""
+
+    def lacks_block(self, module: Module) -> str | None:
+        """Why a module has no Kronecker block, options considered. Default: it has one."""
+        return None
+
+    def constrain(self, module: Module, direction: Tensor) -> None:
+        """Clear, in place, what never changes of a weight from a direction. Default: nothing."""
+
     @abstractmethod
     def groups(self, module: Module) -> int:
         """Number G of independent groups, each with a factor pair of its own."""
@@ -102,6 +117,31 @@ class LayerFamily(GradientFamily):
     def grad_output_rows(self, module: Module, g: Tensor) -> Tensor:
         """The g of all examples and positions, ``[G, N, R, d_out]``: only EKFAC asks for them."""
         raise NotImplementedError(_NO_ROWS.format(type(self).__name__, type(module).__name__))
+
+    def second_moment(
+        self,
+        module: Module,
+        xs: Sequence[Tensor],
+        gs: Sequence[Tensor],
+        bias: bool,
+        input_vectors: Tensor | None,
+        grad_output_vectors: Tensor | None,
+    ) -> Tensor:
+        """Sum over examples of their squared gradients in a basis: ``[G, d_out, d_in]``.
+
+        Args:
+            module: The module.
+            xs: Inputs of all its calls: to the weight, these are further shared positions.
+            gs: Gradients at their outputs.
+            bias: Whether the bias' column is part of it.
+            input_vectors: See ``kfac_tn.functional.rows.rotated_second_moment``.
+            grad_output_vectors: There, too.
+        """
+        inputs = [self.input_rows(module, x, bias) for x in xs]
+        grad_outputs = [self.grad_output_rows(module, g) for g in gs]
+        return rotated_second_moment(
+            concatenate(inputs, 2), concatenate(grad_outputs, 2), input_vectors, grad_output_vectors
+        )
 
     def per_example_bias_gradient(self, module: Module, g: Tensor) -> Tensor:  # noqa: D102
         return self.sum_grad_output(module, g).flatten(1)

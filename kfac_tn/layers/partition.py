@@ -20,7 +20,7 @@ from kfac_tn.tn.nn import ConvNd, ConvTransposeNd, RandomizedConvNd
 ApproximationChoice: TypeAlias = (
     Approximation | Mapping[str, Approximation] | Callable[[str, Module], Approximation]
 )
-CurvatureKind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
+CurvatureKind: TypeAlias = Literal["kfac", "ekfac", "diagonal", "none"]
 LargeFactors: TypeAlias = Literal["auto", "blocks", "diagonal"]
 CurvatureChoice: TypeAlias = (
     CurvatureKind | Mapping[str, CurvatureKind] | Callable[[str, Module], CurvatureKind]
@@ -28,6 +28,7 @@ CurvatureChoice: TypeAlias = (
 
 _FAMILIES: dict[type[Module], LayerFamily] = {
     torch.nn.Linear: LinearFamily(),
+    torch.nn.Embedding: EmbeddingFamily(),
     torch.nn.Conv1d: ConvFamily(),
     torch.nn.Conv2d: ConvFamily(),
     torch.nn.Conv3d: ConvFamily(),
@@ -37,12 +38,6 @@ _FAMILIES: dict[type[Module], LayerFamily] = {
     ConvNd: ConvFamily(),
     ConvTransposeNd: ConvTransposeFamily(),
     RandomizedConvNd: ConvFamily(),
-}
-
-
-_GRADIENT_FAMILIES: dict[type[Module], GradientFamily] = {
-    **NORM_FAMILIES,
-    torch.nn.Embedding: EmbeddingFamily(),
 }
 
 
@@ -68,7 +63,7 @@ def register_layer(module_type: type[Module], family: LayerFamily) -> None:
 
 def gradient_family(module: Module) -> GradientFamily | None:
     """How a module's calls give each example's own gradient; None if that isn't known."""
-    return _FAMILIES.get(type(module)) or _GRADIENT_FAMILIES.get(type(module))
+    return _FAMILIES.get(type(module)) or NORM_FAMILIES.get(type(module))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +81,8 @@ class LayerBlock:
         bias_name: Name of the bias there, or None.
         groups: Number of groups, each with its own factor pair.
         curvature: ``"kfac"``: B (x) A; ``"ekfac"``: its eigenvectors, with second moments of
-            gradients for eigenvalues; ``"diagonal"``: the second moments along unit vectors.
+            gradients for eigenvalues; ``"diagonal"``: the second moments along unit vectors. (A
+            layer whose kind is ``"none"`` has no block.)
         max_dim: Dimension above which a factor is cut into pieces, of which only the blocks on the
             diagonal are kept; None: never.
         large_factors: ``"diagonal"``: pieces of one row; ``"blocks"``: as few as have at most
@@ -114,7 +110,14 @@ class LayerBlock:
     @property
     def input_pieces(self) -> int:
         """Into how many pieces the input factor is cut, in each group."""
-        return self._pieces(self.joint_dim, "blocks")
+        if self.has_diagonal_inputs:
+            return self.joint_dim
+        return self._pieces(self.joint_dim, "diagonal" if self.family.one_hot else "blocks")
+
+    @property
+    def has_diagonal_inputs(self) -> bool:
+        """Whether nothing but the diagonal of the input factor isn't zero."""
+        return self.family.one_hot and self.approximation == "expand"
 
     @property
     def grad_output_pieces(self) -> int:
@@ -204,7 +207,8 @@ def partition(
         model: Any module.
         approximation: ``"expand"`` or ``"reduce"`` for all layers, or a dict by layer name (every
             layer with a block must be named), or a function of name and module.
-        curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer in the same ways.
+        curvature: ``"kfac"``, ``"ekfac"``, ``"diagonal"`` or ``"none"``, or by layer in the same
+            ways.
         max_dim: See ``LayerBlock``, as for the next.
         large_factors: ``"auto"``, ``"blocks"`` or ``"diagonal"``.
 
@@ -239,9 +243,18 @@ def partition(
     owners = owners_of(model)
     blocks: list[LayerBlock] = []
     covered: set[Parameter] = set()
+    left_out: dict[Parameter, str] = {}
+    layers: list[str] = []
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if weight is None or weight in covered or _reason(weight, owners[weight]) is not None:
+        if weight is None or weight in covered or weight in left_out:
+            continue
+        if _reason(weight, owners[weight]) is not None:
+            continue
+        layers.append(name)
+        kind = _resolve("curvature", curvature, CurvatureKind, name, module)
+        if kind == "none":
+            left_out[weight] = "curvature is 'none'"
             continue
         bias = module._parameters.get("bias")
         if bias is not None and not (bias.requires_grad and _same_owners(bias, weight, owners)):
@@ -257,7 +270,7 @@ def partition(
             weight_name=names[weight],
             bias_name=None if bias is None else names[bias],
             groups=family.groups(module),
-            curvature=_resolve("curvature", curvature, CurvatureKind, name, module),
+            curvature=kind,
             max_dim=max_dim,
             large_factors=large_factors,
         )
@@ -265,17 +278,18 @@ def partition(
         covered.update(block.parameters.values())
     for option, choice in (("approximation", approximation), ("curvature", curvature)):
         named = set(choice) if isinstance(choice, Mapping) else set()
-        unknown = named - {block.name for block in blocks}
+        unknown = named - set(layers)
         if unknown:
             raise ValueError(
                 f"{option} names {sorted(unknown)}, which are no layers with a Kronecker "
-                f"block; those are {[block.name for block in blocks]}."
+                f"block; those are {layers}."
             )
     others = [
         OtherParameter(
             name,
             parameter,
-            _reason(parameter, owners[parameter])
+            left_out.get(parameter)
+            or _reason(parameter, owners[parameter])
             or _without_its_weight(parameter, owners[parameter]),
         )
         for name, parameter in model.named_parameters()
@@ -314,11 +328,15 @@ def _reason(parameter: Parameter, owners: list[Owner]) -> str | None:
         weight = module._parameters.get("weight")
         if weight is None or not weight.requires_grad:
             return "the layer's weight is frozen or no parameter of its own"
+        lacking = _FAMILIES[type(module)].lacks_block(module)
+        if lacking is not None:
+            return lacking
     first = owners[0][1]
     for name, module, attribute in owners[1:]:
         same_kind = type(module) is type(first) and attribute == owners[0][2]
         if not same_kind or module._parameters.get("bias") is not first._parameters.get("bias"):
-            return f"shared with '{name}', which is another kind of layer or has another bias"
+            kind = type(module).__name__
+            return f"shared with {kind} '{name}', another kind of layer or one with another bias"
         if _settings(module) != _settings(first):
             return f"shared with '{name}', which has other hyper-parameters"
     return None

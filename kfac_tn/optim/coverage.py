@@ -84,6 +84,8 @@ def _cut(side: str, pieces: int, size: int, block: LayerBlock) -> str:
     """What is said of a factor that is larger than its limit."""
     if pieces == 1:
         return ""
+    if side == "input" and block.has_diagonal_inputs:
+        return ", the input's a diagonal"
     rows = -(-size // pieces)
     part = "diagonal" if rows == 1 else f"{pieces} diagonal blocks of {rows}"
     return f", the {side}'s only its {part} (above max_dim={block.max_dim})"

@@ -11,11 +11,13 @@ from torch.optim import Optimizer
 
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.estimator import CurvatureEstimator
-from kfac_tn.layers import LayerBlock, partition
+from kfac_tn.layers import CurvatureChoice, LayerBlock, partition
 from kfac_tn.layers.partition import check_model
 
 
-def default_groups(model: Module, other_lr: float | None) -> list[dict[str, Any]]:
+def default_groups(
+    model: Module, other_lr: float | None, curvature: CurvatureChoice
+) -> list[dict[str, Any]]:
     """All in one group, or the parameters without Kronecker structure in one of their own.
 
     What is frozen has a place too, for the day when it isn't.
@@ -25,7 +27,7 @@ def default_groups(model: Module, other_lr: float | None) -> list[dict[str, Any]
     if other_lr is None:
         return [{"params": parameters}]
     with trainable(p for p in parameters if p.is_floating_point()):
-        blocks, _ = partition(model)
+        blocks, _ = partition(model, curvature=curvature)
     layers = {p for block in blocks for p in block.parameters.values()}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p in layers]},

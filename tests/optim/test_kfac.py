@@ -233,7 +233,7 @@ def test_parameters_without_structure_take_adamw_steps(options):
     optimizer = kfac_tn.KFAC(model, nn.CrossEntropyLoss(), **options)
     other_lr = options.get("other_lr", 1e-3 if "step_rule" in options else 0.01)
     adam = torch.optim.AdamW(twin.parameters(), other_lr, (0.9, 0.98), 1e-7, weight_decay=0.1)
-    names = [name for name, _ in model.named_parameters() if "linear" not in name]
+    names = [name for name, _ in model.named_parameters() if name.startswith(("norm", "free"))]
     for step in range(4):
         torch.manual_seed(step)
         for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
@@ -256,14 +256,20 @@ def test_default_groups():
     model = Mixed()
     assert len(kfac_tn.KFAC(model, nn.CrossEntropyLoss()).param_groups) == 1
     layers, others = kfac_tn.KFAC(model, nn.CrossEntropyLoss(), other_lr=0.5).param_groups
-    assert {id(p) for p in layers["params"]} == {id(p) for p in model.linear.parameters()}
+    expected = [model.embed.weight, *model.linear.parameters()]
+    assert {id(p) for p in layers["params"]} == {id(p) for p in expected}
     assert others["lr"] == 0.5
     assert len(layers["params"] + others["params"]) == len(list(model.parameters()))
     frozen = Mixed()
     frozen.linear.requires_grad_(False)
     layers, others = kfac_tn.KFAC(frozen, nn.CrossEntropyLoss(), other_lr=0.5).param_groups
-    assert {id(p) for p in layers["params"]} == {id(p) for p in frozen.linear.parameters()}
+    expected = [frozen.embed.weight, *frozen.linear.parameters()]
+    assert {id(p) for p in layers["params"]} == {id(p) for p in expected}
     assert (layers["lr"], others["lr"]) == (1e-2, 0.5)
+    kinds = {"embed": "none", "linear": "kfac"}
+    optimizer = kfac_tn.KFAC(model, nn.CrossEntropyLoss(), other_lr=0.5, curvature=kinds)
+    layers, others = optimizer.param_groups
+    assert {id(p) for p in layers["params"]} == {id(p) for p in model.linear.parameters()}
 
 
 def test_groups_with_options_of_their_own():

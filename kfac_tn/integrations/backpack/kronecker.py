@@ -62,7 +62,7 @@ class _KroneckerExtension(FisherExtension):
     def _quantities(
         self, module: Module, family: GradientFamily, x: Tensor, columns: Tensor, names: set[str]
     ) -> dict[str, Any]:
-        if not isinstance(family, LayerFamily):
+        if not isinstance(family, LayerFamily) or family.one_hot:
             return diagonals(module, family, x, columns, names)
         joint = self.bias == "joint" and names == {"weight", "bias"}
         g = columns.flatten(0, 1)  # to B, several columns are further examples
