@@ -13,14 +13,17 @@ from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
 from kfac_tn.tn.gram.windows import JointCell, Windows
 from kfac_tn.tn.pages import on_huge_pages
 
-CACHE = 2**18
-"""Elements that stay in a processor's cache while they are laid out."""
+CACHE = 2**19
+"""Elements that stay in a processor's cache while they are laid out, and occupy several threads."""
 
 LEAST_ROWS = 2**16
 """Elements that are laid out at once, at the least."""
 
-LITTLE = 8
-"""What part of the result is little beside it."""
+LITTLE = 2
+"""What part of the result is little beside it: such copies are gone before the result is made."""
+
+SHARE = 8, 16
+"""What part of the tensor, or of the result, is laid out at once at the most."""
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]
 """A pair of kernel positions, with one number for each axis."""
@@ -65,23 +68,31 @@ def assemble(
     shared, _, channels, *_ = x.shape
     positions = list(product(*map(range, kernels)))
     blocks: dict[Block, Tensor] = {}
+    mirrored: dict[Block, Tensor] = {}
     for members in by_offset(cells):
         for block, gram in _sums([cells[at] for at in members], [grams[at] for at in members]):
             blocks[block] = gram
             if cells[members[0]].mirrored:
-                blocks[block[::-1]] = gram.mT
+                mirrored[block[::-1]] = gram
         for at in members:
             grams[at] = x.new_empty(0)
     zero = x.new_zeros(()).expand(shared, channels, channels)
     result = x.new_empty(shared, channels, len(positions), channels, len(positions))
     on_huge_pages(result)
     # Blocks interleave: those of some rows side by side, then as they are in the matrix.
-    at_once = min(CACHE, max(x.numel() // LITTLE, LEAST_ROWS))
+    parts = x.numel() // SHARE[0], result.numel() // SHARE[1]
+    at_once = min(CACHE, max(*parts, LEAST_ROWS))
     rows = max(1, at_once // (shared * channels * len(positions)))
     for start in range(0, channels, rows):
         some = slice(start, start + rows)
+        laid_out = {block: gram[:, some] for block, gram in blocks.items()}
+        # Each is transposed once, into memory that its blocks share.
+        if mirrored:
+            each = dict.fromkeys(mirrored.values())
+            turned = dict(zip(each, torch.stack([g[:, :, some].mT for g in each]), strict=True))
+            laid_out |= {block: turned[gram] for block, gram in mirrored.items()}
         for at, k in enumerate(positions):
-            side_by_side = [blocks.get((k, other), zero)[:, some] for other in positions]
+            side_by_side = [laid_out.get((k, other), zero[:, some]) for other in positions]
             result[:, some, at] = torch.stack(side_by_side).movedim(0, -1)
     return result.view(shared, channels * len(positions), channels * len(positions))
 
