@@ -23,6 +23,11 @@ class EmbeddingFamily(LayerFamily):
     frequent each index is. KFAC-reduce takes the first axis for the examples. With ``max_norm``,
     rows are shortened before they are looked up; as torch does, that isn't differentiated. An index
     that is ``padding_idx`` stands for a vector of zeros.
+
+    Indices that all examples share, as those of positions ``[T]`` or ``[1, T]``, have gradients
+    summed over examples: with targets drawn, or signs, at random their squares are right on
+    average. Reduce takes the first axis of ``[T]`` for examples; give it ``[1, T]``. A module that
+    is called with both, shared indices and each example's own, counts the shared ones once.
     """
 
     transposed = True
