@@ -162,7 +162,8 @@ def conv_sum_grad_output(g: Tensor, groups: int = 1) -> Tensor:
                  [9.]]])
     """
     _check_channels(g, groups)
-    sums = concatenate([cast(chunk).flatten(2).sum(-1) for chunk in cast_chunks(g)])
+    positions = tuple(range(2, g.ndim))
+    sums = concatenate([cast(chunk).sum(positions) for chunk in cast_chunks(g)])
     return sums.unflatten(1, (groups, -1))
 
 

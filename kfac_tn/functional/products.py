@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kfac_tn.functional.common import cast, cast_chunks, check, full_precision
 from kfac_tn.tn import gemm
-from kfac_tn.tn.gram.symmetric import SymmetricSum
+from kfac_tn.tn.gram.symmetric import LEAST_SUM, SymmetricSum
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -31,8 +31,12 @@ def gram(rows: Tensor) -> Tensor:
                  [2., 5.]]])
     """
     check(rows, "rows", "[N, groups, d]", 3, most=3)
+    chunks = cast_chunks(rows)
     with full_precision(rows):
-        return sum_grams(cast_chunks(rows), lambda chunk: cast(chunk).permute(1, 2, 0))
+        if len(chunks) == 1 and len(rows) < LEAST_SUM:  # one product, and nothing to decide
+            columns = cast(rows).permute(1, 2, 0)
+            return gemm.multiply(columns, columns.mT)
+        return sum_grams(chunks, lambda chunk: cast(chunk).permute(1, 2, 0))
 
 
 def average_gram(rows: Tensor) -> Tensor:
