@@ -55,8 +55,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
   ones.
 - `cells`, `correlations`, `positions`, `lags`: as the first, and Gram matrices by these methods of
   `kfac_tn.tn.gram`.
-- `runs`: as the first, and sums over windows are sums over all less some at the borders; `joint`:
-  they are products with one matrix for all axes.
+- `runs`: as the first, and sums over windows along the outermost axis are sums of whole rows, less
+  some at the borders; `joint`: they are products with one matrix for all axes.
 - `convolution`: the network is a convolution or its derivative, computed by torch's own.
 
 An algorithm applies where it leads to other steps than those before it.

@@ -40,11 +40,9 @@ class Products(Draft):
                 *sorted(several, key=lambda s: s[0]), strict=True
             )
             if "runs" in self.strategy:
-                runs = [_runs(pattern) for pattern in patterns]
-                outside = [self._keep(run) for run in runs if run is not None]
-                borders = tuple(run.borders for run in runs if run is not None)
-                slot = self._step(steps.SumRuns(axes, borders), tensor.slot, *outside)
-            elif len(axes) > 1 and axes == tuple(range(axes[0], axes[-1] + 1)):
+                self._sum_classes(tensor, axes[0], others[0], matrices[0], patterns[0])
+                continue
+            if len(axes) > 1 and axes == tuple(range(axes[0], axes[-1] + 1)):
                 joint = self._keep(steps.JointMatrix(patterns))
                 step = steps.ApplyJointly(axes[0], len(axes), self._shape(others))
                 slot = self._step(step, tensor.slot, joint)
@@ -55,6 +53,20 @@ class Products(Draft):
                 indices[axis] = other
             self.values[self.values.index(tensor)] = Value(slot, tuple(indices))
             self.values = [value for value in self.values if value not in matrices]
+
+    def _sum_classes(
+        self, tensor: Value, axis: int, other: str, matrix: Value, pattern: IndexPattern
+    ) -> None:
+        """Sum along an axis what all runs of a class share: what is left is small."""
+        runs = _runs(pattern)
+        assert runs is not None
+        step = steps.SumClasses(axis, runs.step, runs.borders)
+        index = f"{tensor.indices[axis]}, classes"
+        self.size = {**self.size, index: runs.step + sum(runs.borders)}
+        indices = (*tensor.indices[:axis], index, *tensor.indices[axis + 1 :])
+        self.values[self.values.index(tensor)] = Value(self._step(step, tensor.slot), indices)
+        small = Value(self._keep(runs), (other, index), constant=True)
+        self.values[self.values.index(matrix)] = small
 
     def _absorb_matrices(self) -> None:
         """Apply constant matrices that shrink a tensor, the one with the largest saving first."""
@@ -243,7 +255,7 @@ class Products(Draft):
 
 
 def _runs(pattern: IndexPattern) -> steps.Runs | None:
-    """What a summed pattern sums, if these are neighbouring positions."""
+    """What a summed pattern sums: positions at equal distances, most of which runs share."""
     legs = {
         "k": (pattern.kernel_size, pattern.dilation),
         "o": (pattern.output_size, pattern.stride),
@@ -252,7 +264,6 @@ def _runs(pattern: IndexPattern) -> steps.Runs | None:
         return None
     length, step = legs.pop(pattern.summed)
     ((count, distance),) = legs.values()
-    if step > 1 and length > 1:
-        return None
-    runs = steps.Runs(count, distance, pattern.padding, length, pattern.input_size)
-    return runs if sum(runs.borders) < pattern.input_size else None
+    runs = steps.Runs(count, distance, pattern.padding, length, step, pattern.input_size)
+    left = step + sum(runs.borders)
+    return runs if count <= left < pattern.input_size else None

@@ -14,7 +14,7 @@ from kfac_tn.tn.steps.adjoints import Collect, Fold, Scatter
 from kfac_tn.tn.steps.arithmetic import Apply, Multiply, Product, Scale, Sum
 from kfac_tn.tn.steps.convolutions import Convolve, ConvolveBackward, ConvolveTransposed
 from kfac_tn.tn.steps.step import Step
-from kfac_tn.tn.steps.sums import ApplyJointly, JointMatrix, Runs, SumRuns
+from kfac_tn.tn.steps.sums import ApplyJointly, JointMatrix, Runs, SumClasses
 from kfac_tn.tn.steps.views import Arrange, Expand, Flip, Gather, Pad, Slice, Window
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
     "Slice",
     "Step",
     "Sum",
-    "SumRuns",
+    "SumClasses",
     "Window",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,19 +16,24 @@ FEW_COLUMNS = 8
 TALL_WASTE = 1.3
 """How much longer such a product takes than that of large matrices."""
 
+SHORT_ROW = 4
+"""Elements that follow each other in memory, of which it takes twice as long to sum rows."""
+
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of neighbouring positions along an axis, as a constant of a plan.
+    """Runs of positions along an axis at equal distances, as a constant of a plan.
 
-    Run number `k` begins at `k * distance - padding` and takes `length` positions, but for those
-    outside of the axis.
+    Run number `k` begins at `k * distance - padding` and takes `length` positions, `step` from one
+    to the next, but for those outside of the axis. So it is all positions of its class, those that
+    leave its remainder when divided by `step`, less some at the borders.
 
     Attributes:
         count: Number of runs.
         distance: Positions between the beginnings of neighbouring runs.
         padding: Positions before the axis, with which the first run begins.
-        length: Length of each run.
+        length: Positions in each run.
+        step: Distance of a run's positions.
         size: Size of the axis.
     """
 
@@ -35,85 +41,87 @@ class Runs:
     distance: int
     padding: int
     length: int
+    step: int
     size: int
 
     @property
-    def ends(self) -> list[tuple[int, int]]:
-        """First position of each run, and the first after it, within the axis."""
-        starts = [k * self.distance - self.padding for k in range(self.count)]
-        clip = lambda position: min(max(position, 0), self.size)  # noqa: E731
-        return [(clip(start), clip(start + self.length)) for start in starts]
+    def starts(self) -> list[int]:
+        """First position of each run."""
+        return [k * self.distance - self.padding for k in range(self.count)]
 
     @property
     def borders(self) -> tuple[int, int]:
-        """How many positions at the beginning and at the end are not in all runs."""
-        head = max(start for start, _ in self.ends)
-        tail = self.size - min(end for _, end in self.ends)
-        return head, min(tail, self.size - head)
+        """Positions at the beginning and at the end that aren't in all runs of their class.
+
+        Those that are left behind the last of as many positions as there are classes count, too.
+        """
+        head = max(0, max(self.starts) - self.step + 1)
+        tail = self.size - min(self.starts) - self.length * self.step
+        head = min(head, self.size)
+        return head, min(max(tail, self.size % self.step), self.size - head)
 
     def tensor(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """Which positions at the borders are outside of which run: `[count, head + tail]`."""
+        """What each run takes of the sums of classes and of the positions at the borders.
+
+        Returns:
+            `[count, step + head + tail]`: 1 for its class; of positions, what that lacks or has
+            too much.
+        """
         head, tail = self.borders
         positions = torch.tensor([*range(head), *range(self.size - tail, self.size)], device=device)
-        starts, ends = torch.tensor(self.ends, device=device).reshape(-1, 2).unbind(1)
-        outside = (positions < starts[:, None]) | (positions >= ends[:, None])
-        return outside.to(dtype)
+        starts = torch.tensor(self.starts, device=device)[:, None]
+        of_class = (positions - starts) % self.step == 0
+        inside = (positions >= starts) & (positions < starts + self.length * self.step)
+        summed = positions < self.size // self.step * self.step
+        lacking = (of_class & inside).to(dtype) - (of_class & summed).to(dtype)
+        own = (torch.arange(self.step, device=device) - starts) % self.step == 0
+        return torch.cat([own.to(dtype), lacking], 1)
 
 
 @dataclass(frozen=True)
-class SumRuns(Step):
-    """Sum a tensor over runs along some axes: over all of an axis, less what is outside of a run.
+class SumClasses(Step):
+    """Sum a tensor over classes of positions along an axis; behind the sums put its borders.
 
-    The tensor is read once; besides, only its borders are. Takes a matrix of `Runs` for each axis.
+    The tensor is read once, in the order in which it lies in memory.
 
     Attributes:
-        axes: The axes.
-        borders: Positions at the beginning and at the end of each that are not in all runs.
+        axis: The axis.
+        step: Distance of the positions of a class: so many there are.
+        borders: Positions at the beginning and at the end.
     """
 
-    axes: tuple[int, ...]
-    borders: tuple[tuple[int, int], ...]
+    axis: int
+    step: int
+    borders: tuple[int, int]
 
     @staticmethod
     def compute(  # type: ignore[override]
-        tensor: Tensor, *arguments: object
+        tensor: Tensor, axis: int, step: int, borders: tuple[int, int]
     ) -> Tensor:
         """Sum."""
-        *outside, axes, borders = arguments
-        return _sum_runs(tensor, (), list(zip(axes, borders, outside, strict=True)))  # type: ignore[call-overload]
+        (head, tail), size = borders, tensor.shape[axis]
+        rows = tensor.narrow(axis, 0, size // step * step).unflatten(axis, (-1, step))
+        parts = [rows.sum(axis)]
+        if head:
+            parts.append(tensor.narrow(axis, 0, head))
+        if tail:
+            parts.append(tensor.narrow(axis, size - tail, tail))
+        return torch.cat(parts, axis) if len(parts) > 1 else parts[0]
 
     def flops(self, *inputs: Tensor) -> int:
         """Additions."""
         return inputs[0].numel()
 
     def moved(self, *inputs: Tensor) -> int:
-        """The borders, which are no neighbours in memory; what is only summed is read faster."""
-        numel = inputs[0].numel()
-        return -numel // 2 + sum(
-            6 * numel * sum(borders) // inputs[0].shape[axis]
-            for axis, borders in zip(self.axes, self.borders, strict=True)
-        )
+        """What is only summed is read faster, unless it comes in short rows."""
+        tensor = inputs[0]
+        row = self.step * prod(tensor.shape[self.axis + 1 :])
+        short = tensor.numel() * SHORT_ROW // row if row > 1 else 0  # of one, the axis is the row
+        return short - tensor.numel() // 2
 
     def launches(self, *inputs: Tensor) -> int:
         """Number of operations on tensors."""
-        return 3 * 2 ** len(self.axes)
-
-
-def _sum_runs(
-    x: Tensor, full: tuple[int, ...], runs: list[tuple[int, tuple[int, int], Tensor]]
-) -> Tensor:
-    """Sum over all of some axes, which stay with size 1, and over runs along others."""
-    if not runs:
-        return x.sum(full, keepdim=True) if full else x
-    *others, (axis, (head, tail), outside) = runs
-    total = _sum_runs(x, (*full, axis), others)
-    size = x.shape[axis]
-    parts = [x.narrow(axis, 0, head)] if head else []
-    parts += [x.narrow(axis, size - tail, tail)] if tail else []
-    if not parts:
-        return total.expand(*total.shape[:axis], len(outside), *total.shape[axis + 1 :])
-    border = _sum_runs(torch.cat(parts, axis) if len(parts) > 1 else parts[0], full, others)
-    return total - torch.tensordot(border, outside, ([axis], [1])).movedim(-1, axis)
+        return 6
 
 
 @dataclass(frozen=True)
