@@ -42,6 +42,7 @@ class SymmetricSum:
     What is right of the diagonal waits for the result: nothing else is held.
 
     Example:
+        >>> import torch
         >>> total = SymmetricSum()
         >>> total.add(torch.tensor([[[1.0], [2.0]]]))
         >>> total.add(torch.tensor([[[0.0], [1.0]]]))
