@@ -51,8 +51,8 @@ NEAR = 2**22
 UNFOLDED_WASTE = 6
 """How much longer convolutions take that are unfolded by torch."""
 
-GRAM = 4
-"""How often an element of a cell's product is moved until it is where it belongs."""
+WRITTEN = 2
+"""How often an element of the result is moved: made elsewhere and put where it is, or mirrored."""
 
 LAG = 4
 """How often an element of what correlations result in is moved."""
@@ -192,19 +192,20 @@ class WindowGram(Step):
             apart, added = self._chunks(x)
             view = not self.windows and (1 in (examples, positions) or added == examples)
             times = (2 if self.windows else 1) + 2 * (copied > apart * added * NEAR)
-            return 2 * (added - 1) * result + (0 if view else times * copied)
+            written = (WRITTEN if self.windows else 0) + 2 * (added - 1)
+            return written * result + (0 if view else times * copied)
         if self.method == "cells":
             there = amounts(self.windows)
             rows = self.windows[0].size * shared * examples * channels
-            blocks = shared * channels**2 * (GRAM * there.cells + 3 * there.sums)
-            return 3 * there.copied * rows + 2 * x.numel() + blocks + 4 * result
+            blocks = shared * channels**2 * (there.cells + there.sums)
+            return 3 * there.copied * rows + 2 * x.numel() + blocks + WRITTEN * result
         if self.method == "lags":
             there = amounts(self.windows, True)
             all_lags = lags_of_classes(self.windows)
             lags = sum(prod(lag.number for lag in joint) for joint in all_lags)
             once = COPIES_OF_LAGS * x.numel() * len(all_lags)
-            blocks = GRAM * there.cells + 3 * there.sums + LAG * lags * self._chunks_of_lags(x)
-            return once + shared * channels**2 * blocks + 4 * result
+            blocks = there.cells + there.sums + LAG * lags * self._chunks_of_lags(x)
+            return once + shared * channels**2 * blocks + WRITTEN * result
         if self.method == "positions":
             pairs = shared * channels**2 * self._position_pairs
             return (3 * len(self.windows) * pairs) // 2 + 2 * result
