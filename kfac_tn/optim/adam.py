@@ -98,6 +98,24 @@ def _start(parameter: Parameter, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+def freshened(
+    moments: Mapping[Parameter, Tensor], gradients: Mapping[Parameter, Tensor], share: float
+) -> dict[Parameter, Tensor]:
+    """(1 - share) m + share g: quasi-hyperbolic momentum (Ma & Yarats 2019, arXiv 1810.06801).
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.zeros(1))
+        >>> freshened({w: torch.tensor([1.0])}, {w: torch.tensor([3.0])}, 0.5)[w]
+        tensor([2.])
+    """
+    averages = list(moments.values())
+    if not averages or not share:
+        return dict(moments)
+    current = [gradients[p].to(m.dtype) for p, m in moments.items()]
+    return dict(zip(moments, torch._foreach_lerp(averages, current, share), strict=True))
+
+
 def _corrected(group: Mapping[str, Any], steps: list[Tensor], first: list[Tensor]) -> list[Tensor]:
     """First moments over 1 - beta1^t."""
     powers = [group["betas"][0] ** step for step in torch.stack(steps).tolist()]

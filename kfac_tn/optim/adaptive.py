@@ -15,14 +15,15 @@ from kfac_tn.optim.step_rules import Proposal, StepRule
 class Adaptive(StepRule):
     r"""The direction of KFAC, as far as the loss's own curvature allows, within a trust region.
 
-    The direction d = F^-1 m scaled by
+    The direction d = F^-1 n, of n = (1 - fresh) m + fresh g with the moving average m of the
+    gradient g, scaled by
 
     .. math::
         t = \min\left(\frac{\text{lr}}{10^{-2}} \, \text{share} \cdot \alpha, \;
         \text{lr} \cdot \text{radius} \, \rho\right), \quad
-        \alpha = \frac{d^T m}{d^T G d}
+        \alpha = \frac{d^T n}{d^T G d}
 
-    alpha minimizes the quadratic model -t m^T d + t^2 d^T G d / 2 along d, with G the exact GGN:
+    alpha minimizes the quadratic model -t n^T d + t^2 d^T G d / 2 along d, with G the exact GGN:
     the Kronecker factors F know the curvature's shape, but neither the coupling of layers nor, of
     overparametrized models, its size, by powers of ten. So steps fall with the gradient near a
     minimum, as Newton's do and Adam's don't, which is what lets training converge. rho is the norm
@@ -33,15 +34,18 @@ class Adaptive(StepRule):
     without gradients on the batch of the step, a learning rate like that of no other method needs.
     In between, and averaged over measurements, its ratio to d^T F d is kept. Where the batch isn't
     to be had (a loss that no module computes, or not of what the model returns), and until the
-    first measurement, steps are those of ``graft``.
+    first measurement, steps have the lengths of ``graft``'s.
 
     Args:
-        share: Of alpha, at the default learning rate: batches are noisy, layers differ.
+        share: Of alpha, at the default learning rate.
         radius: Of the trust region, in units of the norm of Adam's step.
         spread: Whether that is one norm for the whole model (0: steps keep their direction), one
             for each layer (1), or between: radii are weighted geometric means of both.
         interval: Steps between measurements; more often at the beginning.
         decay: Of their moving average.
+        fresh: Share of the step's own gradient (quasi-hyperbolic momentum, Ma & Yarats 2019, arXiv
+            1810.06801; Nesterov's is 1 - beta1). An average alone lags behind: where steps are as
+            large as curvature allows, it swings from one side of a valley to the other.
 
     Raises:
         ValueError: For values out of range.
@@ -53,11 +57,12 @@ class Adaptive(StepRule):
 
     def __init__(
         self,
-        share: float = 0.5,
-        radius: float = 2.0,
+        share: float = 1.0,
+        radius: float = 4.0,
         spread: float = 0.5,
         interval: int = 20,
         decay: float = 0.7,
+        fresh: float = 0.2,
     ) -> None:
         if not share > 0:
             raise ValueError(f"share is {share}: it must be positive.")
@@ -69,7 +74,9 @@ class Adaptive(StepRule):
             raise ValueError(f"interval is {interval}: it must be a positive whole number.")
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: it must be in [0, 1).")
-        self.share, self.radius, self.spread = share, radius, spread
+        if not 0 <= fresh <= 1:
+            raise ValueError(f"fresh is {fresh}: it must be in [0, 1].")
+        self.share, self.radius, self.spread, self.fresh = share, radius, spread, fresh
         self.interval, self.decay = interval, decay
         self.excess = torch.tensor(torch.nan)  # d^T G d / d^T F d; NaN: never measured
 

@@ -31,7 +31,8 @@ class LayerDiagnostics:
         damping_share: Part of the trace of the damped block that is damping: near 1 the direction
             is the gradient's, near 0 the factors decide.
         kl: s^T (B (x) A) s / 2 of the last step s: what it changed in the model's distribution, in
-            units of the loss. None for the preconditioner, which takes no steps, as the next two.
+            units of the loss. None for the preconditioner, which takes no steps, and for steps of
+            a gradient that is gone by now (``zero_grad``), as the next two.
         update_norm: Norm of the last step, weight and bias together, without weight decay.
         relative_update_norm: The same over the norm of the parameters.
         statistics_age: Steps taken since the last statistics of this layer (0: in the last step).

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
@@ -161,6 +162,17 @@ class GroupedOptimizer(Optimizer):
             self._estimator.warn("A gradient isn't finite (NaN or inf); its steps are left out.")
             return {}
         return gradients
+
+    def _apply(self, updates: Mapping[Parameter, Tensor]) -> None:
+        """Decay weights, and subtract updates times learning rates."""
+        for group in self.param_groups:
+            chosen = [p for p in group["params"] if p in updates]
+            if not chosen:
+                continue
+            lr = float(group["lr"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(chosen, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(chosen, [updates[p] for p in chosen], alpha=-lr)
 
     def _saved_moments(self, state_dict: dict[str, Any]) -> dict[Parameter, dict[str, Any]]:
         """The entries of a state by parameter.

@@ -15,7 +15,7 @@ from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
-from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates
+from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates, freshened
 from kfac_tn.optim.base import CurvatureUser
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, reduction_ratio
 from kfac_tn.optim.groups import GroupedOptimizer, default_groups
@@ -44,19 +44,20 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g, \quad
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) g^2 \\
         u_t &= \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} \\
-        d_t &= \hat B^{-1} \frac{m_t}{1 - \beta_1^t} \hat A^{-1}
+        n_t &= (1 - \nu) \frac{m_t}{1 - \beta_1^t} + \nu g, \quad
+        d_t = \hat B^{-1} n_t \hat A^{-1}
         \quad \text{(weight and bias of a layer as one matrix)} \\
         \theta_t &= (1 - \text{lr} \cdot \text{weight\_decay}) \, \theta_{t-1}
         - \text{lr} \, s_t d_t
 
-    with A and B the moving averages of the layer's Kronecker factors, hats for damping, and s
-    the ``step_rule``: by default as far as the quadratic model of the loss promises progress, its
-    curvature measured along d, but within a trust region of the norm of 2 u (see
-    ``kfac_tn.optim.Adaptive``). Other parameters take Adam's step u. Statistics are renewed
-    every ``factor_interval`` steps and inverses every ``inverse_interval`` (more often at the
-    beginning: whenever a quarter more steps have been taken), by extra backward passes that start
-    when ``backward()`` reaches the loss; other steps cost two matrix products per layer more than
-    Adam's.
+    with A and B the moving averages of the layer's Kronecker factors, hats for damping, nu and s
+    of the ``step_rule``. By default nu is 0.2, and steps go as far as the quadratic model of the
+    loss promises progress, its curvature measured along d, but within a trust region of the norm
+    of 4 u (see ``kfac_tn.optim.Adaptive``). Other parameters take Adam's step u. Statistics are
+    renewed every ``factor_interval`` steps and inverses every ``inverse_interval`` (more often at
+    the beginning: whenever a quarter more steps have been taken), by extra backward passes that
+    start when ``backward()`` reaches the loss; other steps cost two matrix products per layer more
+    than Adam's.
 
     Hooks of your own on activations (``register_hook``, ``retain_grad``, full backward hooks) see
     the extra passes too: autograd has no way to leave them out. Parameters' gradients don't.
@@ -268,18 +269,13 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         )
         group_lrs = [float(group["lr"]) for group in self.param_groups]
         lrs = {p: group_lrs[self._group_of[p]] for p in updates}
-        slopes = gradients if self._rule.own_momentum else moments
+        fresh = 1.0 if self._rule.own_momentum else self._rule.fresh
+        slopes = gradients if fresh == 1 else freshened(moments, gradients, fresh)
         replay = self._replay if recorded and self._rule.wants_batch(taken) else None
         if replay is None and self._rule.wants_batch(taken) and not self._estimator.closed:
             self._estimator.warn(without_batch(self._rule.without_batch))
         self._direct(slopes, updates, lrs, replay)
-        for group, lr in zip(self.param_groups, group_lrs, strict=True):
-            chosen = [p for p in group["params"] if p in updates]
-            if not chosen:
-                continue
-            if group["weight_decay"]:
-                torch._foreach_mul_(chosen, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(chosen, [updates[p] for p in chosen], alpha=-lr)
+        self._apply(updates)
         if before is not None:
             self._adapt_damping(gradients, before, closure)
         self._arm_replay()
@@ -399,11 +395,13 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         updates.update(directions)
 
     def _last_steps(self) -> dict[Parameter, Tensor]:
-        taken = [p for p in self._group_of if self.state[p]]
+        gradients = {p: p.grad for p in self._group_of if p.grad is not None}
+        fresh = self._rule.fresh  # a share in steps of gradients, which may be gone by now
+        taken = [p for p in (gradients if fresh else self._group_of) if self.state[p]]
         moments, updates = current_updates(self.param_groups, self.state, set(taken))
         lrs = {p: float(self.param_groups[self._group_of[p]]["lr"]) for p in taken}
         if self._rule.own_momentum:
             updates |= {p: s["previous"] for p in taken if "previous" in (s := self.state[p])}
         else:
-            self._direct(moments, updates, lrs, None)
+            self._direct(freshened(moments, gradients, fresh), updates, lrs, None)
         return {p: -lrs[p] * update for p, update in updates.items()}

@@ -47,6 +47,7 @@ class StepRule(ABC):
         natural: Whether it wants learning rates that aren't Adam's, so that parameters without
             curvature need one of their own.
         own_momentum: Whether directions are of the gradient as it is, not of its moving average.
+        fresh: Share of the gradient as it is in what directions are of, besides the average.
         needs_batch: Whether it ever computes with the batch.
         any_length: Whether it gives directions a length that theirs has no part in, so that they,
             and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
@@ -56,6 +57,7 @@ class StepRule(ABC):
     lr = 1e-2
     natural = True
     own_momentum = False
+    fresh = 0.0
     needs_batch = False
     any_length = False
     without_batch = ""

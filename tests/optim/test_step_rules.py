@@ -444,6 +444,46 @@ def test_steps_minimize_the_quadratic_model_within_the_trust_region(lr, spread, 
         torch.testing.assert_close([p.detach() for p in parameters], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fresh", [0.0, 0.3, 1.0])
+def test_directions_are_of_an_average_and_the_steps_own_gradient(fresh):
+    """(1 - fresh) m + fresh g by the formula, two groups with betas of their own."""
+    model, loss_fn = smooth(), nn.MSELoss()
+    groups = [
+        {"params": list(model[:3].parameters()), "betas": (0.5, 0.9)},
+        {"params": list(model[4].parameters())},
+    ]
+    rule = Adaptive(fresh=fresh)
+    optimizer = kfac_tn.KFAC(model, loss_fn, params=groups, step_rule=rule, **EAGER)
+    seen = spied(optimizer)
+    averages = {p: torch.zeros_like(p) for p in model.parameters()}
+    for step in range(1, 5):
+        x, _ = batch(step)
+        optimizer.zero_grad()
+        loss_fn(model(x), x).backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            beta = group["betas"][0]
+            for p in group["params"]:
+                averages[p] = beta * averages[p] + (1 - beta) * p.grad
+                expected = (1 - fresh) * averages[p] / (1 - beta**step) + fresh * p.grad
+                torch.testing.assert_close(seen["slopes"][p], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_last_steps_are_told_until_their_gradient_is_gone():
+    """What moved, from diagnostics; with a share of the gradient nothing once that is gone."""
+    for fresh in (0.2, 0.0):
+        model, loss_fn = smooth(), nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=Adaptive(fresh=fresh), **EAGER)
+        for seed in range(3):
+            before = [p.detach().clone() for p in model[0].parameters()]
+            take_step(model, loss_fn, optimizer, seed)
+        moved = flat([p - old for p, old in zip(model[0].parameters(), before, strict=True)])
+        told = optimizer.diagnostics().layers["0"].update_norm
+        assert told == pytest.approx(float(moved.detach().norm()), rel=1e-6)
+        optimizer.zero_grad()
+        assert optimizer.diagnostics().layers["0"].update_norm == (None if fresh else told)
+
+
 def test_the_model_is_of_the_batch_and_has_no_side_effects():
     """With dropout, batch normalization, and parameters that take Adam's steps."""
     model, loss_fn = Noisy(), nn.CrossEntropyLoss()
@@ -490,7 +530,7 @@ def of_a_part(model, x, y, optimizer):
 @pytest.mark.parametrize("backward", [functional, of_a_part])
 def test_without_a_batch_steps_are_grafted_and_the_user_is_told(backward):
     results = []
-    for rule in ("adaptive", "graft"):
+    for rule in (Adaptive(fresh=0.0), "graft"):
         model, loss_fn = smooth(), nn.CrossEntropyLoss()
         optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, **EAGER)
         with warnings.catch_warnings(record=True) as told:
@@ -501,7 +541,7 @@ def test_without_a_batch_steps_are_grafted_and_the_user_is_told(backward):
                 optimizer.step()
         results.append(flat(model.parameters()))
         said = [str(w.message) for w in told if "can't be recorded" in str(w.message)]
-        assert len(said) == (rule == "adaptive")
+        assert len(said) == (rule != "graft")
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
@@ -555,6 +595,7 @@ def test_overparametrized_regression_converges():
         (lambda: Adaptive(spread=1.5), "spread is 1.5"),
         (lambda: Adaptive(interval=0), "interval is 0"),
         (lambda: Adaptive(decay=1.0), "decay is 1.0"),
+        (lambda: Adaptive(fresh=1.1), "fresh is 1.1"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):
