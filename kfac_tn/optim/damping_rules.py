@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_tn.curvature.estimator import CurvatureEstimator
+from kfac_tn.optim.replay import Replay
 
 Groups: TypeAlias = Sequence[dict[str, Any]]
 
@@ -142,15 +143,25 @@ class LevenbergMarquardt(DampingRule):
 
 
 def reduction_ratio(
-    change: float,
+    replay: Replay,
     estimator: CurvatureEstimator,
     gradients: Mapping[Parameter, Tensor],
-    steps: Mapping[Parameter, Tensor],
+    before: Mapping[Parameter, Tensor],
+    closure: Callable[[], float] | None = None,
 ) -> float:
     """The change of the loss over the predicted one, g^T s + s^T F s / 2, F from the factors.
 
     -1 if the quadratic model didn't promise anything.
+
+    Args:
+        replay: The batch of the step.
+        estimator: The factors.
+        gradients: The loss's at the beginning of the step, by parameter.
+        before: The parameters then.
+        closure: The user's, by which the loss is computed if there is one.
     """
+    change = replay.change(estimator.capture, closure)
+    steps = {p: p - start for p, start in before.items()}
     linear = torch.stack([(gradients[p] * s).sum() for p, s in steps.items()]).sum()
     forms = [form.to(linear) for form in estimator.quadratic_forms(steps).values()]
     predicted = float(linear + torch.stack(forms).sum() / 2 if forms else linear)

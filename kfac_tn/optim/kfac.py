@@ -276,8 +276,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             self._estimator.warn(without_batch(self._rule.without_batch))
         self._direct(slopes, updates, lrs, replay)
         self._apply(updates)
-        if before is not None:
-            self._adapt_damping(gradients, before, closure)
+        if before is not None and self._replay is not None:
+            ratio = reduction_ratio(self._replay, self._estimator, gradients, before, closure)
+            self._damping_rule.after_step(ratio, self._following_groups())
         self._arm_replay()
         self._grow()
         return loss
@@ -360,19 +361,6 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             self._replay.discard()
             wanting = self._damping_rule.wants_ratio, self._rule.wants_batch
             self._replay.armed = any(wants(self._estimator.steps) for wants in wanting)
-
-    def _adapt_damping(
-        self,
-        gradients: dict[Parameter, Tensor],
-        before: dict[Parameter, Tensor],
-        closure: Callable[[], float] | None,
-    ) -> None:
-        """Compare the loss after the step with the one that the quadratic model predicts."""
-        assert self._replay is not None
-        steps = {p: p - start for p, start in before.items()}
-        change = self._replay.change(self._estimator.capture, closure)
-        ratio = reduction_ratio(change, self._estimator, gradients, steps)
-        self._damping_rule.after_step(ratio, self._following_groups())
 
     def _direct(
         self,
