@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "max_dim=64, diagonal": {"max_dim": 64, "large_factors": "diagonal"},
     "fisher='empirical'": {"fisher": "empirical"},
     "fisher='forward-only'": {"fisher": "forward-only"},
+    "mc_samples=1": {"mc_samples": 1},
     "mc_samples=4": {"mc_samples": 4},
     "damping=1e-2": {"damping": 1e-2},
     "damping=1e-4": {"damping": 1e-4},
@@ -140,6 +141,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="variants with one of these words")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
+    import training_problems  # which imports this module
+
     torch.set_num_threads(options.threads)
     variants = [
         name
@@ -153,6 +156,7 @@ def main() -> None:
         normalized_classifier(images),
         autoencoder(images, "digits"),
         regression(),
+        training_problems.curves_autoencoder(),
     ]
     columns: dict[str, dict[str, float]] = {}
     for problem in problems:

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
-from kfac_tn.columns import empirical_column, mc_columns, random_signs
+from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.functional import common
 from kfac_tn.functional.blocks import split_rows
 from kfac_tn.graph import Found, differentiate, find, output_edge, remember
@@ -85,7 +85,7 @@ class Capture:
             ``"type-2"``: the exact root of the loss Hessian, one pass for each column.
             ``"empirical"``: the gradients of the user's own pass. ``"forward-only"``: input
             factors alone; output-gradient factors are the identity (Benzing 2022, FOOF).
-        mc_samples: Samples for ``"mc"``.
+        mc_samples: Samples for ``"mc"``; ``"auto"``: see ``samples_of``.
         diagonals: Parameters whose diagonal Fisher is wanted from the same extra passes.
         generator: Source of randomness; by default the device's global one.
         basis: Along which the gradients of a layer are squared (its input is kept until then), or
@@ -103,7 +103,7 @@ class Capture:
         blocks: Iterable[LayerBlock],
         loss_fn: Module | Likelihood,
         fisher: Fisher = "mc",
-        mc_samples: int = 1,
+        mc_samples: Samples = 1,
         diagonals: Iterable[OtherParameter] = (),
         generator: Callable[[torch.device], torch.Generator | None] = lambda device: None,
         basis: Callable[[LayerBlock], Basis | None] = lambda block: None,
@@ -111,8 +111,7 @@ class Capture:
     ) -> None:
         if fisher not in get_args(Fisher):
             raise ValueError(f"fisher is {fisher!r}: choose one of {get_args(Fisher)}.")
-        if mc_samples < 1:
-            raise ValueError(f"mc_samples is {mc_samples}: at least 1 is needed.")
+        samples_of(mc_samples, {})  # or refuses
         self.likelihood = likelihood_of(loss_fn)
         if fisher == "empirical" and self.likelihood.reduction == "none":
             raise ValueError(
@@ -306,8 +305,9 @@ class Capture:
         """What to back-propagate, in turn: columns of a root of the loss Hessian."""
         generator = self.generator(outputs.device)
         if self.fisher == "mc":
+            samples = samples_of(self.mc_samples, self.sizes)
             return mc_columns(
-                self.likelihood, outputs.detach(), targets, self.mc_samples, generator, weight
+                self.likelihood, outputs.detach(), targets, samples, generator, weight
             )
         columns = self.likelihood.columns(outputs.detach(), targets, weight)
         return (random_signs(c, generator) for c in columns) if self._signs else iter(columns)

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kfac_tn.layers import LayerBlock
 from kfac_tn.likelihood import Likelihood
+
+Samples: TypeAlias = int | Literal["auto"]
+
+MOST_SAMPLES = 4
+"""More aren't drawn unless asked for: each is a backward pass."""
+
+
+def samples_of(choice: Samples, sizes: Mapping[LayerBlock, tuple[int, int]]) -> int:
+    """The number chosen; for "auto" so many that B of one batch can have full rank, up to a limit.
+
+    Args:
+        choice: A number, or "auto".
+        sizes: Examples of each layer, and these times shared positions.
+
+    Raises:
+        ValueError: For another choice.
+    """
+    if choice != "auto":
+        if isinstance(choice, str) or choice < 1:
+            raise ValueError(f"mc_samples is {choice}: at least 1 is needed.")
+        return choice
+    needed = 1
+    for block, (examples, terms) in sizes.items():
+        rows = examples if block.approximation == "reduce" else terms
+        if block.has_factors and rows:
+            needed = max(needed, -(-block.grad_output_dim // (block.grad_output_pieces * rows)))
+    return min(needed, MOST_SAMPLES)
 
 
 def mc_columns(

@@ -636,3 +636,35 @@ def test_transforms_of_torch_func_are_let_be(fisher):
         results.append(factors(capture))
         capture.close()
     assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ("width", "batch", "approximation", "expected"),
+    [(10, 10, "expand", 1), (11, 10, "expand", 2), (25, 10, "reduce", 3), (90, 10, "expand", 4)],
+)
+def test_automatic_samples_fill_the_output_factor(width, batch, approximation, expected):
+    """As many backward passes as rows of B over gradients in a batch, at most 4."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(3, width).double(), nn.MSELoss()
+    capture = watch(model, loss_fn, "mc", approximation, mc_samples="auto")
+    for _ in range(2):  # the second as the first
+        x = torch.randn(batch, 3, dtype=torch.float64)
+        loss_fn(model(x), torch.zeros(batch, width, dtype=torch.float64)).backward()
+        ((_, b),) = factors(capture).values()
+        assert torch.linalg.matrix_rank(b[0]) == min(width, expected * batch)
+
+
+def test_automatic_samples_count_positions():
+    """Shared positions give gradients of their own, unless they are summed first."""
+    for approximation, expected in (("expand", 1), ("reduce", 3)):
+        model, loss_fn = nn.Conv1d(2, 12, 3, padding=1).double(), nn.MSELoss()
+        capture = watch(model, loss_fn, "mc", approximation, mc_samples="auto")
+        x = torch.randn(4, 2, 6, dtype=torch.float64)
+        loss_fn(model(x), torch.zeros(4, 12, 6, dtype=torch.float64)).backward()
+        assert capture.passes == expected
+
+
+def test_samples_are_a_number_or_automatic():
+    for samples in (0, -1, "many"):
+        with pytest.raises(ValueError, match=f"mc_samples is {samples}"):
+            watch(nn.Linear(2, 2), nn.MSELoss(), "mc", mc_samples=samples)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from kfac_tn.capture import Fisher
+from kfac_tn.columns import Samples
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors, LayerBlock
 
@@ -23,7 +24,7 @@ class CurvatureOptions:
         max_dim: Dimension above which only a part of a factor is computed.
         large_factors: That part: ``"auto"``, ``"blocks"`` or ``"diagonal"``.
         fisher: The kind of Fisher.
-        mc_samples: Samples for ``fisher="mc"``.
+        mc_samples: Samples for ``fisher="mc"``, or ``"auto"``.
         relative_damping: Whether damping is in units of each block's mean eigenvalue.
         damping_split: ``"pi"``: divided between the factors; ``"exact"``: added to their product.
         factor_decay: Decay of the factors' moving averages.
@@ -39,7 +40,7 @@ class CurvatureOptions:
 
     approximation: ApproximationChoice
     fisher: Fisher
-    mc_samples: int
+    mc_samples: Samples
     relative_damping: bool
     damping_split: Split
     factor_decay: float

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Fisher
+from kfac_tn.columns import Samples
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
@@ -96,7 +97,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             updates; ``"diagonal"``: squares of the samples' gradients, averaged, estimate the
             Fisher's diagonal, and they take part in the step rule; for ``"mc"`` and ``"type-2"``.
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"`` (KFAC alone).
-        mc_samples: Samples of the targets for ``"mc"``.
+        mc_samples: Samples of the targets for ``"mc"``, each a backward pass. ``"auto"``: as many
+            as give B of one batch full rank, at most 4: more than one for layers with more outputs
+            than the batch has examples (and positions).
         damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
             a rule of ``kfac_tn.optim``, such as ``LevenbergMarquardt()``. Acts on the
             option of that name of the parameter groups that have none of their own.
@@ -157,7 +160,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         large_factors: LargeFactors = "auto",
         other_curvature: OtherCurvature | None = None,
         fisher: Fisher = "mc",
-        mc_samples: int = 1,
+        mc_samples: Samples = "auto",
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
         damping_split: Split = "pi",

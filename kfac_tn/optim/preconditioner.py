@@ -9,6 +9,7 @@ import torch
 from torch.nn import Module
 
 from kfac_tn.capture import Fisher
+from kfac_tn.columns import Samples
 from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
@@ -43,7 +44,7 @@ class KFACPreconditioner(CurvatureUser):
         large_factors: That part: ``"auto"``, ``"blocks"`` or ``"diagonal"``.
         other_curvature: ``"diagonal"``, or None, of the parameters without Kronecker structure.
         fisher: The kind of Fisher.
-        mc_samples: Samples for ``fisher="mc"``.
+        mc_samples: Samples for ``fisher="mc"``, or ``"auto"``; see ``KFAC``.
         damping: Added to each block: a number or a function of the step; set
             ``preconditioner.damping`` to change it.
         relative_damping: Whether in units of each block's mean eigenvalue.
@@ -87,7 +88,7 @@ class KFACPreconditioner(CurvatureUser):
         large_factors: LargeFactors = "auto",
         other_curvature: OtherCurvature | None = None,
         fisher: Fisher = "mc",
-        mc_samples: int = 1,
+        mc_samples: Samples = "auto",
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
         damping_split: Split = "pi",
