@@ -565,22 +565,21 @@ def test_groups_of_other_learning_rates_keep_their_ratio():
 
 
 def test_overparametrized_regression_converges():
-    """Where steps of the size of its trust region jitter for ever."""
+    """To the last digit, where steps of Adam's size jitter for ever."""
     losses = {}
     x, y = batch(n=16)[0], torch.randn(16, 3, generator=torch.Generator().manual_seed(1)).double()
-    for rule, lr in (("graft", 0.01 * Adaptive().radius), ("adaptive", 0.01)):
+    for rule in ("graft", "adaptive"):
         torch.manual_seed(0)
         layers = nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
         model, loss_fn = nn.Sequential(*layers).double(), nn.MSELoss()
-        optimizer = kfac_tn.KFAC(model, loss_fn, lr=lr, step_rule=rule)
-        for step in range(600):
-            part = slice(0, 8) if step % 2 else slice(8, 16)
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule)
+        for _ in range(400):
             optimizer.zero_grad()
-            loss = loss_fn(model(x[part]), y[part])
+            loss = loss_fn(model(x), y)
             loss.backward()
             optimizer.step()
         losses[rule] = loss_fn(model(x), y).item()
-    assert losses["adaptive"] < 0.1 * losses["graft"]
+    assert losses["adaptive"] < 1e-10 * losses["graft"]
 
 
 @pytest.mark.parametrize(
