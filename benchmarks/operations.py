@@ -1,24 +1,27 @@
 """Operations of the convolutions of well-known networks: kfac_tn, torch and einconv.
 
     python benchmarks/operations.py            # writes benchmarks/results/operations.{md,json,png}
+    python benchmarks/operations.py --batch 4  # the same, operations_batch_4
+    python benchmarks/operations.py --only "VJP, 192@6"     # some cells; writes nothing
 
 For each distinct convolution (`convolutions.py`) and operation, the implementations take turns in
-one process, so whatever else the machine does meets all of them; times are medians. What is
-planned or simplified once per shape is done before: einconv's expressions are built, simplified and
-given opt_einsum's path in advance. torch means its own functions, and for the factors what packages
-build from them: unfold, then a matrix product. Results are compared with torch's. Peak memory is
-that of torch's allocator during one call, operands apart, as its profiler sees it; a view counts as
-if it were a copy.
+one process, so whatever else the machine does meets all of them; times are medians. Each has a
+third of a cell's time: of what takes longest, that may be a single turn. What is planned or
+simplified once per shape is done before: einconv's expressions are built, simplified and given
+opt_einsum's path in advance. torch means its own functions, and for the factors what packages build
+from them: unfold, then a matrix product. Results are compared with torch's, large ones at some
+millions of places. Peak memory is that of torch's allocator during one call, operands apart, as its
+profiler sees it; a view counts as if it were a copy. Convolutions come in random order: where the
+limit of time cuts, it cuts any of them, and the report says how many.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
+import re
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -36,7 +39,18 @@ from einconv.expressions import (
     convNd_unfold,
     convNd_weight_vjp,
 )
-from measuring import ROOT, SHORTEST, Call, boxes, geometric_mean, machine, peak_bytes, seconds
+from measuring import (
+    Call,
+    boxes,
+    geometric_mean,
+    machine,
+    markdown,
+    parser,
+    peak_bytes,
+    seconds,
+    take_turns,
+    write,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,7 +65,11 @@ OPERATIONS = (
     "KFAC-reduce factor",
 )
 OURS, OTHERS = "kfac_tn", ("torch", "einconv")
-MOST_FLOPS, MOST_BYTES = 5e11, 8 * 2**30
+BATCH = 32
+MOST_FLOPS, MOST_BYTES = 5e11, 2.6 * 2**30
+"""einconv's: of all products, and of a tensor on the way, of which there may be three at once."""
+COMPARED = 2**22
+"""Entries of a result that are compared, at most."""
 
 
 class Setting:
@@ -145,56 +163,65 @@ class Setting:
 # ---- measuring -------------------------------------------------------------------------------
 
 
+def sample(result: Tensor) -> Tensor:
+    """Entries of a result all over it, to be compared: their scale differs between packages."""
+    entries = result.flatten()[:: 1 + result.numel() // COMPARED].double()
+    return entries / entries.norm()
+
+
 def measure(setting: Setting, operation: str, budget: float, most: int, device: str) -> dict:
     """All implementations of an operation, within about `budget` seconds, in up to `most` turns."""
     row: dict = {"convolution": asdict(setting.conv), "kind": setting.conv.kind}
     row |= {"name": str(setting.conv), "operation": operation, "failed": {}}
-    calls, expected = {}, None
-    errors, once, memory = {}, {}, {}
+    calls: dict[str, Call] = {}
+    expected, errors, once, memory = None, {}, {}, {}
+    start = perf_counter()
     for name in ("torch", OURS, "einconv"):
         try:
             call = setting.make(name, operation)
-            result = call()
+            result = call()  # planned, warm
+            found, size = sample(result), result.nbytes
+            del result
             once[name] = seconds(call)
-            memory[name] = max(peak_bytes(call, device), result.nbytes)
+            memory[name] = max(peak_bytes(call, device), size)
         except Exception as failure:  # whatever it is, it is recorded, and the others go on
             row["failed"][name] = f"{type(failure).__name__}: {failure}"[:200]
             continue
         calls[name] = call
-        flat = result.flatten().double()
-        flat = flat / flat.norm()  # the packages' factors differ in their scale
-        expected = flat if expected is None else expected
-        errors[name] = (flat - expected).norm().item()
-        del result, flat
-    turns = max(1, min(most, int(budget / max(sum(max(t, SHORTEST) for t in once.values()), 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns):
-        order = list(calls)
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            times[name].append(seconds(calls[name], math.ceil(SHORTEST / once[name])))
+        expected = found if expected is None else expected
+        errors[name] = (found - expected).norm().item()
+    left = budget - (perf_counter() - start)
+    times = take_turns(calls, once, left, most)
     row["seconds"] = {name: statistics.median(t) for name, t in times.items()}
+    turns = {name: len(t) for name, t in times.items()}
     return row | {"bytes": memory, "error": errors, "turns": turns}
+
+
+def chosen(options: argparse.Namespace) -> list[tuple[Convolution, list[str]]]:
+    """Convolutions, in random order, and the operations of each to be measured."""
+    convolutions = distinct()
+    random.Random(0).shuffle(convolutions)
+    if options.quick:
+        kinds = [[c for c in convolutions if c.kind == kind] for kind in KINDS]
+        convolutions = [c for some in kinds for c in sorted(some, key=lambda c: c.size)[1::4][:2]]
+    matches = re.compile(options.only).search
+    cells = [(conv, [o for o in OPERATIONS if matches(f"{o}, {conv}")]) for conv in convolutions]
+    return [(conv, operations) for conv, operations in cells if operations]
 
 
 def measure_all(options: argparse.Namespace) -> Iterator[dict]:
     """A row for each convolution and operation; stops when the time is up."""
-    convolutions = distinct()
-    random.Random(0).shuffle(convolutions)  # what the limit may cut off is any of them
-    if options.quick:
-        kinds = [[c for c in convolutions if c.kind == kind] for kind in KINDS]
-        convolutions = [c for some in kinds for c in sorted(some, key=lambda c: c.size)[1::4][:2]]
     end = perf_counter() + options.limit_seconds
-    cells = len(convolutions) * len(OPERATIONS)
-    for conv in convolutions:
+    convolutions = chosen(options)
+    cells = sum(len(operations) for _, operations in convolutions)
+    for conv, operations in convolutions:
         setting = Setting(conv, options.batch, options.device)
-        for operation in OPERATIONS:
+        for operation in operations:
             left = end - perf_counter()
             if left < 0:
-                print(f"time is up: {cells} of the cells are left out", file=sys.stderr)
                 return
-            # Preparing, checking and the memory take about as long as the turns.
-            budget = left / cells / 2
-            yield measure(setting, operation, budget, options.repetitions, options.device)
+            # What small convolutions leave of their share is the large ones'.
+            yield measure(setting, operation, left / cells, options.repetitions, options.device)
             cells -= 1
 
 
@@ -215,7 +242,7 @@ def table(rows: list[dict]) -> str:
     head = ["operation", "kind", "convolutions"]
     head += [f"{other}: time" for other in OTHERS] + [f"{other}: least" for other in OTHERS]
     head += [f"{other}: memory" for other in OTHERS]
-    lines = [head, ["---"] * len(head)]
+    lines: list[list[object]] = []
     for operation in OPERATIONS:
         for kind in ("all", *KINDS):
             some = [r for r in rows if r["operation"] == operation and kind in ("all", r["kind"])]
@@ -227,8 +254,8 @@ def table(rows: list[dict]) -> str:
             cells += [min(t, default=math.nan) for t in times]
             cells += [geometric_mean(m) for m in memory]
             name = f"**{operation}**" if kind == "all" else ""
-            lines.append([name, kind, str(len(some)), *(f"{c:.2f}" for c in cells)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            lines.append([name, kind, len(some), *cells])
+    return markdown(head, lines)
 
 
 def remarks(rows: list[dict]) -> str:
@@ -272,41 +299,40 @@ def plot(rows: list[dict], path: Path) -> None:
     boxes(panels, KINDS, path, "How many times faster kfac_tn is")
 
 
+def report(rows: list[dict], setting: str) -> str:
+    """All of it, as markdown."""
+    return (
+        f"# Operations of convolutions\n\n{setting}\n\nTime and peak memory of torch and einconv "
+        "0.1.0 as multiples of kfac_tn's: geometric means over distinct convolutions, and the "
+        f"least. More than 1: kfac_tn is better.\n\n{table(rows)}\n\n{remarks(rows)}"
+    )
+
+
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=9, help="turns, if time allows")
-    parser.add_argument("--limit-seconds", type=float, default=300)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="two of each kind")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
+    made = parser(__doc__, limit_seconds=660, quick="two of each kind")
+    made.add_argument("--batch", type=int, default=BATCH)
+    made.add_argument("--only", default="", help="cells whose names match; nothing is written")
+    options = made.parse_args()
     torch.set_num_threads(options.threads)
     start, rows = perf_counter(), []
     for row in measure_all(options):
         rows.append(row)
         times = ", ".join(f"{n} {1e3 * t:.2f} ms" for n, t in row["seconds"].items())
         print(f"{row['name']}, {row['operation']}: {times}", flush=True)
+    if options.only:
+        return
+    cells = sum(len(operations) for _, operations in chosen(options))
+    turns = statistics.median(n for row in rows for n in row["turns"].values())
     setting = (
         f"Batches of {options.batch}, float32 on {options.device}, medians of up to "
-        f"{options.repetitions} interleaved turns, {perf_counter() - start:.0f} s in all; "
-        f"{machine(options.device)}."
+        f"{options.repetitions} interleaved turns (half of them: {turns:g} or fewer); "
+        f"{len(rows)} of {cells} cells, drawn at random, in "
+        f"{perf_counter() - start:.0f} s; {machine(options.device)}."
     )
-    report = (
-        f"# Operations of convolutions\n\n{setting}\n\nTime and peak memory of torch and einconv "
-        "0.1.0 as multiples of kfac_tn's: geometric means over distinct convolutions, and the "
-        f"least. More than 1: kfac_tn is better.\n\n{table(rows)}\n\n{remarks(rows)}\n"
-    )
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "operations.md").write_text(report)
-    record = {"setting": setting, "rows": rows}
-    (options.output / "operations.json").write_text(json.dumps(record, indent=1))
-    plot(rows, options.output / "operations.png")
-    print(f"\n{report}")
+    name = "operations" if options.batch == BATCH else f"operations_batch_{options.batch}"
+    write(options.output, name, setting, rows, report(rows, setting))
+    plot(rows, options.output / f"{name}.png")
 
 
 if __name__ == "__main__":

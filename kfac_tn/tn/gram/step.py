@@ -27,7 +27,7 @@ from kfac_tn.tn.gram.lags import (
     gram_by_lags,
     lags_of_classes,
 )
-from kfac_tn.tn.gram.positions import MOST_PAIRS, gram_by_positions, groups_at_once
+from kfac_tn.tn.gram.positions import MOST_PAIRS, at_once, gram_by_positions, groups_at_once
 from kfac_tn.tn.gram.symmetric import symmetric_share
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK, division, gram_by_unfolding
 from kfac_tn.tn.gram.windows import Windows, amounts
@@ -173,6 +173,8 @@ class WindowGram(Step):
         if self.method == "positions":
             pairs = max(channels * prod(w.size for w in self.windows), width) ** 2
             total = examples * pairs
+            if at_once(channels, self.windows):
+                return 2 * shared * (total + pairs * max(self._kernel**2, width))
             for window in self.windows:
                 total += pairs * window.kernel_size**2
                 pairs = pairs * window.kernel_size**2 // window.size**2
@@ -208,7 +210,8 @@ class WindowGram(Step):
             return once + shared * channels**2 * blocks + WRITTEN * result
         if self.method == "positions":
             pairs = shared * channels**2 * self._position_pairs
-            return (3 * len(self.windows) * pairs) // 2 + 2 * result
+            copies = 0 if at_once(channels, self.windows) else len(self.windows)
+            return pairs + (3 * copies * pairs) // 2 + 2 * result
         across = sum(count * wide for count, wide in stretches(self.windows[-1], channels))
         offsets = sum(number for _, number in self._rows_and_offsets)
         return 8 * x.numel() + 3 * shared * offsets * across * channels**2 + 4 * result

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from math import prod
 
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.node import Operand
@@ -45,6 +46,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "lags": ("fold", "spread", "lags"),
     "runs": ("fold", "spread", "unfolding", "runs"),
     "joint": ("fold", "spread", "unfolding", "joint"),
+    "tensors": ("tensors",),
     "convolution": (),
 }
 """What patterns become besides views, and tensors multiplied with themselves: by name.
@@ -57,6 +59,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
   `kfac_tn.tn.gram`.
 - `runs`: as the first, and sums over windows along the outermost axis are sums of whole rows, less
   some at the borders; `joint`: they are products with one matrix for all axes.
+- `tensors`: no views either, all patterns are tensors of zeros and ones. Two operands then meet
+  before any window is seen: of kernels that see most of a small input, each pair of positions once.
 - `convolution`: the network is a convolution or its derivative, computed by torch's own.
 
 An algorithm applies where it leads to other steps than those before it.
@@ -71,7 +75,8 @@ class Planner(Patterns, Products):
 
     def __init__(self, network: Network, strategy: Iterable[str]) -> None:
         super().__init__(network, strategy)
-        self._view_patterns()
+        if "tensors" not in self.strategy:
+            self._view_patterns()
         folds = self._set_folds_aside()
         self._spread_patterns()
         self._load(self.patterns)
@@ -111,16 +116,35 @@ NEEDS = {
     "lags": ("pair",),
     "runs": ("sum",),
     "joint": ("sum",),
+    "tensors": ("meeting",),
 }
 """What a network must have for a part of an algorithm to make a difference."""
 
 
+MOST_MET, LEAST_MET = 2, 2**22
+"""Elements of a product of operands that windows are to see: per element of theirs; at any rate."""
+
+
 @lru_cache(maxsize=512)
 def _kinds(network: Network) -> frozenset[str]:
-    """Whether an operand occurs twice, and whether a pattern is summed over."""
+    """Whether an operand occurs twice, a pattern is summed over, two operands meet at patterns."""
     operands = [node.symbol for node in network.nodes if isinstance(node.symbol, Operand)]
     patterns = [node.symbol for node in network.nodes if isinstance(node.symbol, IndexPattern)]
     kinds = {"pair"} if len(set(operands)) < len(operands) else set()
     if any(pattern.summed for pattern in patterns):
         kinds.add("sum")
+    if len(operands) == len(set(operands)) == 2 and _meet(network):
+        kinds.add("meeting")
     return frozenset(kinds)
+
+
+def _meet(network: Network) -> bool:
+    """Whether a pattern connects two operands that can be multiplied before, within its memory."""
+    first, second = (set(n.indices) for n in network.nodes if isinstance(n.symbol, Operand))
+    summed = (first & second) - set(network.output_indices)
+    patterns = (set(n.indices) for n in network.nodes if isinstance(n.symbol, IndexPattern))
+    if not summed or not any(p & first and p & second for p in patterns):
+        return False
+    elements = lambda indices: prod(network.size[index] for index in indices)  # noqa: E731
+    operands = elements(first) + elements(second)
+    return elements((first | second) - summed) <= max(MOST_MET * operands, LEAST_MET)

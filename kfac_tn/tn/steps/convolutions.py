@@ -13,6 +13,12 @@ from kfac_tn.tn.steps.step import WIDTH, Step, has_depthwise_kernels
 
 Sizes = tuple[int, ...]
 
+LARGEST_DEPTHWISE = 3
+"""Size of a kernel of one channel up to which its gradient has a fast kernel on a CPU."""
+
+DEPTHWISE_WASTE = 40
+"""How much longer that of a larger one takes."""
+
 
 def _dilation(dilation: Sizes, kernel_size: Sizes, tensor: Tensor) -> Sizes:
     """Any dilation, where kernels have just one position: on one thread it leads to oneDNN."""
@@ -90,6 +96,11 @@ class ConvolveTransposed(_Convolutional):
 
     output_padding: Sizes
 
+    def work(self, *inputs: Tensor) -> float:
+        """Few channels of the image (three colours, say) take as long as a vector of them."""
+        waste = max(inputs[1].shape[1], WIDTH) / inputs[1].shape[1] if self.groups == 1 else 1
+        return super().work(*inputs) * waste
+
     @staticmethod
     def compute(  # type: ignore[override]
         result: Tensor,
@@ -118,6 +129,12 @@ class ConvolveBackward(_Convolutional):
     """
 
     kernel_size: Sizes
+
+    def work(self, *inputs: Tensor) -> float:
+        """Of one channel alone, large kernels have none of the special ones."""
+        alone = self.groups > 1 and inputs[0].shape[1] == inputs[1].shape[1] == self.groups
+        slow = alone and max(self.kernel_size) > LARGEST_DEPTHWISE
+        return super().work(*inputs) * (DEPTHWISE_WASTE if slow else 1)
 
     @staticmethod
     def compute(  # type: ignore[override]
