@@ -21,6 +21,10 @@ HUGE = 2**21
 LEAST = 2 * HUGE
 """Bytes of a tensor that is worth the call."""
 
+FRESH = 2**25
+"""Bytes of a tensor from which on glibc hands out fresh memory each time: page after page is made
+when it is first written, which takes longer than to write it."""
+
 MADV_HUGEPAGE = 14
 
 

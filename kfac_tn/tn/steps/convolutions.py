@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfac_tn.tn.autocast import is_enabled
+from kfac_tn.tn.pages import FRESH
 from kfac_tn.tn.steps.step import WIDTH, Step, has_depthwise_kernels
 
 Sizes = tuple[int, ...]
@@ -20,11 +21,21 @@ DEPTHWISE_WASTE = 40
 """How much longer that of a larger one takes."""
 
 
+LAID_OUT, LAID_OUT_FRESH = 0.4, 2.5
+"""How often an element is moved to be laid out as convolutions want it, and back."""
+
+
 def _dilation(dilation: Sizes, kernel_size: Sizes, tensor: Tensor) -> Sizes:
     """Any dilation, where kernels have just one position: on one thread it leads to oneDNN."""
     if tensor.device.type == "cpu" and all(size == 1 for size in kernel_size):
         return (2,) * len(dilation)
     return dilation
+
+
+def _laid_out(tensor: Tensor) -> int:
+    """Elements that take as long as a tensor takes to be laid out as oneDNN wants it."""
+    fresh = tensor.numel() * tensor.element_size() >= FRESH
+    return int((LAID_OUT_FRESH if fresh else LAID_OUT) * tensor.numel())
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,10 @@ class _Convolutional(Step):
         if self.groups == 1 or rows == columns == 1:
             return self.flops(*inputs) * min(self.groups, 2)
         return self.flops(*inputs) * max(rows, WIDTH) * max(columns, WIDTH) / (rows * columns)
+
+    def moved(self, *inputs: Tensor) -> int:
+        """Image and result are laid out anew: in fresh memory, if they are large."""
+        return sum(_laid_out(tensor) for tensor in (inputs[0], self(*inputs)))
 
     def by_blas(self, *inputs: Tensor) -> bool:
         """Whether the dtype is one that oneDNN has no convolutions for."""
