@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import Any
+
+import torch
 
 from kfac_tn.tn.pattern import PADDING_MODES, IndexPattern
 
@@ -55,6 +57,15 @@ class ConvSpec:
     padding_mode: str = "zeros"
 
     def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # nothing is looked up in a graph
+            self._normalise()
+            return
+        try:
+            vars(self).update(_normalised(*vars(self).values()))
+        except TypeError:  # a list, say, can't be looked up
+            self._normalise()
+
+    def _normalise(self) -> None:
         def normalise(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
@@ -241,3 +252,12 @@ class ConvSpec:
                 self.paddings[dimension][0],
                 self.padding_mode,
             )
+
+
+@lru_cache(maxsize=512, typed=True)
+def _normalised(*given: object) -> dict[str, object]:
+    """The attributes of a specification, checked and normalised: once for those used last."""
+    spec = object.__new__(ConvSpec)
+    vars(spec).update(zip((field.name for field in fields(ConvSpec)), given, strict=True))
+    spec._normalise()
+    return vars(spec)

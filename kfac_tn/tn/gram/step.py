@@ -105,7 +105,8 @@ class WindowGram(Step):
     ) -> Tensor:
         """Multiply."""
         for axis, window in zip(axes[-1], windows, strict=False):
-            tensor = tensor.narrow(axis, 0, window.size)  # what lies behind is in no window
+            if window.size < tensor.shape[axis]:
+                tensor = tensor.narrow(axis, 0, window.size)  # what lies behind is in no window
         rows = [tensor.shape[axis] for axis in axes[2]]
         rows += [window.kernel_size for window in windows]
         axes, windows = _in_place(tensor, axes, windows, method)

@@ -106,7 +106,7 @@ def _columns(
 ) -> Iterator[Tensor]:
     """The unfolded tensor, `[shared, d, columns]`, in chunks."""
     size = windows[0].output_size if windows else outputs
-    for chunk in x.split(examples, 1):
+    for chunk in x.split(examples, 1) if examples < x.shape[1] else (x,):
         for start in range(0, size, outputs):
             yield _unfolded(chunk, windows, start, min(outputs, size - start))
 
