@@ -121,3 +121,27 @@ def test_convolutions_are_recognized_without_their_patterns(name):
         single = {name: operand.float() for name, operand in operands.items()}
         actual = network.evaluate(algorithm="convolution", **single)
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_operands_meet_before_windows_where_that_takes_little_memory():
+    """A kernel that sees most of a small input: each pair of positions is multiplied once."""
+    spec = tn.ConvSpec((32, 64, 7, 7), (64, 1, 7, 7), padding=3, groups=64)
+    network = tn.weight_vjp(spec).simplify()
+    assert recipe(network).algorithm == "tensors"
+    x, g = operands_of(network).values()
+    x.requires_grad_()
+    weight = torch.zeros(64, 1, 7, 7, dtype=torch.float64, requires_grad=True)
+    F.conv2d(x, weight, padding=3, groups=64).backward(g)
+    actual = network.evaluate(input=x.detach(), grad_output=g, algorithm="tensors")
+    torch.testing.assert_close(actual, weight.grad, rtol=1e-12, atol=1e-12)
+    # All pairs of positions of a larger input would be many times what the operands are.
+    large = tn.ConvSpec((2, 64, 56, 56), (64, 1, 7, 7), padding=3, groups=64)
+    steps = recipe(tn.weight_vjp(large).simplify())
+    assert "tensors" not in [steps.algorithm, *(other.algorithm for other in steps.others)]
+
+
+def test_patches_of_three_colours_are_a_product():
+    """torch's transposed convolution takes as long for three channels as for sixteen."""
+    colours, many = (tn.ConvSpec((8, c, 64, 64), (64, c, 4, 4), stride=4) for c in (3, 64))
+    assert recipe(tn.input_vjp(colours).simplify()).algorithm == "unfolding"
+    assert recipe(tn.input_vjp(many).simplify()).algorithm == "convolution"
