@@ -141,7 +141,7 @@ def test_operands_meet_before_windows_where_that_takes_little_memory():
 
 
 def test_patches_of_three_colours_are_a_product():
-    """torch's transposed convolution takes as long for three channels as for sixteen."""
+    """Torch's transposed convolution takes as long for three channels as for sixteen."""
     colours, many = (tn.ConvSpec((8, c, 64, 64), (64, c, 4, 4), stride=4) for c in (3, 64))
     assert recipe(tn.input_vjp(colours).simplify()).algorithm == "unfolding"
     assert recipe(tn.input_vjp(many).simplify()).algorithm == "convolution"
