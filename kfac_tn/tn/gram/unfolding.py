@@ -5,7 +5,8 @@ Whatever is held besides the result, at any time, is no larger than a padded cop
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 
 from torch import Tensor
@@ -39,7 +40,7 @@ def gram_by_unfolding(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.
         `[shared, d, d]`, `d = channels * prod(kernel sizes)`.
     """
     positions = prod(window.output_size for window in windows) if windows else x.shape[3]
-    groups, *at_once = division(x.shape[:3], windows, positions)
+    groups, *at_once = division(tuple(map(int, x.shape[:3])), windows, int(positions))
     if groups >= len(x):
         return _gram(x, windows, at_once, scale)
     size = x.shape[2] * prod(window.kernel_size for window in windows)
@@ -62,8 +63,9 @@ def _gram(x: Tensor, windows: tuple[Windows, ...], at_once: list[int], scale: fl
     return total.result(1.0 if few == scale else scale)
 
 
+@lru_cache(maxsize=512)
 def division(
-    shape: Sequence[int], windows: tuple[Windows, ...], positions: int
+    shape: tuple[int, ...], windows: tuple[Windows, ...], positions: int
 ) -> tuple[int, int, int]:
     """How many groups, examples, and outputs along the first axis are unfolded at once.
 
