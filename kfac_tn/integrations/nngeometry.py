@@ -59,8 +59,9 @@ def as_pmat(curvature: Curvature) -> Any:
         >>> model, loss_fn = torch.nn.Linear(2, 1), torch.nn.MSELoss()
         >>> data = [(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1))]
         >>> options = {"fisher": "type-2", "bias": "joint"}
-        >>> as_pmat(kfac_tn.compute_kfac(model, loss_fn, data, **options)).trace()
-        tensor(4.)
+        >>> matrix = as_pmat(kfac_tn.compute_kfac(model, loss_fn, data, **options))
+        >>> round(float(matrix.trace()), 4)
+        4.0
     """
     layouts = single_layouts(curvature, (2, *_LAYERS), "nngeometry")
     found = {type(block) for block in curvature.blocks.values()}
