@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from measuring import (
     Call,
-    machine,
+    conditions,
     markdown,
     parser,
     peak_bytes,
@@ -437,11 +437,7 @@ def main() -> None:
         print(f"{row['quantity']}, {row['model']}: {shown}", flush=True)
         for way, reason in row["refused"].items():
             print(f"    {way} refused: {reason}", flush=True)
-    setting = (
-        f"Batches of {options.batch}, float32 on {options.device}, medians of up to "
-        f"{options.repetitions} interleaved turns, {perf_counter() - start:.0f} s in all; "
-        f"{machine(options.device)}."
-    )
+    setting = conditions(options, start)
     claims = markdown(["exact diagonal of ResNet-18", "bar", "measured", "holds"], bars(rows))
     tables = "\n\n".join(
         f"## {quantity[0].upper()}{quantity[1:]}\n\nTime:\n\n"

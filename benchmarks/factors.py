@@ -41,8 +41,8 @@ from einops import einsum, rearrange
 from measuring import (
     Call,
     boxes,
+    conditions,
     geometric_mean,
-    machine,
     markdown,
     parser,
     peak_bytes,
@@ -354,11 +354,7 @@ def main() -> None:
         rows.append(row)
         times = ", ".join(f"{n} {1e3 * t:.2f} ms" for n, t in row["seconds"].items())
         print(f"{row['name']}, {row['quantity']}: {times}", flush=True)
-    setting = (
-        f"Batches of {options.batch}, float32 on {options.device}, medians of up to "
-        f"{options.repetitions} interleaved turns, {perf_counter() - start:.0f} s in all; "
-        f"{machine(options.device)}."
-    )
+    setting = conditions(options, start)
     claims = markdown(
         ["what must hold", "of all", "bar", "measured", "met by", "holds"], bars(rows)
     )

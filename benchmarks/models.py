@@ -32,7 +32,7 @@ from time import perf_counter
 import torch
 from measuring import (
     Call,
-    machine,
+    conditions,
     markdown,
     parser,
     peak_bytes,
@@ -331,11 +331,7 @@ def main() -> None:
         print(f"{row['model']}, {1e3 * base:.1f} ms: {ratios}", flush=True)
         for way, reason in row["refused"].items():
             print(f"    {way} refused: {reason}", flush=True)
-    setting = (
-        f"Batches of {options.batch}, float32 on {options.device}, medians of up to "
-        f"{options.repetitions} interleaved turns, {perf_counter() - start:.0f} s in all; "
-        f"{machine(options.device)}."
-    )
+    setting = conditions(options, start)
     claims = markdown(["what must hold for ResNet-18", "bar", "measured", "holds"], bars(rows))
     report = (
         f"# KFAC passes of whole models\n\n{setting}\n\nIn units of forward + backward. A step "
