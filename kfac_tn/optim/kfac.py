@@ -68,8 +68,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
 
     Args:
         model: The model; every parameter that requires a gradient is trained.
-        loss_fn: The loss module that the training loop calls (``CrossEntropyLoss``, ``MSELoss``,
-            ``BCEWithLogitsLoss`` or one with the ``kfac_tn.likelihood.Likelihood`` protocol). With
+        loss_fn: The loss module that the training loop calls (``CrossEntropyLoss``, ``NLLLoss``,
+            ``MSELoss``, ``BCEWithLogitsLoss``, ``PoissonNLLLoss``, or one with the
+            ``kfac_tn.likelihood.Likelihood`` protocol). With
             a functional loss, give its module here and call ``observe(outputs, targets)``.
         lr: Learning rate, of Adam's size for ``"adaptive"`` and ``"graft"``. Natural-gradient steps
             (``"kl_clip"``, ``"fixed"``) want 0.03 to 0.3. Default: 1e-2; for ``"quadratic"`` 1.
