@@ -22,7 +22,9 @@ class EmbeddingFamily(LayerFamily):
     A is over indices, B over the embedding's width. KFAC-expand's A is exactly diagonal: how
     frequent each index is. KFAC-reduce takes the first axis for the examples. With ``max_norm``,
     rows are shortened before they are looked up; as torch does, that isn't differentiated. An index
-    that is ``padding_idx`` stands for a vector of zeros.
+    that is ``padding_idx`` stands for a vector of zeros. EKFAC on reduce's A, whose rank is at most
+    the number of examples, has eigenvectors that mix all indices: rows that aren't looked up move
+    too, but for that of padding.
 
     Indices that all examples share, as those of positions ``[T]`` or ``[1, T]``, have gradients
     summed over examples: with targets drawn, or signs, at random their squares are right on
