@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -56,3 +59,17 @@ def with_progress(loader: Iterable, title: str, progress_bar: bool) -> Iterable:
     except ImportError as error:
         raise ImportError("progress_bar=True needs tqdm: pip install tqdm") from error
     return tqdm(loader, desc=title, unit="batch")
+
+
+def rows_of(batch: Any, rows: slice | Tensor, count: int) -> Any:
+    """A batch of some examples, of the same structure: tensors that have ``count`` rows are cut."""
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, UserDict):  # transformers' batches; no structure that torch knows
+            part = copy(leaf)
+            part.data = {key: rows_of(value, rows, count) for key, value in leaf.data.items()}
+            return part
+        batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)
+        return leaf[rows] if batched else leaf
+
+    return torch.utils._pytree.tree_map(cut, batch)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter, UserDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from copy import copy
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module, Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfac_tn.curvature.batches import Forward, call_on_pair
+from kfac_tn.curvature.batches import Forward, call_on_pair, rows_of
 from kfac_tn.curvature.checks import refuse_scaled_gradients
+from kfac_tn.curvature.copies import Copies, CopiesFamily, WatchCopies
 from kfac_tn.functional import common
 from kfac_tn.graph import differentiate, find, output_edge, remember
 from kfac_tn.hooks import plain
@@ -78,8 +79,8 @@ class Calls:
     Attributes:
         outputs: What the model returned, ``[N, ...]``.
         targets: What it should have.
-        unknown: Names of trainable parameters that (also) belong to modules of unknown kinds, or
-            whose calls don't have the examples on the first axis.
+        unknown: Names of trainable parameters that (also) belong to modules of unknown kinds, which
+            don't just broadcast them, or whose calls don't have the examples on the first axis.
 
     Raises:
         ValueError: If batch normalization in training mode makes examples depend on each other, or
@@ -91,14 +92,16 @@ class Calls:
         refuse_if_not_exact(model)
         self._model, self._batch, self._forward = model, batch, forward
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._attributes = _known(model)
+        self._attributes, own = _known(model)
+        self._copies = {parameter: Copies(parameter) for parameter in own}
         self._key = object()
         modules = {m for m in model.modules() if any(p in self._attributes for p in _own(m))}
         handles = [
             m.register_forward_hook(cast(Any, self._after_layer), with_kwargs=True) for m in modules
         ]
         try:
-            outputs, self.targets = forward(model, batch)
+            with WatchCopies(own, self._at_copies) if own else nullcontext():
+                outputs, self.targets = forward(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -116,6 +119,7 @@ class Calls:
             if not one.record.x.shape[:1] == one.record.shape[:1] == outputs.shape[:1]
             for parameter in self._of(one.record)
         }
+        elsewhere |= own - self._counts.keys()
         known = self._attributes.keys() - elsewhere
         self.unknown = {name for name, p in self.parameters.items() if p not in known}
 
@@ -136,6 +140,12 @@ class Calls:
         x = family.input_of(module, args, kwargs)
         version = None if x.is_inference() else x._version
         remember(edge, self._key, Call(module, family, x.detach(), version, output.shape))
+
+    def _at_copies(self, parameter: Parameter, copies: Tensor) -> None:
+        if copies.requires_grad:
+            module = self._copies[parameter]
+            call = Call(module, CopiesFamily(), copies.detach(), None, copies.shape)
+            remember(get_gradient_edge(copies), self._key, call)
 
     def _of(self, call: Call) -> list[Parameter]:
         """Parameters that a call gives gradients to."""
@@ -232,7 +242,7 @@ class Calls:
             return None
         rows = torch.tensor([0, count // 2, count - 1])
         try:
-            few = Calls(self._model, _rows(self._batch, rows, count), self._forward)
+            few = Calls(self._model, rows_of(self._batch, rows, count), self._forward)
         except Exception:  # such batches can't be cut
             return None
         expected = self.outputs.detach()[rows]
@@ -255,7 +265,7 @@ class Calls:
             ValueError: When the example alone has another output than in its batch.
         """
         row = slice(n, n + 1)
-        outputs, _ = self._forward(self._model, _rows(self._batch, row, len(self)))
+        outputs, _ = self._forward(self._model, rows_of(self._batch, row, len(self)))
         expected = self.outputs[row].detach()
         if not isinstance(outputs, Tensor) or not _close(outputs.detach(), expected):
             raise ValueError(
@@ -342,29 +352,21 @@ def per_example(
     return total
 
 
-def _rows(batch: Any, rows: slice | Tensor, count: int) -> Any:
-    """A batch of some examples, of the same structure: tensors that have ``count`` rows are cut."""
+def _known(model: Module) -> tuple[dict[Parameter, str], set[Parameter]]:
+    """Trainable parameters that may be understood: whether weight or bias; and which no layer has.
 
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, UserDict):  # transformers' batches; no structure that torch knows
-            part = copy(leaf)
-            part.data = {key: _rows(value, rows, count) for key, value in leaf.data.items()}
-            return part
-        batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)
-        return leaf[rows] if batched else leaf
-
-    return torch.utils._pytree.tree_map(cut, batch)
-
-
-def _known(model: Module) -> dict[Parameter, str]:
-    """Trainable parameters all of whose owners are understood: whether weight or bias."""
-    known = {}
+    The others are in modules of unknown kinds, or have different roles in several.
+    """
+    known, own = {}, set()
     for parameter, owners in owners_of(model).items():
         attributes = {attribute for _, _, attribute in owners}
-        understood = all(gradient_family(module) is not None for _, module, _ in owners)
-        if parameter.requires_grad and understood and attributes in ({"weight"}, {"bias"}):
+        understood = {gradient_family(module) is not None for _, module, _ in owners}
+        if parameter.requires_grad and understood == {False}:
+            known[parameter] = "bias"
+            own.add(parameter)
+        elif parameter.requires_grad and understood == {True} and len(attributes) == 1:
             known[parameter] = attributes.pop()
-    return known
+    return {p: attribute for p, attribute in known.items() if attribute in ("weight", "bias")}, own
 
 
 def _own(module: Module) -> list[Parameter]:

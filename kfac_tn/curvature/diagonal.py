@@ -36,11 +36,12 @@ def compute_ggn_diagonal(
 
     The sum over examples and back-propagated columns of the loss Hessian's root of each parameter's
     squared gradient (Dangel et al. 2020, arXiv 1912.10985). Linear layers, (transposed)
-    convolutions, embeddings and normalizations give it from their inputs and output gradients; for
-    any other parameter (recurrent layers, one's own), and where the examples aren't on a layer's
-    first axis, each example is differentiated alone, which is exact as well but slow: freeze what
-    isn't needed. Which way is right is verified on the first batch of several examples. The model
-    is used in the mode it is in; that must not mix examples.
+    convolutions, embeddings and normalizations give it from their inputs and output gradients, and
+    so do one's own parameters that are added to or multiplied with something of every example, or
+    expanded. For any other parameter (recurrent layers), and where the examples aren't on the first
+    axis, each example is differentiated alone, which is exact as well but slow: freeze what isn't
+    needed. Which way is right is verified on the first batch of several examples. The model is used
+    in the mode it is in; that must not mix examples.
 
     Args:
         model: The model; called on each batch. Its outputs are one tensor, examples first.

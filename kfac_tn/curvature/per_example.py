@@ -19,9 +19,11 @@ def compute_per_example_gradients(
     """Gradients of a loss, split into what each example of a batch contributes.
 
     One forward and one backward pass for all layers of known kinds (linear layers, (transposed)
-    convolutions, embeddings, normalizations); a further one for each example, alone, for parameters
-    of other kinds. One more backward pass verifies which way is right. The model is used in the
-    mode it is in; that must not mix examples. Neither ``.grad`` nor buffers are changed.
+    convolutions, embeddings, normalizations) and for one's own parameters that are added to or
+    multiplied with something of every example, or expanded; a further one for each example, alone,
+    for parameters that are used otherwise. One more backward pass verifies which way is right. The
+    model is used in the mode it is in; that must not mix examples. Neither ``.grad`` nor buffers
+    are changed.
 
     Args:
         model: The model; returns one tensor with the ``N`` examples first.

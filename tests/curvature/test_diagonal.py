@@ -43,16 +43,61 @@ class OtherAxes(nn.Module):
 
 
 class Functional(nn.Module):
-    """A weight that is used without calling its module, too."""
+    """A weight that is used without calling its module, too; parameters of the model's own."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
         self.scale = nn.Parameter(torch.rand(3))
+        self.mix = nn.Parameter(torch.rand(3, 3))
+        self.both = nn.Parameter(torch.rand(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x).tanh() * self.scale
-        return self.b(nn.functional.linear(x, self.a.weight))
+        x = self.a(x).tanh() * self.scale @ self.mix
+        return self.b(nn.functional.linear(x - self.both, self.a.weight)) + x @ self.both[:, None]
+
+
+class Broadcast(nn.Module):
+    """A class token, positions, scales, all parameters of the model's own; one is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {
+            "token": (1, 1, 3),
+            "positions": (1, 5, 3),
+            "scale": (3,),
+            "rows": (5, 1),
+            "number": (),
+            "shift": (5, 3),
+            "divisor": (1, 3),
+            "unused": (2,),
+        }.items():
+            setattr(self, name, nn.Parameter(torch.rand(shape) + 0.5))
+        self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        x = self.number * x.tanh() * self.scale
+        x = torch.sub(self.shift, self.inner(x)) / self.divisor
+        x *= self.rows
+        return self.head((x.tanh() * self.scale).mean(1).add(self.number))
+
+
+class BroadcastOtherwise(nn.Module):
+    """Parameters that meet tensors whose first axis isn't that of the examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift, self.head = (
+            nn.Parameter(torch.rand(3)),
+            nn.Parameter(torch.rand(1, 3)),
+            nn.Linear(3, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x.transpose(0, 1).sin() * self.scale).transpose(0, 1)
+        rows = (x.flatten(0, 1).tanh() + self.shift).unflatten(0, x.shape[:2])
+        return self.head(rows.mean(1))
 
 
 class Tied(nn.Module):
@@ -173,7 +218,10 @@ CASES = {
     "tied": (Tied, (3,)),
     "other axes": (OtherAxes, (2, 3)),
     "other axes, as many as examples": (OtherAxes, (4, 3)),
-    "functional use, own parameter": (Functional, (3,)),
+    "functional use, own parameters": (Functional, (3,)),
+    "broadcast parameters": (Broadcast, (4, 3)),
+    "broadcast over other axes": (BroadcastOtherwise, (2, 3)),
+    "broadcast over other axes, as many as examples": (BroadcastOtherwise, (4, 3)),
     "unused": (Unused, (3,)),
     "recurrent": (lambda: nn.Sequential(nn.RNNCell(3, 2)), (3,)),
     "text": (Text, (3,)),
@@ -273,8 +321,8 @@ def test_per_example_gradients_are_those_of_vmap(case):
     gradients = kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
     # torch.func takes tied weights for two.
     names = [name for name in expected if (case, name) != ("tied", "a.weight")]
-    actual = torch.cat([gradients[name].flatten(1) for name in names], 1)
-    wanted = torch.cat([expected[name].flatten(1) for name in names], 1)
+    actual = torch.cat([gradients[name].reshape(N, -1) for name in names], 1)
+    wanted = torch.cat([expected[name].reshape(N, -1) for name in names], 1)
     assert relative_error(actual, wanted) < TOLERANCE
 
 
@@ -301,7 +349,10 @@ def test_known_layers_need_no_loop_over_examples(case, verified):
     [
         ("other axes", {"first", "merged", "single"}),
         ("other axes, as many as examples", {"first", "merged", "single"}),
-        ("functional use, own parameter", {"a.weight", "scale"}),
+        ("functional use, own parameters", {"a.weight", "mix", "both"}),
+        ("broadcast parameters", {"unused"}),
+        ("broadcast over other axes", {"scale", "shift"}),
+        ("broadcast over other axes, as many as examples", {"scale", "shift"}),
         ("language", {"positions"}),
         ("language, as long as examples", {"positions"}),
     ],
@@ -329,7 +380,7 @@ def test_monte_carlo_converges_to_the_exact_diagonal():
 
 
 def test_max_memory_changes_nothing_or_is_refused():
-    for case in ("cnn", "called twice", "transposed", "functional use, own parameter"):
+    for case in ("cnn", "called twice", "transposed", "functional use, own parameters"):
         model, x = problem(case)
         loss_fn, y = loss_and_targets("mse", model(x))
         expected = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
