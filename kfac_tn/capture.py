@@ -11,23 +11,21 @@ and a forward pass that nobody differentiates leaves nothing behind.
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.functional import common
-from kfac_tn.functional.blocks import split_rows
 from kfac_tn.graph import Found, differentiate, find, output_edge, remember
 from kfac_tn.hooks import WeakHook, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
+from kfac_tn.layers.attention import Projection, ProjectionsApart
 from kfac_tn.likelihood import Likelihood, likelihood_of
 from kfac_tn.moments import (
     Basis,
@@ -36,32 +34,10 @@ from kfac_tn.moments import (
     find_shared,
     refuse_shared,
 )
-from kfac_tn.statistics import (
-    Call,
-    Factors,
-    Gram,
-    Statistics,
-    Sums,
-    WeightedSum,
-    add_grad_outputs,
-    add_inputs,
-    input_statistic,
-)
-
-_ONE = torch.ones(())
+from kfac_tn.passes import Passes
+from kfac_tn.statistics import Call, Gram, Statistics, input_statistic
 
 Fisher: TypeAlias = Literal["mc", "type-2", "empirical", "forward-only"]
-
-
-@dataclass
-class _Pass:
-    """The losses of one call of ``backward()``: micro-batches are passes, terms share one."""
-
-    scale: Tensor
-    calls: dict[Call, None] = field(default_factory=dict)  # that it reached
-    grad_outputs: list[tuple[Call, Tensor | Gram]] = field(default_factory=list)  # empirical Fisher
-    terms: Tensor | int = 1
-    moments: MomentCollector | None = None  # empirical Fisher
 
 
 class Capture:
@@ -137,6 +113,9 @@ class Capture:
         self._kept: list[Call] = []
         self._reset()
 
+        hidden = [module for module in self._blocks if isinstance(module, Projection)]
+        self._projections = {each.weight: each for each in hidden}
+        self._entered: list[tuple[Module, ProjectionsApart]] = []  # attentions at work
         watched = [(module, "_after_layer") for module in self._blocks]
         if isinstance(loss_fn, Module):
             watched.append((loss_fn, "_after_loss"))
@@ -144,6 +123,12 @@ class Capture:
             module.register_forward_hook(cast(Any, WeakHook(self, method)), with_kwargs=True)
             for module, method in watched
         ]
+        for module in {each.attention: None for each in hidden}:
+            before, after = WeakHook(self, "_before_attention"), WeakHook(self, "_after_attention")
+            self._handles += [
+                module.register_forward_pre_hook(cast(Any, before)),
+                module.register_forward_hook(cast(Any, after), always_call=True),
+            ]
         self._finalizer = weakref.finalize(self, remove, self._handles)
 
     def close(self) -> None:
@@ -156,15 +141,11 @@ class Capture:
         self._reset()
 
     def _reset(self) -> None:
-        self._input_sums: Sums[LayerBlock] = defaultdict(WeightedSum)
-        self._input_counts: dict[LayerBlock, int] = {}
-        self._grad_output_sums: Sums[LayerBlock] = defaultdict(WeightedSum)
-        self._diagonal_sums: Sums[Parameter] = defaultdict(WeightedSum)
-        self._moment_sums: Sums[LayerBlock] = defaultdict(WeightedSum)
+        adds_up = self.likelihood.reduction == "sum"
+        self._passes = Passes(adds_up, inputs_only=self.fisher == "forward-only")
         for call in self._kept:
             call.release()
         self._kept = []
-        self._passes: dict[int, _Pass] = {}
         self._columns_seen = 0
         self.sizes: dict[LayerBlock, tuple[int, int]] = {}  # examples, and times positions
 
@@ -198,39 +179,16 @@ class Capture:
         scale = torch.as_tensor(weight, dtype=dtype, device=outputs.device)
         with plain(outputs.device):
             if self.fisher == "forward-only":
-                self._begin(task, scale, find(outputs, self._key))
+                self._passes.begin(task, scale, find(outputs, self._key))
                 return
             make = self._empirical if self.fisher == "empirical" else self._columns
             self._differentiate(outputs, make(outputs, targets), scale, task)
 
     def take(self) -> Statistics:
         """Return the factors of all passes since the last call, and forget them."""
-        self._finish()
-        total_scale = self._total_scale()
-        factors = {}
-        for block, inputs in self._input_sums.items():
-            if self.fisher != "forward-only" and block not in self._grad_output_sums:
-                continue
-            a = inputs.result(self._input_counts[block])
-            if self.fisher == "forward-only":
-                like = a.rows if isinstance(a, Gram) else a
-                ones = split_rows(like.new_ones(block.grad_output_dim), block.grad_output_pieces)
-                factors[block] = Factors(a, torch.diag_embed(ones).repeat(block.groups, 1, 1))
-            else:
-                factors[block] = Factors(a, self._grad_output_sums[block].result(total_scale))
-        diagonals = {
-            parameter: cast(Tensor, total.result(total_scale))
-            for parameter, total in self._diagonal_sums.items()
-        }
-        sums = self._moment_sums.items()
-        moments = {block: cast(Tensor, total.result(total_scale)) for block, total in sums}
+        statistics = self._passes.statistics()
         self._reset()
-        return Statistics(factors, diagonals, moments)
-
-    def _total_scale(self) -> Tensor:
-        """By what the sums over passes are divided."""
-        scales = torch.stack([one_pass.scale for one_pass in self._passes.values()] or [_ONE])
-        return scales.max() if self.likelihood.reduction == "sum" else scales.sum()
+        return statistics
 
     # Hooks -------------------------------------------------------------------------------------
 
@@ -267,6 +225,28 @@ class Capture:
             call.keep(x)
         remember(edge, self._key, call)
 
+    def _before_attention(self, module: Module, args: tuple) -> None:
+        """Make its projections visible; in backward passes too, where checkpointing repeats it."""
+        if self.armed and recorded():
+            self._enter(module)
+
+    def _after_attention(self, module: Module, args: tuple, output: Any) -> None:
+        if self._entered and self._entered[-1][0] is module:
+            self._leave()
+
+    @torch._disable_dynamo
+    def _enter(self, module: Module) -> None:
+        mode = ProjectionsApart(self._projections, self._after_projection)
+        self._entered.append((module, mode))
+        mode.__enter__()
+
+    @torch._disable_dynamo
+    def _leave(self) -> None:
+        self._entered.pop()[1].__exit__(None, None, None)
+
+    def _after_projection(self, module: Module, x: Tensor, output: Tensor) -> None:
+        self._after_layer(module, (x,), {}, output)
+
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
         if not recorded() or not isinstance(loss, Tensor):
             return
@@ -290,7 +270,7 @@ class Capture:
                 weight = gradient / scale  # positive also for an objective that is maximized
             scale = scale.abs()
             if self.fisher == "forward-only":
-                self._begin(task, scale, find(outputs, self._key))
+                self._passes.begin(task, scale, find(outputs, self._key))
             elif self.fisher == "empirical":
                 self._listen(outputs, targets, scale, task)
             else:
@@ -329,7 +309,7 @@ class Capture:
         found = find(outputs, self._key)
         if not found and not self.diagonals:
             return
-        one_pass, calls = self._begin(task, scale), self._keep_until_taken(found, outputs)
+        one_pass, calls = self._passes.begin(task, scale), self._keep_until_taken(found, outputs)
         for column in columns:
             self._columns_seen += 1
             # A mean over no terms (all targets ignored) is NaN: its weight is zero.
@@ -346,13 +326,12 @@ class Capture:
 
             gradients = differentiate(outputs, column, found, receive, self.diagonals)
             one_pass.calls.update((call, None) for call, _ in received)
-            add_grad_outputs(self._grad_output_sums, received, scale)
-            for block, moment in moments.finish().items():
-                self._moment_sums[block].add(moment, scale)
-            for parameter, gradient in zip(self.diagonals, gradients, strict=True):
-                if gradient is not None:
-                    gradient = gradient.to_dense() if gradient.is_sparse else gradient
-                    self._diagonal_sums[parameter].add(gradient.square(), scale)
+            diagonals = (
+                (parameter, (gradient.to_dense() if gradient.is_sparse else gradient).square())
+                for parameter, gradient in zip(self.diagonals, gradients, strict=True)
+                if gradient is not None
+            )
+            self._passes.add(received, moments.finish(), diagonals, scale)
 
     def _keep_until_taken(self, found: list[Found[Call]], outputs: Tensor) -> list[Call]:
         """The calls whose inputs are kept, from now on until the statistics are taken."""
@@ -364,12 +343,12 @@ class Capture:
 
     def _listen(self, outputs: Tensor, targets: Tensor, scale: Tensor, task: int) -> None:
         """Take the gradients of the user's own pass, as it arrives at each layer's output."""
-        if task in self._passes:
+        if self._passes.get(task) is not None:
             raise RuntimeError(
                 "fisher='empirical' isn't defined for several losses in one backward(): call "
                 "backward() for each, or use fisher='mc'."
             )
-        one_pass = self._begin(task, scale)
+        one_pass = self._passes.begin(task, scale)
         one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
         found = find(outputs, self._key)
         refuse_shared(find_shared(found, outputs, self._shared), outputs)
@@ -380,33 +359,12 @@ class Capture:
 
     def _at_layer_backward(self, task: int, one: Found[Call], gradients: tuple) -> None:
         gradient, call = gradients[one.output_nr], one.record
-        listening = task == torch._C._current_graph_task_id() and task in self._passes
-        if gradient is None or not listening:  # a second backward through a retained graph
+        one_pass = self._passes.get(task) if task == torch._C._current_graph_task_id() else None
+        if gradient is None or one_pass is None:  # a second backward through a retained graph
             return
         with plain(gradient.device):
-            one_pass, gradient = self._passes[task], gradient.detach()
+            gradient = gradient.detach()
             if call.block.has_factors:
                 one_pass.grad_outputs.append((call, call.grad_output_statistic(gradient)))
                 one_pass.calls[call] = None
             cast(MomentCollector, one_pass.moments).add(call, gradient)
-
-    def _begin(self, task: int, scale: Tensor, reached: Iterable[Found[Call]] = ()) -> _Pass:
-        """Note a loss and its factor in the objective of its pass."""
-        if task not in self._passes:
-            self._finish()
-            self._passes[task] = _Pass(scale)
-        one_pass = self._passes[task]
-        one_pass.scale = torch.maximum(one_pass.scale, scale)
-        one_pass.calls.update((one.record, None) for one in reached)
-        return one_pass
-
-    def _finish(self) -> None:
-        """Reduce the passes to sums: only now are all calls known that belong together."""
-        for one_pass in self._passes.values():
-            add_inputs(self._input_sums, self._input_counts, one_pass.calls)
-            # M sum_n g g^T, g without the scale it went through
-            weight = one_pass.terms / one_pass.scale
-            add_grad_outputs(self._grad_output_sums, one_pass.grad_outputs, weight)
-            for block, moment in one_pass.moments.finish().items() if one_pass.moments else ():
-                self._moment_sums[block].add(moment, weight)
-            one_pass.calls, one_pass.grad_outputs, one_pass.moments = {}, [], None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_tn.capture import Capture, Factors, Fisher
+from kfac_tn.capture import Capture, Fisher
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
 from kfac_tn.curvature.block import Block, DiagonalBlock
 from kfac_tn.curvature.checks import refuse_scaled_gradients
@@ -22,6 +22,7 @@ from kfac_tn.curvature.layout import Layout
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.moments import Basis
+from kfac_tn.statistics import Factors
 
 LARGEST = 16384
 """Largest dimension of a factor by default."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from kfac_tn.capture import Capture, Factors, Statistics
+from kfac_tn.capture import Capture
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.compute import layout_of
 from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
@@ -22,6 +22,7 @@ from kfac_tn.hooks import timed
 from kfac_tn.layers import LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.moments import Basis
+from kfac_tn.statistics import Factors, Statistics
 
 
 class CurvatureEstimator:

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from kfac_tn.capture import Factors
 from kfac_tn.curvature.inverse import damped_inverses
 from kfac_tn.curvature.kronecker import pi_shares
 from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
 from kfac_tn.moments import Basis
+from kfac_tn.statistics import Factors
 from kfac_tn.tn.gemm import LEAST_PRODUCT, multiply
 
 Columns: TypeAlias = "tuple[Tensor, ...]"

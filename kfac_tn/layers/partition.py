@@ -10,6 +10,7 @@ import torch
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
+from kfac_tn.layers.attention import Projection, projections
 from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.embedding import EmbeddingFamily
@@ -28,6 +29,7 @@ CurvatureChoice: TypeAlias = (
 
 _FAMILIES: dict[type[Module], LayerFamily] = {
     torch.nn.Linear: LinearFamily(),
+    Projection: LinearFamily(),
     torch.nn.Embedding: EmbeddingFamily(),
     torch.nn.Conv1d: ConvFamily(),
     torch.nn.Conv2d: ConvFamily(),
@@ -201,7 +203,10 @@ def partition(
     """Divide the trainable parameters of a model into Kronecker blocks and others.
 
     A weight has a block if every module that owns it is a known layer, all of one kind and with
-    the same bias; so a weight that, say, an embedding and a linear layer share has none.
+    the same bias; so a weight that, say, an embedding and a linear layer share has none. The
+    projections of ``torch.nn.MultiheadAttention`` count as linear layers: of a module ``"m"``
+    those are ``"m.in_proj"`` (or ``"m.q_proj"``, ``"m.k_proj"``, ``"m.v_proj"``) and
+    ``"m.out_proj"``.
 
     Args:
         model: Any module.
@@ -240,12 +245,12 @@ def partition(
                 f"Parameter '{name}' has dtype {parameter.dtype}: only real floating-point "
                 "parameters can be trained here."
             )
-    owners = owners_of(model)
+    modules, owners = _with_projections(model)
     blocks: list[LayerBlock] = []
     covered: set[Parameter] = set()
     left_out: dict[Parameter, str] = {}
     layers: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules:
         weight = module._parameters.get("weight")
         if weight is None or weight in covered or weight in left_out:
             continue
@@ -309,6 +314,24 @@ def owners_of(model: Module) -> dict[Parameter, list[Owner]]:
             if parameter is not None:
                 owners.setdefault(parameter, []).append((name, module, attribute))
     return owners
+
+
+def _with_projections(
+    model: Module,
+) -> tuple[list[tuple[str, Module]], dict[Parameter, list[Owner]]]:
+    """All modules by name, attention's projections among them, and the parameters' owners."""
+    modules, owners = [], owners_of(model)
+    for name, module in model.named_modules():
+        modules.append((name, module))
+        for part, projection in projections(module).items():
+            full = f"{name}.{part}" if name else part
+            modules.append((full, projection))
+            hidden = (module, module.out_proj)
+            for attribute, parameter in projection._parameters.items():
+                if parameter is not None:
+                    rest = [owner for owner in owners[parameter] if owner[1] not in hidden]
+                    owners[parameter] = [*rest, (full, projection, attribute)]
+    return modules, owners
 
 
 def _same_owners(bias: Parameter, weight: Parameter, owners: dict[Parameter, list[Owner]]) -> bool:

@@ -56,7 +56,7 @@ def coverage(
     for block in blocks:
         sizes = f"{block.grad_output_dim} x {block.input_dim + (block.bias is not None)}"
         what = "factors" if block.has_factors else "second moments"
-        why = f"{type(block.modules[0]).__name__}: {what} {sizes}"
+        why = f"{block.modules[0]._get_name()}: {what} {sizes}"
         if block.groups > 1:
             why += f" in {block.groups} groups"
         if block.has_factors:

@@ -95,15 +95,39 @@ CASES = {
             "g.weight_hh": "GRUCell",
         },
     ),
-    "attention: its output layer is used functionally": (
-        lambda: Layers(m=nn.MultiheadAttention(2, 1)),
-        {},
+    "attention": (
+        lambda: Layers(m=nn.MultiheadAttention(2, 1, add_bias_kv=True)),
         {
-            "m.in_proj_weight": "MultiheadAttention",
-            "m.in_proj_bias": "MultiheadAttention",
-            "m.out_proj.weight": "NonDynamicallyQuantizableLinear",
-            "m.out_proj.bias": "NonDynamicallyQuantizableLinear",
+            "m.in_proj": ["m.in_proj_weight", "m.in_proj_bias"],
+            "m.out_proj": ["m.out_proj.weight", "m.out_proj.bias"],
         },
+        {"m.bias_k": "MultiheadAttention", "m.bias_v": "MultiheadAttention"},
+    ),
+    "attention with weights of their own": (
+        lambda: frozen(nn.MultiheadAttention(2, 1, kdim=3), "k_proj_weight"),
+        {
+            "q_proj": ["q_proj_weight"],
+            "v_proj": ["v_proj_weight"],
+            "out_proj": ["out_proj.weight", "out_proj.bias"],
+        },
+        {"in_proj_bias": "MultiheadAttention"},
+    ),
+    "attentions tied": (
+        lambda: tied(nn.MultiheadAttention(2, 1), nn.MultiheadAttention(2, 1), "in_proj_weight"),
+        {
+            "a.out_proj": ["a.out_proj.weight", "a.out_proj.bias"],
+            "b.out_proj": ["b.out_proj.weight", "b.out_proj.bias"],
+        },
+        {
+            "a.in_proj_weight": "another bias",
+            "a.in_proj_bias": "no block",
+            "b.in_proj_bias": "no block",
+        },
+    ),
+    "a subclass of attention": (
+        lambda: Layers(m=type("Mine", (nn.MultiheadAttention,), {})(2, 1, bias=False)),
+        {},
+        {"m.in_proj_weight": "Mine", "m.out_proj.weight": "NonDynamicallyQuantizableLinear"},
     ),
     "a subclass may compute something else": (
         lambda: Layers(l=type("Mine", (nn.Linear,), {})(2, 3)),

@@ -17,6 +17,10 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 OTHERS = ("scale", "shift", "norm.weight", "norm.bias", "attention.in_proj_weight")
 
 
+class Attention(nn.MultiheadAttention):
+    """Of a type of its own, which may compute something else."""
+
+
 class Net(nn.Module):
     """A scalar, a vector, a normalization and packed projections, and a linear layer."""
 
@@ -25,7 +29,7 @@ class Net(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.3))
         self.shift = nn.Parameter(torch.randn(4))
         self.norm = nn.LayerNorm(4)
-        self.attention = nn.MultiheadAttention(4, 2, bias=False, batch_first=True)
+        self.attention = Attention(4, 2, bias=False, batch_first=True)
         self.attention.out_proj.weight.requires_grad_(False)
         self.head = nn.Linear(4, 3)
 
