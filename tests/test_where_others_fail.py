@@ -334,7 +334,8 @@ def test_transformer_encoder_layer(training, approximation):
     first = train(model, loss_fn, optimizer, x, y, steps=1)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert train(model, loss_fn, optimizer, x, y, steps=20) < first
-    assert set(optimizer.factors()) == {"0.linear1", "0.linear2", "1"}
+    attention = {"0.self_attn.in_proj", "0.self_attn.out_proj"}
+    assert set(optimizer.factors()) == {*attention, "0.linear1", "0.linear2", "1"}
     with torch.no_grad():
         model.eval()(x)  # torch's fast path
 
