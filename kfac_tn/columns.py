@@ -17,9 +17,15 @@ Samples: TypeAlias = int | Literal["auto"]
 MOST_SAMPLES = 4
 """More aren't drawn unless asked for: each is a backward pass."""
 
+_SMALL = 0.1
+"""Share of the largest layer's parameters below which a layer has no say in their number."""
+
 
 def samples_of(choice: Samples, sizes: Mapping[LayerBlock, tuple[int, int]]) -> int:
     """The number chosen; for "auto" so many that B of one batch can have full rank, up to a limit.
+
+    Layers with less than a tenth of the largest one's parameters have no say: a small head wants no
+    backward pass more through everything.
 
     Args:
         choice: A number, or "auto".
@@ -32,12 +38,18 @@ def samples_of(choice: Samples, sizes: Mapping[LayerBlock, tuple[int, int]]) -> 
         if isinstance(choice, str) or choice < 1:
             raise ValueError(f"mc_samples is {choice}: at least 1 is needed.")
         return choice
-    needed = 1
-    for block, (examples, terms) in sizes.items():
-        rows = examples if block.approximation == "reduce" else terms
-        if block.has_factors and rows:
-            needed = max(needed, -(-block.grad_output_dim // (block.grad_output_pieces * rows)))
-    return min(needed, MOST_SAMPLES)
+    rows = {
+        block: examples if block.approximation == "reduce" else terms
+        for block, (examples, terms) in sizes.items()
+        if block.has_factors and terms
+    }
+    parameters = {block: sum(p.numel() for p in block.parameters.values()) for block in rows}
+    needed = [
+        -(-block.grad_output_dim // (block.grad_output_pieces * rows[block]))
+        for block, number in parameters.items()
+        if number >= _SMALL * max(parameters.values())
+    ]
+    return min(max(needed, default=1), MOST_SAMPLES)
 
 
 def mc_columns(

@@ -664,6 +664,18 @@ def test_automatic_samples_count_positions():
         assert capture.passes == expected
 
 
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [((2, 9, 2), 2), ((8, 40, 8, 9), 4), ((30, 8, 17), 3), ((300, 8, 17), 1), ((80, 8, 2, 17), 1)],
+)
+def test_small_layers_have_no_say_in_automatic_samples(widths, expected):
+    """A batch of 8; a layer is small with less than a tenth of the largest one's parameters."""
+    model, loss_fn = nn.Sequential(*map(nn.Linear, widths[:-1], widths[1:])), nn.MSELoss()
+    capture = watch(model, loss_fn, "mc", mc_samples="auto")
+    loss_fn(model(torch.randn(8, widths[0])), torch.zeros(8, widths[-1])).backward()
+    assert capture.passes == expected
+
+
 def test_samples_are_a_number_or_automatic():
     for samples in (0, -1, "many"):
         with pytest.raises(ValueError, match=f"mc_samples is {samples}"):

@@ -100,7 +100,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         fisher: ``"mc"``, ``"type-2"``, ``"empirical"`` or ``"forward-only"`` (KFAC alone).
         mc_samples: Samples of the targets for ``"mc"``, each a backward pass. ``"auto"``: as many
             as give B of one batch full rank, at most 4: more than one for layers with more outputs
-            than the batch has examples (and positions).
+            than the batch has examples (and positions), small heads aside.
         damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
             a rule of ``kfac_tn.optim``, such as ``LevenbergMarquardt()``. Acts on the
             option of that name of the parameter groups that have none of their own.
