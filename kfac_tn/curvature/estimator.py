@@ -256,10 +256,11 @@ class CurvatureEstimator:
         """
         columns: dict[LayerBlock, Columns] = {}
         for block, (layout, parameters) in self._layouts.items():
-            named = {name: gradients[p] for name, p in parameters.items() if p in gradients}
-            if len(named) == len(parameters):
-                columns[block] = layout.to_columns(*named.values())
-            elif named:
+            given = [gradients[p] for p in parameters.values() if p in gradients]
+            if len(given) == len(parameters):
+                columns[block] = layout.to_columns(*given)
+            elif given:
+                named = [name for name, p in parameters.items() if p in gradients]
                 self.warn(
                     f"Of layer '{block.name}' only {sorted(named)} has a gradient, so it is used "
                     "without curvature. If the rest was frozen, make a new optimizer."
@@ -400,7 +401,7 @@ class CurvatureEstimator:
     def _plan(self) -> None:
         """Set automatic intervals from the sizes of the step that is ending."""
         sizes, passes = self.capture.sizes, self.capture.passes
-        if sizes:
+        if sizes and "auto" in (self.options.factor_interval, self.options.inverse_interval):
             exact = self._kinds["kfac"] is EigenFactors
             work = total(
                 layer_work(b, *size, passes, exact, Pace.on(b.weight.device.type))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Size, Tensor
@@ -35,7 +36,7 @@ class Layout:
         """Of the weight, and of the bias if there is one."""
         return (self.weight_name,) if self.bias_name is None else (self.weight_name, self.bias_name)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """d_out, the number of rows in each group."""
         shape = self.weight_shape
@@ -43,7 +44,7 @@ class Layout:
             return shape[1]
         return shape[0] // self.groups if shape else 1
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Number of columns, that of the bias aside."""
         return self.weight_shape.numel() // (self.groups * self.rows)

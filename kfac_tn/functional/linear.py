@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kfac_tn.functional.common import (
+    CACHE_BYTES,
     cast,
     cast_chunks,
     check,
@@ -42,7 +43,7 @@ def linear_input_factor(x: Tensor, approximation: str = "expand", bias: bool = F
         return average_gram(rows)
     check(x, "x", "[N, *shared, d_in]", 2)
     count, size = x[..., 0].numel(), x.shape[-1]
-    if bias and count < size:  # then the factor is larger than `x`: better copy that
+    if bias and (count < size or x.numel() <= _CACHED):  # else better copy the factor
         return _gram_of_positions(append_one(x)).div_(count)
     factor = _gram_of_positions(x).div_(count)
     return border(factor, _mean_of_positions(x)) if bias else factor
@@ -116,6 +117,8 @@ def linear_sum_grad_output(g: Tensor) -> Tensor:
 
 
 # ---- how it is computed ----------------------------------------------------------------------
+
+_CACHED = CACHE_BYTES // 8  # elements of an input: to append a 1 is faster than to the factor
 
 
 def _gram_of_positions(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -144,12 +145,15 @@ def _ratios(norms: Tensor, layers: list[int], spread: float) -> Tensor:
         layers: Numbers of the parameters' layers.
         spread: Share of the layers'.
     """
-    squares, places = norms.square(), torch.tensor(layers).to(norms.device)
-    by_layer = squares.new_zeros(2, max(layers) + 1).index_add_(1, places, squares)
-    layer, model = (_quotient(each.sqrt()) for each in (by_layer, by_layer.sum(1)))
-    return (layer**spread * model ** (1 - spread)).nan_to_num(0.0, 0.0, 0.0)[places]
+    squares = norms.square() @ _company(tuple(layers), norms.dtype, norms.device)
+    above, below = squares.sqrt().unbind()
+    ratios = above / below
+    return (ratios[:-1] ** spread * ratios[-1] ** (1 - spread)).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _quotient(pair: Tensor) -> Tensor:
-    above, below = pair.unbind()
-    return above / below
+@lru_cache(maxsize=8)
+def _company(layers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Which parameters are of one's layer, and last of one's model: ``[parameters, ... + 1]``."""
+    places = torch.tensor(layers)
+    same = torch.nn.functional.pad(places == places.unsqueeze(1), (0, 1), value=True)
+    return same.to(device, dtype)
