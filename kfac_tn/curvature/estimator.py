@@ -260,9 +260,9 @@ class CurvatureEstimator:
             if len(given) == len(parameters):
                 columns[block] = layout.to_columns(*given)
             elif given:
-                named = [name for name, p in parameters.items() if p in gradients]
+                seen = [name for name, p in parameters.items() if p in gradients]
                 self.warn(
-                    f"Of layer '{block.name}' only {sorted(named)} has a gradient, so it is used "
+                    f"Of layer '{block.name}' only {sorted(seen)} has a gradient, so it is used "
                     "without curvature. If the rest was frozen, make a new optimizer."
                 )
         results: dict[LayerBlock, Columns] = {}
