@@ -125,4 +125,4 @@ class Passes:
                 factors[block] = Factors(a, self._grad_outputs[block].result(total))
         diagonals = {p: cast(Tensor, each.result(total)) for p, each in self._diagonals.items()}
         moments = {b: cast(Tensor, each.result(total)) for b, each in self._moments.items()}
-        return Statistics(factors, diagonals, moments)
+        return Statistics(factors, diagonals, moments, self._input_counts)

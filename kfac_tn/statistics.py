@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -127,11 +127,13 @@ class Statistics:
         diagonals: By parameter: an estimate of the Fisher's diagonal, shaped like the parameter.
         moments: By block: second moments of per-example gradients in its basis,
             ``[G, d_out, d_in]``, of those blocks that have one.
+        counts: By block: the number of vectors its input factor is a mean over.
     """
 
     factors: dict[LayerBlock, Factors]
     diagonals: dict[Parameter, Tensor]
     moments: dict[LayerBlock, Tensor]
+    counts: dict[LayerBlock, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -15,9 +15,10 @@ from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.compute import layout_of
 from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
 from kfac_tn.curvature.exact import EigenFactors
-from kfac_tn.curvature.intervals import Pace, intervals, is_due, layer_work, total
+from kfac_tn.curvature.intervals import intervals, is_due, model_work
 from kfac_tn.curvature.moving import Columns, KroneckerMoving, Moving, MovingFactors
 from kfac_tn.curvature.options import CurvatureOptions
+from kfac_tn.distributed import Processes, average
 from kfac_tn.hooks import timed
 from kfac_tn.layers import LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
@@ -58,6 +59,7 @@ class CurvatureEstimator:
             "ekfac": MovingEKFAC,
             "diagonal": MovingDiagonal,
         }
+        self.processes = Processes(options.process_group)
         self.steps = 0
         self._renewed: dict[str, tuple[int, int]] = {}  # steps of statistics, inverses
         self.seconds: dict[str, float] = {}
@@ -214,7 +216,9 @@ class CurvatureEstimator:
     def _average(self) -> Statistics:
         """Average the statistics of a step in, and return them."""
         self._plan()
-        statistics = self.finite(self.capture.take())
+        others = {parameter: block.name for parameter, block in self._own.items()}
+        statistics = average(self.capture.take(), self.processes, self.blocks, others)
+        statistics = self.finite(statistics)
         for parameter, diagonal in statistics.diagonals.items():
             block = self._own[parameter]
             named = {block.name: diagonal}
@@ -400,17 +404,18 @@ class CurvatureEstimator:
 
     def _plan(self) -> None:
         """Set automatic intervals from the sizes of the step that is ending."""
-        sizes, passes = self.capture.sizes, self.capture.passes
-        if sizes and "auto" in (self.options.factor_interval, self.options.inverse_interval):
-            exact = self._kinds["kfac"] is EigenFactors
-            work = total(
-                layer_work(b, *size, passes, exact, Pace.on(b.weight.device.type))
-                for b, size in sizes.items()
-            )
+        if "auto" not in (self.options.factor_interval, self.options.inverse_interval):
+            return
+        sizes = {block.name: size for block, size in self.capture.sizes.items()}
+        seen = self.processes.gather((sizes, self.capture.passes))
+        exact = self._kinds["kfac"] is EigenFactors
+        work = model_work(self.blocks, seen, exact)
+        if work.model:
             self._automatic = intervals(work, self.options.overhead)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         key = str(device)
         if key not in self._generators:
-            self._generators[key] = torch.Generator(device).manual_seed(self.options.seed)
+            seed = self.options.seed + self.processes.rank  # samples of one's own
+            self._generators[key] = torch.Generator(device).manual_seed(seed)
         return self._generators[key]

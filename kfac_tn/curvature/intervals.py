@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -171,8 +171,36 @@ def layer_work(
     )
 
 
-def total(works: Iterable[Work]) -> Work:
-    """The sum."""
+def model_work(
+    blocks: Iterable[LayerBlock],
+    seen: Sequence[tuple[Mapping[str, tuple[int, int]], float]],
+    exact: bool = False,
+) -> Work:
+    """What all layers cost together, where it is most.
+
+    Args:
+        blocks: The layers.
+        seen: Of each process, examples and rows by layer name, and extra backward passes.
+        exact: As in ``layer_work``.
+
+    Example:
+        >>> import torch
+        >>> from kfac_tn.layers import partition
+        >>> blocks, _ = partition(torch.nn.Linear(900, 400))
+        >>> small, large = {"": (8, 8)}, {"": (64, 64)}
+        >>> model_work(blocks, [(small, 1), (large, 1)]) == model_work(blocks, [(large, 1)])
+        True
+    """
+    largest: dict[str, tuple[int, int]] = {}
+    for sizes, _ in seen:
+        for name, size in sizes.items():
+            largest[name] = max(size, largest.get(name, size))
+    passes = max(each for _, each in seen)
+    works = (
+        layer_work(b, *largest[b.name], passes, exact, Pace.on(b.weight.device.type))
+        for b in blocks
+        if b.name in largest
+    )
     return sum(works, Work())
 
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 from kfac_tn.capture import Fisher
 from kfac_tn.columns import Samples
 from kfac_tn.curvature.intervals import Interval
+from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors, LayerBlock
 
 Split: TypeAlias = Literal["pi", "exact"]
@@ -33,6 +34,7 @@ class CurvatureOptions:
         overhead: What a step may cost more with ``"auto"``, relative to the model's own passes.
         seed: Of the Monte-Carlo samples.
         other_curvature: ``"diagonal"``, or None, of the parameters without Kronecker structure.
+        process_group: The processes that share each batch: ``"all"``, some, or None.
 
     Raises:
         ValueError: For a value out of its range.
@@ -52,6 +54,7 @@ class CurvatureOptions:
     max_dim: int | None = 8192
     large_factors: LargeFactors = "auto"
     other_curvature: OtherCurvature | None = None
+    process_group: ProcessGroup = "all"
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor_decay < 1:

@@ -224,7 +224,7 @@ def partition(
     Raises:
         TypeError: If the model is no module.
         ValueError: For an unknown choice, a name that a dict lacks or that is no layer, for
-            parameters of lazy modules that have no shape yet, and for complex ones.
+            parameters of lazy modules that have no shape yet, for complex ones, and sharded ones.
 
     Example:
         >>> import torch
@@ -239,6 +239,11 @@ def partition(
         if is_lazy(parameter):
             raise ValueError(
                 f"Parameter '{name}' is not initialized yet: run the lazy model once before."
+            )
+        if type(parameter).__name__ in ("DTensor", "FlatParameter"):
+            raise ValueError(
+                f"Parameter '{name}' is sharded over processes ({type(parameter).__name__}): only "
+                "whole weights have curvature here; use DistributedDataParallel, not FSDP."
             )
         if parameter.requires_grad and not parameter.is_floating_point():
             raise ValueError(

@@ -14,6 +14,7 @@ from kfac_tn.columns import Samples
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
+from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates, freshened
@@ -126,6 +127,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             ``weight_decay``, ``damping``), as in ``torch.optim``; together they hold every
             trainable parameter. By default one group, or two with ``other_lr``.
         seed: Of the samples of ``"mc"``; the global random state isn't touched.
+        process_group: The processes of ``torch.distributed`` that share each batch and average
+            their gradients: statistics and measurements are averaged over them, so that all take
+            the same step. ``"all"`` (default) there are, a group, or None: each trains for itself.
 
     Raises:
         ValueError: For hyper-parameters out of range, parameter groups that miss a trainable
@@ -175,6 +179,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         other_lr: float | None = None,
         params: Iterable[dict[str, Any]] | None = None,
         seed: int = 0,
+        process_group: ProcessGroup = "all",
     ) -> None:
         self._rule = step_rule_of(step_rule, kl_clip)
         self._damping_rule = damping_rule_of(damping)
@@ -199,6 +204,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             inverse_interval=inverse_interval,
             overhead=overhead,
             seed=seed,
+            process_group=process_group,
         )
         defaults = {
             "lr": self._rule.lr if lr is None else lr,
@@ -225,7 +231,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         if self._damping_rule.needs_batch or self._rule.needs_batch:
             required = self._damping_rule.needs_batch or not self._rule.without_batch
             try:
-                self._replay = Replay.where_possible(self._model, self._loss_fn, required)
+                self._replay = Replay.where_possible(
+                    self._model, self._loss_fn, required, self._estimator.processes
+                )
             except ValueError:
                 self.close()
                 raise

@@ -14,6 +14,7 @@ from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
+from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
@@ -54,6 +55,8 @@ class KFACPreconditioner(CurvatureUser):
         inverse_interval: Steps between inversions, or ``"auto"``.
         overhead: What a step may cost more with ``"auto"``.
         seed: Of the samples.
+        process_group: The processes that share each batch; call ``step`` once their gradients are
+            averaged.
 
     Raises:
         ValueError: For hyper-parameters out of range, or ``"kl_clip"`` without ``lr``.
@@ -97,6 +100,7 @@ class KFACPreconditioner(CurvatureUser):
         inverse_interval: Interval = 100,
         overhead: float = 0.25,
         seed: int = 0,
+        process_group: ProcessGroup = "all",
     ) -> None:
         self._rule = step_rule_of(step_rule, kl_clip)
         if self._rule.needs_batch:
@@ -126,6 +130,7 @@ class KFACPreconditioner(CurvatureUser):
             inverse_interval=inverse_interval,
             overhead=overhead,
             seed=seed,
+            process_group=process_group,
         )
         self._prepare()
 

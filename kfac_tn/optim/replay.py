@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
+from kfac_tn.distributed import Processes
 from kfac_tn.hooks import WeakHook, recorded, remove
 from kfac_tn.likelihood import likelihood_of
 
@@ -47,12 +49,19 @@ class Replay:
         model: The model.
         loss_fn: The loss module, called on what the model returns, or on a view of another shape.
         required: Whether a step without a batch is an error.
+        processes: Over which the objective is a mean.
 
     Raises:
         ValueError: For a loss without a module, or with ``reduction="none"``.
     """
 
-    def __init__(self, model: Module, loss_fn: object, required: bool = True) -> None:
+    def __init__(
+        self,
+        model: Module,
+        loss_fn: object,
+        required: bool = True,
+        processes: Processes | None = None,
+    ) -> None:
         if not isinstance(loss_fn, Module) or getattr(loss_fn, "reduction", "none") == "none":
             raise ValueError(
                 "This rule computes the loss once more, so it needs a loss module with reduction "
@@ -60,6 +69,7 @@ class Replay:
             )
         self.armed = True
         self.required = required
+        self._processes = processes or Processes(None)
         self.forward_mode = True
         self._model, self._loss_fn = model, loss_fn
         self._batches: list[_Batch] = []
@@ -73,10 +83,12 @@ class Replay:
         weakref.finalize(self, remove, self._handles)
 
     @classmethod
-    def where_possible(cls, model: Module, loss_fn: object, required: bool) -> Replay | None:
+    def where_possible(
+        cls, model: Module, loss_fn: object, required: bool, processes: Processes
+    ) -> Replay | None:
         """One, or none for a loss of which there can be none, unless that is an error."""
         try:
-            return cls(model, loss_fn, required)
+            return cls(model, loss_fn, required, processes)
         except ValueError:
             if required:
                 raise
@@ -118,7 +130,8 @@ class Replay:
         if closure is None:
             return float(self.loss(capture) - before)
         with torch.enable_grad(), self._undisturbed(capture), self._as_recorded(self._batches[0]):
-            return float(torch.as_tensor(closure()).detach() - before)
+            after = self._processes.mean(torch.as_tensor(closure()).detach().to(before))
+            return float(after - before)
 
     def loss(self, capture: Capture) -> Tensor:
         """The objective at the parameters as they are now."""
@@ -232,12 +245,15 @@ class Replay:
     def _total(self, values: Sequence[Tensor]) -> Tensor:
         weights = torch.stack([cast(Tensor, batch.weight) for batch in self._batches])
         whole = weights.max() if self._loss_fn.reduction == "sum" else weights.sum()
-        return sum((w / whole * v for w, v in zip(weights, values, strict=True)), torch.zeros(()))
+        total = sum((w / whole * v for w, v in zip(weights, values, strict=True)), torch.zeros(()))
+        return self._processes.mean(cast(Tensor, total))
 
     def _push_forward(
         self, batch: _Batch, vectors: Sequence[Mapping[Parameter, Tensor]]
     ) -> tuple[Tensor, list[Tensor]]:
         model = getattr(self._model, "_orig_mod", self._model)  # what torch.compile wraps
+        if isinstance(model, DistributedDataParallel):  # whose passes would be synchronized
+            model = model.module
         names = {p: name for name, p in model.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
