@@ -23,12 +23,18 @@ FEW = 8
 """Gradients of a chunk that are squared and added one by one: so many launches cost less than to
 write their squares."""
 
+LONG = 64
+"""Positions for each input of a few outputs, up to which products of matrices beat torch's kernel."""
+
 ROWS = 768
 """Rows of output gradients, of several columns, that are multiplied at once."""
 
 SQUARING = 16
 """Positions whose products take as long as to write a gradient and to add its square (measured on a
 CPU: 22 at 512 channels, whose gradient is larger than the cache, 3 at 256)."""
+
+PAIRING = 16
+"""Products that take as long as to multiply and add one pair of numbers."""
 
 Algorithm = Callable[[Pair, Tensor, int], None]
 
@@ -66,11 +72,11 @@ def choose(pair: Pair, limit: int) -> str:
     - `"direct"`: each gradient by torch's own kernel, nothing unfolded.
     - `"gradients"`: each gradient, from vectors `a` that its columns share.
     """
-    _, d_out, _, positions = pair.shape
+    _, d_out, d_in, positions = pair.shape
     columns = len(pair.g)
     if positions == 1:
         return "one position"
-    if is_for_pairs(positions, columns) and sum(_bytes_of_pairs(pair, limit)) <= limit:
+    if is_for_pairs(d_out, d_in, positions, columns) and sum(_bytes_of_pairs(pair, limit)) <= limit:
         return "positions"
     # To unfold takes time with `d_in R`, once for all columns; torch's kernel loses time with its
     # result, `d_out d_in`.
@@ -78,9 +84,24 @@ def choose(pair: Pair, limit: int) -> str:
     return "direct" if direct and _is_for_one_dnn(pair.g) else "gradients"
 
 
-def is_for_pairs(positions: int, columns: int) -> bool:
+def columns_together(d_out: int, d_in: int, positions: int, columns: int) -> int:
+    """Of so many columns, how many are squared faster at once than one after the other.
+
+    All where they are summed over first, or where a few outputs share an input that is unfolded.
+    One where that saves nothing: it is the output gradients that are laid out anew.
+    """
+    if positions == 1 or is_for_pairs(d_out, d_in, positions, columns):
+        return columns
+    if d_out <= FEW:
+        return columns if positions <= LONG * d_in else 1
+    return min(columns, ENOUGH) if d_out <= 2 * d_in else 1
+
+
+def is_for_pairs(d_out: int, d_in: int, positions: int, columns: int) -> bool:
     """Whether it takes fewer products to sum over columns first, of all pairs of positions."""
-    return positions > 1 and positions * (positions + 1) < 2 * columns * (positions + SQUARING)
+    pairs = positions * (positions + 1) / 2
+    made = PAIRING * (1 / d_out + columns / d_in)  # of either side, for each product
+    return 1 < positions and pairs * (1 + made) < columns * (positions + SQUARING)
 
 
 def _is_for_one_dnn(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from kfac_tn.functional.rows import (
     conv_input_rows,
     conv_transpose_input_rows,
 )
-from kfac_tn.functional.squares import ENOUGH, is_for_pairs
+from kfac_tn.functional.squares import columns_together
 from kfac_tn.layers.base import LayerFamily
 
 
@@ -61,9 +61,9 @@ class ConvFamily(_ConvFamily):
         return functional.conv_per_example_weight_gradient(x, g, **_hyper_parameters(module))
 
     def columns_together(self, module: Any, g: Tensor, columns: int) -> int:  # noqa: D102
-        if is_for_pairs(math.prod(_batched(module, g).shape[2:]), columns):
-            return columns
-        return ENOUGH if math.prod(module.kernel_size) > 1 else 1
+        _, channels, *positions = _batched(module, g).shape
+        shape = channels // module.groups, module.weight[0].numel(), math.prod(positions)
+        return columns_together(*shape, columns)
 
     def weight_diagonal(  # noqa: D102
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None

@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from kfac_tn import functional
 from kfac_tn.functional.rows import linear_grad_output_rows, linear_input_rows
-from kfac_tn.functional.squares import is_for_pairs
+from kfac_tn.functional.squares import columns_together
 from kfac_tn.layers.base import LayerFamily
 
 
@@ -48,8 +48,9 @@ class LinearFamily(LayerFamily):
     def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
         return functional.linear_per_example_weight_gradient(_batched(x), _batched(g))
 
-    def columns_together(self, module: Module, g: Tensor, columns: int) -> int:  # noqa: D102
-        return columns if is_for_pairs(math.prod(g.shape[1:-1]), columns) else 1
+    def columns_together(self, module: Any, g: Tensor, columns: int) -> int:  # noqa: D102
+        shape = g.shape[-1], module.in_features, math.prod(g.shape[1:-1])
+        return columns_together(*shape, columns)
 
     def weight_diagonal(  # noqa: D102
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None

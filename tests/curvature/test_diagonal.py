@@ -392,8 +392,8 @@ def test_max_memory_changes_nothing_or_is_refused():
 
 @pytest.mark.parametrize(
     ("limit", "max_memory", "together"),
-    # 512 bytes a column: room for all, or for four in a quarter of it, which makes twice three
-    [(2**26, None, [6]), (2**13, None, [3, 3]), (2**26, 100_000, [1] * 6)],
+    # 512 bytes a column, four in a quarter of twice the limit: twice three
+    [(2**26, None, [6]), (2**12, None, [3, 3]), (2**26, 100_000, [1] * 6)],
 )
 def test_columns_wait_for_each_other_where_positions_are_few(
     limit, max_memory, together, monkeypatch

@@ -188,6 +188,23 @@ def test_choices(algorithm, monkeypatch):
     assert called == [algorithm]
 
 
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "positions", "together"),
+    [
+        (512, 4608, 16, 9),  # summed over first
+        (10, 512, 1, 9),
+        (1, 49, 16, 9),  # depthwise: an unfolded input for all
+        (1, 9, 1024, 1),  # by torch's own kernel
+        (64, 576, 1024, squares.ENOUGH),
+        (512, 128, 64, 1),
+    ],
+)
+def test_columns_that_are_squared_at_once(d_out, d_in, positions, together):
+    assert squares.columns_together(d_out, d_in, positions, 9) == together
+    pairs = squares.is_for_pairs(d_out, d_in, positions, 9)
+    assert pairs == (positions == 16 and d_out > 1)
+
+
 @pytest.mark.parametrize("shape", [(4, 5), (1, 1), (6, 7, 5), (3, 2, 4, 5), (40, 3, 50)])
 @pytest.mark.parametrize("d_out", [1, 7, 60])
 def test_linear(shape, d_out):
