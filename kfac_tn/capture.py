@@ -119,8 +119,11 @@ class Capture:
         watched = [(module, "_after_layer") for module in self._blocks]
         if isinstance(loss_fn, Module):
             watched.append((loss_fn, "_after_loss"))
+        # Before the user's own hooks, which may return something else than the module did.
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(cast(Any, WeakHook(self, method)), with_kwargs=True)
+            module.register_forward_hook(
+                cast(Any, WeakHook(self, method)), prepend=True, with_kwargs=True
+            )
             for module, method in watched
         ]
         for module in {each.attention: None for each in hidden}:
@@ -146,6 +149,7 @@ class Capture:
         for call in self._kept:
             call.release()
         self._kept = []
+        self._counted: dict[Call, None] = {}
         self._columns_seen = 0
         self.sizes: dict[LayerBlock, tuple[int, int]] = {}  # examples, and times positions
 
@@ -178,11 +182,12 @@ class Capture:
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         scale = torch.as_tensor(weight, dtype=dtype, device=outputs.device)
         with plain(outputs.device):
+            found = self._find(outputs)
             if self.fisher == "forward-only":
-                self._passes.begin(task, scale, find(outputs, self._key))
+                self._passes.begin(task, scale, found)
                 return
             make = self._empirical if self.fisher == "empirical" else self._columns
-            self._differentiate(outputs, make(outputs, targets), scale, task)
+            self._differentiate(outputs, found, make(outputs, targets), scale, task)
 
     def take(self) -> Statistics:
         """Return the factors of all passes since the last call, and forget them."""
@@ -215,9 +220,7 @@ class Capture:
     def _record(
         self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
     ) -> None:
-        counts = examples, positions = block.family.batch_and_positions(module, output)
-        seen, terms = self.sizes.get(block, (0, 0))
-        self.sizes[block] = seen + examples, terms + examples * positions
+        counts = block.family.batch_and_positions(module, output)
         with plain(output.device):
             statistic = input_statistic(block, module, x, counts, self._joint)
         call = Call(block, module, output.shape, statistic, *counts)
@@ -269,15 +272,27 @@ class Capture:
             if self.likelihood.reduction == "none":
                 weight = gradient / scale  # positive also for an objective that is maximized
             scale = scale.abs()
+            found = self._find(outputs)
             if self.fisher == "forward-only":
-                self._passes.begin(task, scale, find(outputs, self._key))
+                self._passes.begin(task, scale, found)
             elif self.fisher == "empirical":
-                self._listen(outputs, targets, scale, task)
+                self._listen(outputs, found, targets, scale, task)
             else:
                 columns = self._columns(outputs, targets, weight)
-                self._differentiate(outputs, columns, scale, task)
+                self._differentiate(outputs, found, columns, scale, task)
 
     # Passes ------------------------------------------------------------------------------------
+
+    def _find(self, outputs: Tensor) -> list[Found[Call]]:
+        """The calls that a loss depends on, counted."""
+        found = find(outputs, self._key)
+        for call in dict.fromkeys(one.record for one in found):
+            if call not in self._counted:
+                self._counted[call] = None
+                examples, terms = self.sizes.get(call.block, (0, 0))
+                more = call.examples
+                self.sizes[call.block] = examples + more, terms + more * call.positions
+        return found
 
     def _columns(
         self, outputs: Tensor, targets: Tensor, weight: Tensor | None = None
@@ -303,10 +318,14 @@ class Capture:
         yield random_signs(column, generator) if self._signs else column
 
     def _differentiate(
-        self, outputs: Tensor, columns: Iterable[Tensor], scale: Tensor, task: int
+        self,
+        outputs: Tensor,
+        found: list[Found[Call]],
+        columns: Iterable[Tensor],
+        scale: Tensor,
+        task: int,
     ) -> None:
         """Back-propagate columns from the outputs to every recorded call, and accumulate."""
-        found = find(outputs, self._key)
         if not found and not self.diagonals:
             return
         one_pass, calls = self._passes.begin(task, scale), self._keep_until_taken(found, outputs)
@@ -341,7 +360,9 @@ class Capture:
         self._kept += calls
         return calls
 
-    def _listen(self, outputs: Tensor, targets: Tensor, scale: Tensor, task: int) -> None:
+    def _listen(
+        self, outputs: Tensor, found: list[Found[Call]], targets: Tensor, scale: Tensor, task: int
+    ) -> None:
         """Take the gradients of the user's own pass, as it arrives at each layer's output."""
         if self._passes.get(task) is not None:
             raise RuntimeError(
@@ -350,7 +371,6 @@ class Capture:
             )
         one_pass = self._passes.begin(task, scale)
         one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
-        found = find(outputs, self._key)
         refuse_shared(find_shared(found, outputs, self._shared), outputs)
         one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))
         hook = WeakHook(self, "_at_layer_backward")

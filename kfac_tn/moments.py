@@ -215,7 +215,7 @@ def check_examples_first(
         return verified
     share = rows // min(one.record.examples for one in merged)
     numbers = torch.randn(outputs[:share].shape, generator=torch.Generator().manual_seed(0))
-    mixed: set[str] = set()
+    asked, mixed = {one.record for one in kept}, set[str]()
     for end in (slice(0, share), slice(rows - share, rows)):  # causal models mix one way alone
         column = torch.zeros_like(outputs)
         column[end] = numbers.to(column)
@@ -224,10 +224,10 @@ def check_examples_first(
             gradient, count = gradient.reshape(call.output_shape), call.examples
             others = count - math.ceil(share * count / rows)
             part = gradient[-others:] if end.start == 0 else gradient[:others]
-            if others and call.keeps and bool(part.any()):
+            if others and call in asked and bool(part.any()):
                 mixed.add(call.block.name)
 
-        differentiate(outputs, column, kept, receive)
+        differentiate(outputs, column, found, receive)
     if mixed:
         raise ValueError(
             "EKFAC and diagonals need the gradient of each example, but what should be one's, "

@@ -378,6 +378,49 @@ def test_unused_frozen_and_eval_mode_layers_and_other_parameters(training, fishe
     assert treatments["frozen.weight"] == "none"
 
 
+class Thrice(nn.Module):
+    """Changes the number of features, too."""
+
+    def forward(self, x):
+        return torch.cat([3 * x, -x], dim=1)
+
+
+@pytest.mark.parametrize("fisher", EXACT)
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_the_users_own_hooks_change_inputs_and_outputs(fisher, approximation):
+    """A layer's factors are those of what it computed, not of what hooks made of that."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Linear(3, 4), Thrice(), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3), nn.ReLU()
+    ).double()
+    hooked = nn.Sequential(copy.deepcopy(plain[0]), nn.Tanh(), copy.deepcopy(plain[4]))
+    hooked[0].register_forward_hook(lambda module, args, output: Thrice()(output))
+    norm = copy.deepcopy(plain[3])
+    hooked[2].register_forward_pre_hook(lambda module, args: (norm(args[0]),))
+    hooked[2].register_forward_hook(lambda module, args, output: (output.relu(),))
+    hooked.append(nn.Identity())
+    hooked[3].register_forward_pre_hook(lambda module, args: args[0])
+    x, y, loss_fn = torch.rand(4, 3).double(), torch.randint(3, (4,)), nn.CrossEntropyLoss()
+    expected = factors(plain, loss_fn, x, y, fisher, approximation)
+    actual = factors(hooked, loss_fn, x, y, fisher, approximation)
+    assert_same({"0": actual["0"], "4": actual["2"]}, expected)
+
+
+@pytest.mark.parametrize("step_rule", ["adaptive", "quadratic"])
+def test_hooks_on_the_inputs_of_the_model_act_once_when_its_batch_is_used_again(step_rule):
+    ends = []
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        model, loss_fn = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), nn.MSELoss()
+        x, y = torch.rand(6, 3).double(), torch.rand(6, 2).double()
+        if hooked:
+            model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        optimizer = kfac_tn.KFAC(model.double(), loss_fn, step_rule=step_rule, **EAGER)
+        train(model, loss_fn, optimizer, x if hooked else 2 * x, y, steps=4)
+        ends.append(values(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("fisher", EXACT)
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("bias", [True, False])

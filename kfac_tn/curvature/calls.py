@@ -20,7 +20,7 @@ from kfac_tn.curvature.copies import Copies, CopiesFamily, WatchCopies
 from kfac_tn.functional import common
 from kfac_tn.graph import differentiate, find, output_edge, remember
 from kfac_tn.hooks import plain
-from kfac_tn.layers import GradientFamily, gradient_family, owners_of
+from kfac_tn.layers import GradientFamily, check_parameters, gradient_family, owners_of
 from kfac_tn.tn.nn import RandomizedConvNd
 
 FEW = 3
@@ -84,11 +84,12 @@ class Calls:
 
     Raises:
         ValueError: If batch normalization in training mode makes examples depend on each other, or
-            tensor dropout makes gradients random.
+            tensor dropout makes gradients random, or for a parameter as ``check_parameters`` says.
         TypeError: If the model's output isn't a tensor with a batch axis.
     """
 
     def __init__(self, model: Module, batch: Any, forward: Forward = call_on_pair) -> None:
+        check_parameters(model)
         refuse_if_not_exact(model)
         self._model, self._batch, self._forward = model, batch, forward
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -97,7 +98,8 @@ class Calls:
         self._key = object()
         modules = {m for m in model.modules() if any(p in self._attributes for p in _own(m))}
         handles = [
-            m.register_forward_hook(cast(Any, self._after_layer), with_kwargs=True) for m in modules
+            m.register_forward_hook(cast(Any, self._after_layer), prepend=True, with_kwargs=True)
+            for m in modules
         ]
         try:
             with WatchCopies(own, self._at_copies) if own else nullcontext():
@@ -107,8 +109,9 @@ class Calls:
                 handle.remove()
         if not isinstance(outputs, Tensor) or outputs.ndim == 0:
             raise TypeError(
-                "The model must return one tensor with examples first, but returned "
-                f"{type(outputs).__name__}."
+                "The model must return one tensor with examples first, but returned a "
+                f"{type(outputs).__name__}: take it out of that by forward=..., as in "
+                "forward=lambda model, batch: (model(batch[0])['logits'], batch[1])."
             )
         self.outputs = outputs
         self._found = find(outputs, self._key)

@@ -24,6 +24,37 @@ def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def restored_buffers(model: Module) -> Iterator[None]:
+    """Put back what calls in training mode change, such as statistics of batch normalization.
+
+    Example:
+        >>> import torch
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> with restored_buffers(norm):
+        ...     _ = norm(torch.rand(4, 2))
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            expanded = any(
+                s == 0 and n > 1 for n, s in zip(buffer.shape, buffer.stride(), strict=True)
+            )
+            if not expanded:  # else it can't be changed in place
+                # With the value as it was, a graph that saved it may still be differentiated.
+                buffer.data.copy_(value)
+
+
 def refuse_scaled_gradients(model: Module) -> None:
     """Refuse embeddings whose gradients aren't those of the loss.
 

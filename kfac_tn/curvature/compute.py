@@ -14,7 +14,7 @@ from torch.nn import Module
 from kfac_tn.capture import Capture, Fisher
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
 from kfac_tn.curvature.block import Block, DiagonalBlock
-from kfac_tn.curvature.checks import refuse_scaled_gradients
+from kfac_tn.curvature.checks import refuse_scaled_gradients, restored_buffers
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
@@ -144,20 +144,21 @@ def compute_kfac(
 def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: Forward) -> None:
     """Show a capture all batches, each with its weight in the loss on the whole set."""
     batches = 0
-    for batch in loader:
-        batches += 1
-        with torch.inference_mode(False), torch.enable_grad():
-            outputs, targets = forward(model, batch)
-            if not isinstance(outputs, Tensor):
-                raise TypeError(
-                    f"The loss is to be one of a tensor, but the model returned a "
-                    f"{type(outputs).__name__}: take the tensor out of it by forward=..., as in "
-                    "forward=lambda model, batch: (model(batch[0])['logits'], batch[1])."
-                )
-            weight: Tensor | float = 1.0
-            if capture.likelihood.reduction == "mean":
-                weight = capture.likelihood.num_terms(outputs.detach(), targets)
-            capture.observe(outputs, targets, weight)
+    with restored_buffers(model):
+        for batch in loader:
+            batches += 1
+            with torch.inference_mode(False), torch.enable_grad():
+                outputs, targets = forward(model, batch)
+                if not isinstance(outputs, Tensor):
+                    raise TypeError(
+                        f"The loss is to be one of a tensor, but the model returned a "
+                        f"{type(outputs).__name__}: take the tensor out of it by forward=..., as "
+                        "in forward=lambda model, batch: (model(batch[0])['logits'], batch[1])."
+                    )
+                weight: Tensor | float = 1.0
+                if capture.likelihood.reduction == "mean":
+                    weight = capture.likelihood.num_terms(outputs.detach(), targets)
+                capture.observe(outputs, targets, weight)
     if batches == 0:
         raise ValueError("The loader is empty: at least one batch is needed.")
 

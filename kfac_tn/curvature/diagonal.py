@@ -13,9 +13,11 @@ from torch.nn import Module
 
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
 from kfac_tn.curvature.calls import Call, Calls, Contributions, sum_of_squares
+from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.curvature.compute import check_finite
 from kfac_tn.functional import common
 from kfac_tn.functional.common import cast
+from kfac_tn.layers import check_parameters
 from kfac_tn.likelihood import Likelihood, likelihood_of
 
 Mode = Literal["exact", "mc"]
@@ -98,6 +100,7 @@ def compute_ggn_diagonal(
         raise ValueError(
             "The weights of a loss with reduction='none' aren't known here: choose 'mean' or 'sum'."
         )
+    check_parameters(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("The model has no trainable parameter.")
@@ -106,7 +109,7 @@ def compute_ggn_diagonal(
     unknown: set[str] = set()
     batches, verified = 0, False
     for batch in with_progress(loader, "GGN diagonal", progress_bar):
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), restored_buffers(model):
             calls = Calls(model, batch, forward)
             if not verified:
                 calls.verify()

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.curvature.calls import Calls, Contributions, per_example
+from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.functional.common import cast
 
 
 def compute_per_example_gradients(
-    model: Module, loss_fn: Module | Callable[[Tensor, Any], Tensor], x: Any, y: Any
+    model: Module,
+    loss_fn: Module | Callable[[Tensor, Any], Tensor],
+    x: Any,
+    y: Any,
+    forward: Forward = call_on_pair,
 ) -> dict[str, Tensor]:
     """Gradients of a loss, split into what each example of a batch contributes.
 
@@ -31,6 +37,9 @@ def compute_per_example_gradients(
             with a scalar result, a module or not.
         x: The batch to call the model with.
         y: Targets, passed on to ``loss_fn``.
+        forward: Function of the model and the pair (x, y) that returns outputs and targets, for
+            models whose outputs are in a dict or that take several arguments. Default: the model
+            called with ``x``.
 
     Returns:
         By name, for each trainable parameter ``[N, *shape]``, in float32 at least. Example n's row
@@ -56,11 +65,13 @@ def compute_per_example_gradients(
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameter.")
-    with torch.inference_mode(False), torch.enable_grad():
-        calls = Calls(model, (x, y))
+    with torch.inference_mode(False), torch.enable_grad(), restored_buffers(model):
+        calls = Calls(model, (x, y), forward)
         predictions = calls.outputs.detach().requires_grad_()
         # Hooks on the module (an optimizer's, say) are for the user's own calls.
-        loss = (loss_fn.forward if isinstance(loss_fn, Module) else loss_fn)(predictions, y)
+        loss = (loss_fn.forward if isinstance(loss_fn, Module) else loss_fn)(
+            predictions, calls.targets
+        )
         if loss.numel() != 1:
             raise ValueError(
                 f"The loss must be a scalar, but has shape {tuple(loss.shape)}: use reduction "

@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch.nn import Module, Parameter
-from torch.nn.parameter import is_lazy
 
 from kfac_tn.layers.attention import Projection, projections
 from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
+from kfac_tn.layers.checks import check_model, check_parameters
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.embedding import EmbeddingFamily
 from kfac_tn.layers.linear import LinearFamily
@@ -183,16 +183,6 @@ class OtherParameter:
         )
 
 
-def check_model(model: Module) -> None:
-    """Refuse what is no module, such as ``model.parameters()``, by habit.
-
-    Raises:
-        TypeError: Saying what it is.
-    """
-    if not isinstance(model, Module):
-        raise TypeError(f"model is a {type(model).__name__}: give the torch.nn.Module itself.")
-
-
 def partition(
     model: Module,
     approximation: ApproximationChoice = "expand",
@@ -234,22 +224,8 @@ def partition(
         ('0', ['1.weight', '1.bias'])
     """
     check_model(model)
+    check_parameters(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, name in names.items():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"Parameter '{name}' is not initialized yet: run the lazy model once before."
-            )
-        if type(parameter).__name__ in ("DTensor", "FlatParameter"):
-            raise ValueError(
-                f"Parameter '{name}' is sharded over processes ({type(parameter).__name__}): only "
-                "whole weights have curvature here; use DistributedDataParallel, not FSDP."
-            )
-        if parameter.requires_grad and not parameter.is_floating_point():
-            raise ValueError(
-                f"Parameter '{name}' has dtype {parameter.dtype}: only real floating-point "
-                "parameters can be trained here."
-            )
     modules, owners = _with_projections(model)
     blocks: list[LayerBlock] = []
     covered: set[Parameter] = set()
@@ -353,6 +329,8 @@ def _reason(parameter: Parameter, owners: list[Owner]) -> str | None:
             if len(owners) > 1:
                 return f"shared with {kind} '{name}', which has no Kronecker structure here"
             return f"{kind} has no Kronecker structure here"
+        if "forward" in vars(module):
+            return f"{type(module).__name__} '{name}' has a forward of its own"
         weight = module._parameters.get("weight")
         if weight is None or not weight.requires_grad:
             return "the layer's weight is frozen or no parameter of its own"

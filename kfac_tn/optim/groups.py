@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.estimator import CurvatureEstimator
-from kfac_tn.layers import CurvatureChoice, LayerBlock, partition
-from kfac_tn.layers.partition import check_model
+from kfac_tn.layers import CurvatureChoice, LayerBlock, check_model, partition
 
 
 def default_groups(

@@ -298,11 +298,13 @@ class KFAC(CurvatureUser, GroupedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, and with them what was seen of the passes that made them.
 
-        So a step that ``torch.amp.GradScaler`` skips leaves no trace. Call it before the model, or
-        right before ``backward()``; not between ``observe`` and ``backward()``.
+        So a step that ``torch.amp.GradScaler`` skips leaves no trace. Call it anywhere in the loop
+        but between ``observe`` and ``backward()``.
         """
         super().zero_grad(set_to_none)
-        self._discard()
+        self._estimator.capture.discard()
+        if self._replay is not None:
+            self._replay.discard_gradients()
         self._grow()
 
     def __repr__(self) -> str:

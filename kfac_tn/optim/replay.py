@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
+from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.distributed import Processes
 from kfac_tn.hooks import WeakHook, recorded, remove
 from kfac_tn.likelihood import likelihood_of
@@ -36,6 +37,7 @@ class _Batch:
     loss_kwargs: Mapping[str, Any] | None = None
     loss: Tensor | None = None
     weight: Tensor | None = None
+    passed_over: bool = False  # whether gradients were reset while it waited for its backward pass
 
 
 class Replay:
@@ -74,7 +76,10 @@ class Replay:
         self._model, self._loss_fn = model, loss_fn
         self._batches: list[_Batch] = []
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(cast(Any, WeakHook(self, "_before")), with_kwargs=True),
+            # before the user's own, which act again when the model is called again
+            model.register_forward_pre_hook(
+                cast(Any, WeakHook(self, "_before")), prepend=True, with_kwargs=True
+            ),
             model.register_forward_hook(cast(Any, WeakHook(self, "_after"))),
             loss_fn.register_forward_hook(
                 cast(Any, WeakHook(self, "_after_loss")), with_kwargs=True
@@ -101,10 +106,21 @@ class Replay:
 
     def discard(self) -> None:
         """Forget what was seen since the last step, even if a loss of it is kept."""
+        self._keep_only([])
+
+    def discard_gradients(self) -> None:
+        """Forget batches whose gradients are reset; others may be about to have theirs."""
+        waiting = [b for b in self._batches if b.weight is None and not b.passed_over]
+        for batch in waiting:
+            batch.passed_over = True
+        self._keep_only(waiting)
+
+    def _keep_only(self, batches: list[_Batch]) -> None:
         for batch in self._batches:
-            batch.args, batch.kwargs, batch.output = (), {}, None
-            batch.loss_args, batch.loss_kwargs, batch.loss = (), None, None
-        self._batches = []
+            if not any(batch is kept for kept in batches):
+                batch.args, batch.kwargs, batch.output = (), {}, None
+                batch.loss_args, batch.loss_kwargs, batch.loss = (), None, None
+        self._batches = batches
 
     def check(self) -> bool:
         """Whether there is a batch.
@@ -113,10 +129,7 @@ class Replay:
             RuntimeError: If the loss was computed from something else than the model's output, and
                 a batch is required.
         """
-        complete = [batch for batch in self._batches if batch.weight is not None]
-        self._batches = [batch for batch in self._batches if batch.weight is None]
-        self.discard()
-        self._batches = complete
+        self._keep_only([batch for batch in self._batches if batch.weight is not None])
         if self.required and not self._batches:
             raise RuntimeError(without_batch("the rule that needs it can't go on"))
         return bool(self._batches)
@@ -294,9 +307,8 @@ class Replay:
         armed, self.armed = self.armed, False
         capture_armed, capture.armed = capture.armed, False
         device = next(self._model.parameters()).device
-        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         devices = [device] if device.type != "cpu" else []
-        with ExitStack() as stack:
+        with restored_buffers(self._model), ExitStack() as stack:
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             kind = device.type if devices else "cuda"
@@ -305,9 +317,6 @@ class Replay:
                 yield
             finally:
                 self.armed, capture.armed = armed, capture_armed
-                with torch.no_grad():
-                    for buffer, before in buffers:
-                        buffer.copy_(before)
 
     @contextmanager
     def _as_recorded(self, batch: _Batch) -> Iterator[None]:

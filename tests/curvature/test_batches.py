@@ -145,12 +145,25 @@ def test_outputs_that_are_no_tensor(compute):
     _, loss_fn, parts = problem()
     torch.manual_seed(0)
     model, loader = Packed().double(), [((ids, x), y) for ids, x, y in parts]
-    with pytest.raises(TypeError, match=r"returned.* dict"):
+    with pytest.raises(TypeError, match=r"returned.* dict: .*forward=lambda model, batch"):
         COMPUTE[compute](model, loss_fn, loader)
     result = COMPUTE[compute](
         model, loss_fn, loader, forward=lambda model, batch: (model(batch[0])["logits"], batch[1])
     )
     assert result.any()
+
+
+def test_per_example_gradients_of_outputs_that_are_no_tensor():
+    plain, loss_fn, ((ids, x, y), _) = problem()
+    torch.manual_seed(0)
+    model = Packed().double()
+    with pytest.raises(TypeError, match=r"returned a dict: .*forward=lambda model, batch"):
+        kfac_tn.compute_per_example_gradients(model, loss_fn, (ids, x), y)
+    actual = kfac_tn.compute_per_example_gradients(
+        model, loss_fn, (ids, x), y, lambda model, batch: (model(batch[0])["logits"], batch[1])
+    )
+    expected = kfac_tn.compute_per_example_gradients(plain, loss_fn, (ids, x), y)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("compute", COMPUTE)

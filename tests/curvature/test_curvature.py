@@ -228,6 +228,60 @@ def test_model_loss_and_randomness_are_left_as_they_were(fisher):
     assert not any(module._forward_hooks for module in [loss_fn, *model.modules()])
 
 
+COMPUTE = {
+    "kfac": kfac_tn.compute_kfac,
+    "ekfac": kfac_tn.compute_ekfac,
+    "diagonal": kfac_tn.compute_ggn_diagonal,
+    "gradients": lambda model, loss_fn, data: kfac_tn.compute_per_example_gradients(
+        model, loss_fn, *data[0]
+    ),
+}
+
+
+class Reassigned(nn.Module):
+    """Counts by making a new buffer, not by changing the old one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_buffers_that_calls_in_training_mode_change_are_as_before(compute):
+    torch.manual_seed(0)
+    scaled = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    norms = [nn.BatchNorm1d(4)] if compute.endswith("kfac") else []
+    model = nn.Sequential(scaled, *norms, Reassigned(), nn.Linear(4, 2)).double()
+    data = [(torch.rand(5, 3).double(), torch.randint(2, (5,)))] * 2
+    model.register_buffer("expanded", torch.zeros(()).expand(3))
+    loss = model(data[0][0]).sum()
+    buffers = dict(model.named_buffers())
+    before = {name: value.clone() for name, value in buffers.items()}
+    COMPUTE[compute](model, nn.CrossEntropyLoss(), data)
+    loss.backward()
+    assert all(value is buffers[name] for name, value in model.named_buffers())
+    assert all(torch.equal(value, before[name]) for name, value in buffers.items())
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.LazyLinear(2), "'0.weight' is not initialized yet: run the lazy model once before"),
+        (nn.Linear(3, 2, dtype=torch.complex64), "'0.weight' has dtype torch.complex64: only real"),
+    ],
+    ids=["lazy", "complex"],
+)
+def test_parameters_without_a_shape_and_complex_ones_are_refused(compute, module, message):
+    data = [(torch.rand(5, 3), torch.rand(5, 2))]
+    with pytest.raises(ValueError, match=message):
+        COMPUTE[compute](nn.Sequential(module), nn.MSELoss(), data)
+
+
 def test_hooks_are_removed_after_an_error_in_the_loader():
     model, loss_fn, data = problem()
 

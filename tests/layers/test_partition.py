@@ -195,12 +195,23 @@ CASES = {
         {},
         {"a.weight": "hyper-parameters", "a.bias": "hyper-parameters"},
     ),
+    "a layer whose forward was replaced": (
+        lambda: _patched(),
+        {},
+        {"a.weight": "a forward of its own", "a.bias": "a forward of its own"},
+    ),
     "one module under two names": (
         lambda: _registered_twice(),
         {"a": ["a.weight", "a.bias"]},
         {},
     ),
 }
+
+
+def _patched() -> Layers:
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: nn.functional.linear(x, 2 * layer.weight, layer.bias)
+    return Layers(a=layer)
 
 
 def _registered_twice() -> Layers:

@@ -490,6 +490,38 @@ def test_merged_positions_give_unbiased_moments():
         assert testing.relative_error(moment.flatten(), dense.diagonal()) < 0.1
 
 
+class Embedded(nn.Module):
+    """A language model whose layers all depend on embeddings, of tokens and of positions."""
+
+    def __init__(self, mix: bool = False):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(5, 4), nn.Embedding(3, 4)
+        self.hidden, self.head, self.mix = nn.Linear(4, 4), nn.Linear(4, 3), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(self.tokens(x) + self.positions(torch.arange(x.shape[1]))).tanh()
+        return self.head(h.cumsum(0) if self.mix else h).flatten(0, 1)
+
+
+def test_merged_positions_behind_embeddings():
+    x, y = torch.randint(5, (2, 3)), torch.randint(3, (6,))
+    loss_fn = nn.CrossEntropyLoss()
+    mixing = Embedded(mix=True)
+    optimizer = kfac_tn.KFAC(mixing, loss_fn, curvature="diagonal")
+    with pytest.raises(ValueError, match=r"depend on several rows .* in layers \['hidden'\]"):
+        loss_fn(mixing(x), y).backward()
+    torch.manual_seed(0)
+    model = Embedded().double()
+    optimizer = kfac_tn.KFAC(model, loss_fn, curvature="diagonal", mc_samples=4000)
+    loss_fn(model(x), y).backward()
+    moments = optimizer._estimator.capture.take().moments
+    exact = testing.dense_ggn(model, loss_fn, x, y)
+    assert len(moments) == 4
+    for block, moment in moments.items():
+        (dense,) = groups_of(exact, model, block)
+        assert testing.relative_error(moment.flatten(), dense.diagonal()) < 0.1
+
+
 def test_inputs_changed_in_place_and_old_graphs_are_refused():
     model, loss_fn, optimizer = make("shared positions", curvature="diagonal", fisher="mc")
     x, y = make_data("shared positions")

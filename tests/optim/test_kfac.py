@@ -487,6 +487,44 @@ def test_zero_grad(to_none):
         assert (parameter.grad is None) if to_none else not parameter.grad.any()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"step_rule": "quadratic"},
+        {"damping": kfac_tn.optim.LevenbergMarquardt(interval=1)},
+        {"curvature": "ekfac"},
+        {"factor_interval": "auto", "inverse_interval": "auto"},
+    ],
+    ids=["adaptive", "quadratic", "measured damping", "ekfac", "automatic intervals"],
+)
+def test_it_does_not_matter_where_in_the_loop_gradients_are_reset(options):
+    """Many loops do it after the loss and before its backward pass."""
+    ends = []
+    for place in ("start", "before the loss", "before the backward pass", "end"):
+        torch.manual_seed(0)
+        loss_fn, (x, y) = nn.CrossEntropyLoss(), make_data()
+        wide = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 20), nn.Tanh(), nn.Linear(20, 3))
+        wide = wide.to(x)
+        optimizer = kfac_tn.KFAC(wide, loss_fn, **{"factor_interval": 1, **options})
+        for _ in range(6):
+            if place == "start":
+                optimizer.zero_grad()
+            outputs = wide(x)
+            if place == "before the loss":
+                optimizer.zero_grad()
+            loss = loss_fn(outputs, y)
+            if place == "before the backward pass":
+                optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if place == "end":
+                optimizer.zero_grad()
+        ends.append(values(wide))
+    assert all(same(end, ends[0]) for end in ends)
+
+
 def test_a_step_without_gradients_does_nothing():
     model, _, optimizer = make()
     before = values(model)

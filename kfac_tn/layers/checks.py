@@ -1,0 +1,39 @@
+"""What a model must be, whatever is wanted of it."""
+
+from __future__ import annotations
+
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
+
+
+def check_model(model: Module) -> None:
+    """Refuse what is no module, such as ``model.parameters()``, by habit.
+
+    Raises:
+        TypeError: Saying what it is.
+    """
+    if not isinstance(model, Module):
+        raise TypeError(f"model is a {type(model).__name__}: give the torch.nn.Module itself.")
+
+
+def check_parameters(model: Module) -> None:
+    """Refuse parameters that nothing here can be had of.
+
+    Raises:
+        ValueError: Naming one of a lazy module, that has no shape yet, a sharded or a complex one.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"Parameter '{name}' is not initialized yet: run the lazy model once before."
+            )
+        if type(parameter).__name__ in ("DTensor", "FlatParameter"):
+            raise ValueError(
+                f"Parameter '{name}' is sharded over processes ({type(parameter).__name__}): only "
+                "whole weights have curvature here; use DistributedDataParallel, not FSDP."
+            )
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise ValueError(
+                f"Parameter '{name}' has dtype {parameter.dtype}: only real floating-point "
+                "parameters can be trained here."
+            )
