@@ -24,7 +24,7 @@ FEW = 8
 write their squares."""
 
 LONG = 64
-"""Positions for each input of a few outputs, up to which products of matrices beat torch's kernel."""
+"""Positions for each input of few outputs, up to which products of matrices beat torch's kernel."""
 
 ROWS = 768
 """Rows of output gradients, of several columns, that are multiplied at once."""
@@ -101,7 +101,7 @@ def is_for_pairs(d_out: int, d_in: int, positions: int, columns: int) -> bool:
     """Whether it takes fewer products to sum over columns first, of all pairs of positions."""
     pairs = positions * (positions + 1) / 2
     made = PAIRING * (1 / d_out + columns / d_in)  # of either side, for each product
-    return 1 < positions and pairs * (1 + made) < columns * (positions + SQUARING)
+    return positions > 1 and pairs * (1 + made) < columns * (positions + SQUARING)
 
 
 def _is_for_one_dnn(tensor: Tensor) -> bool:
