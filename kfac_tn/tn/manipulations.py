@@ -42,6 +42,39 @@ class Manipulations(Structure):
         """Return the network with other nodes over the same indices."""
         return self.build(nodes, self.output, self.size)
 
+    def whole(self: Self) -> Self:
+        """Return the network with whole operands: patterns that some are read through are nodes.
+
+        `kfac_tn.tn.rewrite.view_operands` does the opposite. What asks for the coefficient of an
+        operand (`differentiate`, `replace`, `without`) starts here: the derivative with respect to
+        an operand of which a part is read is zero elsewhere.
+
+        Example:
+            >>> from kfac_tn import tn
+            >>> network = tn.forward(tn.ConvSpec((8, 4, 7), (5, 4, 2), stride=2)).simplify()
+            >>> print(network)
+            part of input[n c k1 o1] weight[d c k1] -> [n d o1]
+            c=4 d=5 k1=2 n=8 o1=3
+            >>> print(network.whole())
+            input[n c o1'] Pi[k1 o1 o1'] weight[d c k1] -> [n d o1]
+            c=4 d=5 k1=2 n=8 o1=3 o1'=7
+        """
+        nodes, sizes = [], dict(self.size)
+        for node in self.nodes:
+            if not isinstance(node.symbol, Operand) or not node.symbol.patterns:
+                nodes.append(node)
+                continue
+            axes, patterns = node.axes, []
+            for axis, pattern in node.symbol.patterns:
+                end = axis + len(pattern.legs)
+                legs = axes[axis:end]
+                (index,) = fresh(legs[-1], sizes)
+                sizes[index] = pattern.input_size
+                axes = (*axes[:axis], (index,), *axes[end:])
+                patterns.append(Node(pattern, (*legs, (index,))))
+            nodes += [Node(Operand(node.symbol.name), axes), *patterns]
+        return self if len(nodes) == len(self.nodes) else self.build(nodes, self.output, sizes)
+
     def sum_over(self: Self, *indices: str) -> Self:
         """Return the network whose result is summed over some of its indices.
 
@@ -122,11 +155,13 @@ class Manipulations(Structure):
             a[k] b[l] -> []
             k=2 l=3
         """
+        self = self.whole()
         at = self.find(name)
         axes, sizes = self.nodes[at].axes, dict(self.size)
         if isinstance(other, str):
             nodes = [Node(Operand(other), axes)]
         else:
+            other = other.whole()
             names = other._fit(self, axes)
             inner = [index for index in other.size if index not in names]
             clashing = [index for index in inner if index in sizes]
@@ -172,6 +207,7 @@ class Manipulations(Structure):
             ValueError: If the operand doesn't occur once, or the output has other indices than
                 those of the nodes that are left.
         """
+        self = self.whole()
         at = self.find(name)
         copies = dict(zip(split, fresh(split, self.size), strict=True))
         deltas = [Node(Delta(self.size[i]), ((i,), (copies[i],))) for i in split]
@@ -196,6 +232,7 @@ class Manipulations(Structure):
             ones[i] delta[n n'] -> [n n' i]
             i=3 n=2 n'=2
         """
+        self = self.whole()
         removed = self.nodes[self.find(name)]
         shared = [index for index in removed.indices if index in self.output_indices]
         lost = [i for i in removed.indices if i not in shared and len(self.holders(i)) == 1]

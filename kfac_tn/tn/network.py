@@ -133,7 +133,7 @@ class Network(Manipulations):
         if memory_limit is not None:
             from kfac_tn.tn.pieces import evaluate_in_pieces
 
-            return evaluate_in_pieces(self, operands, memory_limit, algorithm)
+            return evaluate_in_pieces(self.whole(), operands, memory_limit, algorithm)
         plain = all(type(tensor) in PLAIN for tensor in operands.values())
         steps = (
             self._plan(dtype, device, algorithm)
@@ -156,8 +156,8 @@ class Network(Manipulations):
             operands: The tensors, by name, all of one dtype and device.
 
         Returns:
-            The equation, its tensors (operands reshaped to one axis per index, and dense
-            constants), and the shape to give to the result.
+            The equation, its tensors (operands sliced and reshaped to one axis per index, and
+            dense constants), and the shape to give to the result.
 
         Raises:
             ValueError: As `evaluate`; or if there are more indices than letters.
@@ -172,6 +172,8 @@ class Network(Manipulations):
             >>> torch.einsum(equation, *tensors).reshape(shape)
             tensor([0., 3., 1., 4., 2., 5.])
         """
+        from kfac_tn.tn.planner.patterns import view
+
         dtype, device = self.check(operands)
         if len(self.sizes) > len(string.ascii_letters):
             raise ValueError(
@@ -182,7 +184,10 @@ class Network(Manipulations):
         terms, tensors = [], []
         for node in self.nodes:
             if isinstance(node.symbol, Operand):
-                tensor = operands[node.symbol.name].reshape([self.size[i] for i in node.indices])
+                tensor = operands[node.symbol.name]
+                for axis, pattern in reversed(node.symbol.patterns):
+                    tensor = view(pattern, axis, -pattern.padding)(tensor)
+                tensor = tensor.reshape([self.size[i] for i in node.indices])
             else:
                 tensor = node.symbol.tensor(dtype, device)
             terms.append("".join(letter[index] for index in node.indices))

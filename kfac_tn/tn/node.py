@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from math import prod
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from kfac_tn.tn.pattern import IndexPattern
 
 Axes: TypeAlias = tuple[tuple[str, ...], ...]
 """The axes of a tensor. Each is a tuple of named indices, slowest first, as `(g c)` in einops."""
@@ -28,16 +31,71 @@ class Constant(Protocol):
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor supplied at evaluation. Nodes with equal names hold the same tensor.
+    """A tensor supplied at evaluation, or a view of a part of it.
+
+    Nodes with equal names hold the same tensor. A node that holds a view has, in the place of each
+    axis that is read through a pattern, the legs of the pattern as axes, kernel position first.
 
     Attributes:
         name: Keyword under which `Network.evaluate` takes the tensor.
+        patterns: Axes of the tensor, in their order, and the pattern through which each is read.
+            What is read must be inside: a view has no zeros. Default: none, the tensor as it is.
+
+    Raises:
+        ValueError: If the axes are not in their order, or a pattern is no view.
+
+    Example:
+        >>> from kfac_tn.tn import Network
+        >>> pairs = IndexPattern(kernel_size=2, output_size=3, input_size=7, stride=2)
+        >>> x = Node(Operand("x", ((0, pairs),)), (("k",), ("o",)))
+        >>> network = Network.build([x], [("o",), ("k",)], {"k": 2, "o": 3})
+        >>> print(network)
+        part of x[k o] -> [o k]
+        k=2 o=3
+        >>> network.evaluate(x=torch.arange(7.0))
+        tensor([[0., 1.],
+                [2., 3.],
+                [4., 5.]])
     """
 
     name: str
+    patterns: tuple[tuple[int, IndexPattern], ...] = ()
+
+    def __post_init__(self) -> None:
+        axes = [axis for axis, _ in self.patterns]
+        if axes != sorted(set(axes)) or min(axes, default=0) < 0:
+            raise ValueError(f"axes must be in their order, and not negative: {axes}")
+        for axis, pattern in self.patterns:
+            if not pattern.selects or max(pattern.overhang) > 0:
+                raise ValueError(
+                    f"axis {axis} of {self.name!r} can't be viewed through {pattern!r}"
+                )
 
     def __str__(self) -> str:
-        return self.name
+        return f"part of {self.name}" if self.patterns else self.name
+
+    def shape_of(self, axes: Axes, size: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of the tensor.
+
+        Args:
+            axes: Axes of the node.
+            size: Size of each index.
+
+        Raises:
+            ValueError: If the legs of a pattern have other sizes, or more than one index each.
+        """
+        shapes = [tuple(size[index] for index in axis) for axis in axes]
+        for axis, pattern in self.patterns:
+            legs = [(size,) for size, _ in pattern.legs]
+            end = axis + len(legs)
+            if shapes[axis:end] != legs:
+                raise ValueError(
+                    f"axis {axis} of {self.name!r} is read through {pattern!r}, with an index for "
+                    f"each of its legs: [{format_axes(axes[axis:end])}] of {shapes[axis:end]} "
+                    f"should be of {legs}"
+                )
+            shapes[axis:end] = [(pattern.input_size,)]
+        return tuple(map(prod, shapes))
 
 
 @dataclass(frozen=True)

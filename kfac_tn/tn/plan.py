@@ -276,7 +276,7 @@ def _recipe(
                 f"algorithm {name!r} (an argument, or the environment variable {ALGORITHM}) is "
                 f"unknown: choose one of {sorted(ALGORITHMS)}"
             )
-    found = _recipes(network, dtype, device_type)
+    found = _recipes(network.whole(), dtype, device_type)
     if algorithm is not None and algorithm not in found:
         raise ValueError(
             f"algorithm {algorithm!r} doesn't apply to this network: choose one of "
@@ -315,7 +315,7 @@ def contraction(network: Network) -> Recipe:
     Returns:
         Its steps.
     """
-    found = _recipes(network, torch.float32, "cpu")
+    found = _recipes(network.whole(), torch.float32, "cpu")
     recipes = [steps for name, steps in found.items() if name in CONTRACTIONS]
     return min(recipes, key=lambda steps: steps.cost.seconds)
 

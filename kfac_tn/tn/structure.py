@@ -58,17 +58,18 @@ class Structure:
                 raise ValueError(f"an index occurs twice in one tensor: {tensor}")
         if unheld := set(self.output_indices) - held:
             raise ValueError(f"output indices that belong to no node: {unheld}")
-        shapes: dict[Operand, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for node in self.nodes:
             shape = self.shape_of(node.axes)
             if isinstance(node.symbol, Operand):
-                expected = shapes.setdefault(node.symbol, shape)
+                shape = node.symbol.shape_of(node.axes, self.size)
+                expected = shapes.setdefault(node.symbol.name, shape)
             else:
                 expected = tuple(node.symbol.shape)
             if shape != expected:
                 raise ValueError(f"{node} has shape {shape}, expected {expected}")
         derive("shape", self.shape_of(self.output))
-        derive("operands", {operand.name: shape for operand, shape in shapes.items()})
+        derive("operands", shapes)
 
     @classmethod
     def build(
@@ -103,7 +104,8 @@ class Structure:
         Raises:
             ValueError: If no node or several hold it.
         """
-        found = [n for n, node in enumerate(self.nodes) if node.symbol == Operand(name)]
+        symbols = enumerate(node.symbol for node in self.nodes)
+        found = [n for n, held in symbols if isinstance(held, Operand) and held.name == name]
         if len(found) != 1:
             raise ValueError(
                 f"{len(found)} nodes hold the operand {name!r}, expected one; "
@@ -115,9 +117,15 @@ class Structure:
         """Axes of the node that holds an operand.
 
         Raises:
-            ValueError: If no node or several hold it.
+            ValueError: If no node or several hold it, or it holds but a part of the operand.
         """
-        return self.nodes[self.find(name)].axes
+        node = self.nodes[self.find(name)]
+        if node.symbol != Operand(name):
+            raise ValueError(
+                f"[{format_axes(node.axes)}] are the axes of a part of {name!r}: "
+                f"call whole().axes_of({name!r})"
+            )
+        return node.axes
 
     def check_known(self, indices: Iterable[str]) -> None:
         """Check that there are indices of these names.

@@ -93,7 +93,7 @@ def draft(network: Network, algorithm: str) -> Draft | None:
     """Turn a network into steps by one of the algorithms.
 
     Args:
-        network: The network.
+        network: The network, with whole operands: which views are worth it is for the planner.
         algorithm: One of `ALGORITHMS`.
 
     Returns:

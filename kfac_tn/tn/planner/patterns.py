@@ -28,7 +28,9 @@ class Patterns(Draft):
             if not attached:
                 return
             for value, nodes in attached.items():
-                self.values[self.values.index(value)] = self._view(value, nodes)
+                # By axis, in whatever order the network has them: what comes of it is the same.
+                in_order = sorted(nodes, key=lambda node: value.indices.index(node.indices[-1]))
+                self.values[self.values.index(value)] = self._view(value, in_order)
                 self.patterns = [node for node in self.patterns if node not in nodes]
 
     def _partner(self, node: Node, index: str) -> Value | None:
@@ -65,15 +67,9 @@ class Patterns(Draft):
         if any(zeros):
             slot = self._step(steps.Pad(tuple(zeros)), slot)
         for node in nodes:
-            pattern, (*legs, index) = pattern_of(node), node.indices
+            *legs, index = node.indices
             axis = indices.index(index)
-            if len(legs) == 2:
-                sizes = pattern.kernel_size, pattern.output_size
-                distances = pattern.stride, pattern.dilation
-                slot = self._step(steps.Window(axis, start[index], *sizes, *distances), slot)
-            else:
-                ((size, distance),) = pattern.legs
-                slot = self._step(steps.Slice(axis, start[index], size, distance), slot)
+            slot = self._step(view(pattern_of(node), axis, start[index]), slot)
             indices[axis : axis + 1] = legs
         return Value(slot, tuple(indices))
 
@@ -176,6 +172,21 @@ class Patterns(Draft):
             return slot
         source = self._keep(Source(pattern))
         return self._step(steps.Collect(axis, pattern.input_size), slot, source)
+
+
+def view(pattern: IndexPattern, axis: int, start: int) -> Step:
+    """The step that views an axis through a pattern, whose legs are axes in its place.
+
+    Args:
+        pattern: The pattern.
+        axis: The axis, padded where the pattern needs it.
+        start: Position along the axis where both legs begin.
+    """
+    if len(pattern.legs) == 2:
+        sizes = pattern.kernel_size, pattern.output_size
+        return steps.Window(axis, start, *sizes, pattern.stride, pattern.dilation)
+    ((size, distance),) = pattern.legs
+    return steps.Slice(axis, start, size, distance)
 
 
 def pattern_of(node: Node) -> IndexPattern:

@@ -26,6 +26,7 @@ from kfac_tn.tn.rewrite.patterns import (
     trim,
 )
 from kfac_tn.tn.rewrite.rule import Rewrite, rewrite
+from kfac_tn.tn.rewrite.views import view_operands
 
 __all__ = [
     "REWRITES",
@@ -45,6 +46,7 @@ __all__ = [
     "squeeze",
     "tile",
     "trim",
+    "view_operands",
 ]
 
 REWRITES: tuple[Rewrite, ...] = (
@@ -58,8 +60,12 @@ REWRITES: tuple[Rewrite, ...] = (
     squeeze,
     tile,
     merge_indices,
+    view_operands,
 )
-"""The rewrites that `simplify` applies, in this order, until none changes anything."""
+"""The rewrites that `simplify` applies, in this order, until none changes anything; then the last.
+
+The others see whole operands, whatever they are given: what is viewed has nothing to tell them.
+"""
 
 
 @dataclass(frozen=True)
@@ -141,14 +147,14 @@ def explain(network: Network) -> Explanation:
     """
     applied: list[Applied] = []
     simplified = network
-    while True:
-        start = simplified
-        for function in REWRITES:
-            rewritten = function(simplified)
-            if rewritten != simplified:
-                applied.append(Applied(function.__name__, cost(simplified), cost(rewritten)))
-                simplified = rewritten
-        if simplified == start:
-            break
+    for rewrites in (REWRITES[:-1], REWRITES[-1:]):
+        start = None
+        while simplified != start:
+            start = simplified
+            for function in rewrites:
+                rewritten = function(simplified)
+                if rewritten != simplified:
+                    applied.append(Applied(function.__name__, cost(simplified), cost(rewritten)))
+                    simplified = rewritten
     # What came first is kept: equal networks are one object, and meet in the caches.
     return Explanation(network, network if simplified == network else simplified, tuple(applied))

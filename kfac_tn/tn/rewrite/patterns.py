@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from math import prod
 
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.node import Delta, Node, Ones, Operand, Scalar
 from kfac_tn.tn.pattern import IndexPattern
+from kfac_tn.tn.planner.patterns import pattern_of
 from kfac_tn.tn.rewrite.indices import squeezed, without_delta
 from kfac_tn.tn.rewrite.rule import rewrite
+from kfac_tn.tn.rewrite.views import readers
 
 
 @rewrite
@@ -83,7 +86,7 @@ def merge_patterns(network: Network) -> Iterator[Network]:
                 continue
             (place,) = differing
             first, second = pairs[place]
-            if place < len(pairs) - 1 and _pattern(node).wraps:
+            if place < len(pairs) - 1 and pattern_of(node).wraps:
                 continue
             delta = Node(Delta(network.size[first]), ((second,), (first,)))
             yield from _pruned(_exchange(network, at, delta))
@@ -100,7 +103,8 @@ def tile(network: Network) -> Iterator[Network]:
 
     Condition: no padding, windows that do not overlap, and an input of exactly as many strides as
     there are windows. All patterns at this input are of this kind, with windows of one size, and
-    only operands and the result hold its index besides.
+    only operands and the result hold its index besides. Gaps in what `view_operands` can view are
+    left to it.
     """
     for index in network.size:
         patterns = {
@@ -113,9 +117,11 @@ def tile(network: Network) -> Iterator[Network]:
             for n in patterns.values()
         ):
             continue
-        tilings = [_tiling(_pattern(node)) for node in patterns.values()]
+        tilings = [_tiling(pattern_of(node)) for node in patterns.values()]
         first = tilings[0]
         if first is None or any(t is None or t[1:] != first[1:] for t in tilings):
+            continue
+        if _has_gaps_in_view(network, index):
             continue
         digits = _fresh(network, index, len(first[1]))
         nodes: list[Node] = []
@@ -137,6 +143,13 @@ def tile(network: Network) -> Iterator[Network]:
             yield _rename(pruned, names)
 
 
+def _has_gaps_in_view(network: Network, index: str) -> bool:
+    """Whether `view_operands` views an operand through the pattern at an index, less its gaps."""
+    found = [node for at in network.holders(index) for node in readers(network, at).values()]
+    patterns = [pattern_of(node) for node in found if node.indices[-1] == index]
+    return any(prod(size for size, _ in p.legs) < p.input_size for p in patterns)
+
+
 def _tiling(pattern: IndexPattern) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Legs of a pattern, slowest first, and the sizes of the digits that they are of the input."""
     legs = pattern.legs
@@ -156,7 +169,7 @@ def _tiling(pattern: IndexPattern) -> tuple[tuple[int, ...], tuple[int, ...]] | 
 
 def _tiles(node: Node, order: tuple[int, ...], digits: dict[str, int]) -> list[Node]:
     """What a pattern says about the digits of its input."""
-    pattern = _pattern(node)
+    pattern = pattern_of(node)
     tiles = []
     for (digit, size), at in zip(digits.items(), order, strict=True):
         leg, (count, distance) = node.indices[at], pattern.legs[at]
@@ -178,10 +191,10 @@ def trim(network: Network) -> Iterator[Network]:
     are then sliced, and the result is padded with zeros.
     """
     for node in network.nodes:
-        if not _selects(node) or _pattern(node).padding_mode != "zeros":
+        if not _selects(node) or pattern_of(node).padding_mode != "zeros":
             continue
         for at, index in enumerate(node.indices[:-1]):
-            alive = _alive(_pattern(node), at)
+            alive = _alive(pattern_of(node), at)
             if 0 < len(alive) < network.size[index]:
                 yield _trim(network, index, alive)
 
@@ -211,7 +224,7 @@ def _trim(network: Network, index: str, alive: range) -> Network:
         if _selects(node) and index in node.indices[:-1]:
             at = node.indices.index(index)
             nodes.append(
-                Node(_restrict(_pattern(node), at, alive), node.axes).rename({index: trimmed})
+                Node(_restrict(pattern_of(node), at, alive), node.axes).rename({index: trimmed})
             )
         else:
             whole = whole or index in node.indices
@@ -270,8 +283,3 @@ def _rename(network: Network, names: dict[str, str]) -> Network:
 
 def _selects(node: Node) -> bool:
     return isinstance(node.symbol, IndexPattern) and node.symbol.selects
-
-
-def _pattern(node: Node) -> IndexPattern:
-    assert isinstance(node.symbol, IndexPattern)
-    return node.symbol

@@ -20,6 +20,8 @@ def rewrite(rule: Callable[[Network], Iterator[Network]]) -> Rewrite:
     more flops nor more memory: of two copies, what is done to one only may be dearer than what is
     done to both. If that is dearer, it takes the places that are not, one after the other.
 
+    Rules see whole operands (`Network.whole`): patterns are nodes to them, and nowhere else.
+
     Args:
         rule: Network to equal networks.
 
@@ -29,14 +31,17 @@ def rewrite(rule: Callable[[Network], Iterator[Network]]) -> Rewrite:
 
     @wraps(rule)
     def apply(network: Network) -> Network:
-        end = network
+        whole = end = network.whole()
         while (further := next(_changes(end), None)) is not None:
             end = further
-        if end == network or no_dearer(end, network):
+        if end in (whole, network):
+            return network
+        if no_dearer(end, network):
             return end
-        while better := next(filter(partial(no_dearer, than=network), _changes(network)), None):
-            network = better
-        return network
+        best = whole
+        while better := next(filter(partial(no_dearer, than=best), _changes(best)), None):
+            best = better
+        return network if best == whole else best
 
     def _changes(network: Network) -> Iterator[Network]:
         return (changed for changed in rule(network) if changed != network)
