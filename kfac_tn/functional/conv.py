@@ -19,7 +19,10 @@ from kfac_tn.functional.networks import Geometry, evaluate
 from kfac_tn.functional.products import append_one, average_gram, border, gram, sum_grams
 from kfac_tn.tn import gemm
 from kfac_tn.tn.conv import Ints, Padding
-from kfac_tn.tn.gram import symmetric
+from kfac_tn.tn.gram.unfolding import side_by_side
+
+FEW = 32
+"""Channels of each of several groups, up to which copies for large products don't pay."""
 
 
 def conv_input_factor(
@@ -205,22 +208,22 @@ def _expand_input_factor(x: Tensor, geometry: Geometry) -> Tensor:
 def _expand_grad_output_factor(g: Tensor, groups: int) -> Tensor:
     """Sum over examples and positions, without a transposed copy of it all.
 
-    One product per example where its result is smaller than what it is made from; else one for a
-    chunk of examples that are laid side by side. They are already if channels come last; that is
-    of no use to a product over groups of few channels.
+    Examples are laid side by side, some at a time, for few, large products. They are already if
+    channels come last, which is of no use to a product over groups of few channels; large ones are
+    multiplied where they are, and so are those of groups of few channels, each apart.
     """
     channels, positions = g.shape[1] // groups, g[0, 0].numel()
     if g.stride(0) == positions * g.stride(-1) and (groups == 1 or channels >= 16):
         chunks = cast_chunks(g)
-    elif channels <= positions and channels < 4 * symmetric.BLOCK:
+    elif groups > 1 and channels <= min(FEW, positions):
         return _sum_of_products(split(g, g.shape[1] * (positions + channels)), groups)
     else:
-        chunks = split(g, g[0].numel())
+        chunks = g.split(side_by_side(g.shape[1], positions))
 
-    def side_by_side(chunk: Tensor) -> Tensor:
+    def columns(chunk: Tensor) -> Tensor:
         return cast(chunk.unflatten(1, (groups, channels)).movedim(0, 2)).flatten(2)
 
-    return sum_grams(chunks, side_by_side)
+    return sum_grams(chunks, columns)
 
 
 def _sum_of_products(chunks: Sequence[Tensor], groups: int) -> Tensor:

@@ -15,8 +15,11 @@ from torch.nn import Parameter
 
 from kfac_tn.tn.pages import on_huge_pages
 
-LEAST_PRODUCT = 2**20
-"""Multiplications of matrices that are worth the longer call."""
+LEAST_PRODUCT = 5 * 2**18
+"""Multiplications for each thread, that are worth the longer call.
+
+Twice as many where the first matrix doesn't lie in rows, and where there are several products.
+"""
 
 LEAST_SUM = 64
 """Terms of the sums from which on several products of one batch are worth being put together."""
@@ -105,12 +108,16 @@ def _put(total: Tensor, first: Tensor, second: Tensor, share: float) -> None:
     once = first.stride(0) == 0 and not first[0].is_contiguous()
     lefts = [first[0].contiguous()] * len(first) if once else first.unbind()
     rows = max(1, CACHED // total.shape[2])
-    for part, a, b in zip(total.unbind(), lefts, second.unbind(), strict=True):
-        weight = _laid_out(b)
-        for to, some in zip(part.split(rows), a.split(rows), strict=True):
-            product = _linear(some, weight, None, "none", [], "")  # type: ignore[operator]
+    dense = _is_dense(second)
+    for part, a, weight in zip(total.unbind(), lefts, second.mT.unbind(), strict=True):
+        laid_out = weight if dense else weight.contiguous()
+        for start in range(0, len(a), rows):
+            some, to = (a, part) if rows >= len(a) else (m[start : start + rows] for m in (a, part))
+            product = _linear(some, laid_out, None, "none", [], "")  # type: ignore[operator]
             if share == 0:
                 to.copy_(product)
+            elif share == 1:
+                to.add_(product)
             else:
                 torch.add(product, to, alpha=share, out=to)
 
@@ -118,18 +125,21 @@ def _put(total: Tensor, first: Tensor, second: Tensor, share: float) -> None:
 def takes(first: Tensor, second: Tensor) -> bool:
     """Whether oneDNN multiplies matrices of such shapes and layouts, if they are on a CPU."""
     batch, rows, terms = first.shape
-    columns = second.shape[2]
-    if batch * rows * terms * columns < LEAST_PRODUCT or first.dtype is not torch.float32:
+    columns, in_rows = second.shape[2], first.stride(2) == 1
+    if first.dtype is not torch.float32 or not worth(batch, rows, terms, columns, in_rows):
         return False
     copied = 1 if first.stride(0) == 0 else batch  # what doesn't lie in rows is copied once
-    if first.stride(2) != 1 and columns * batch < LEAST_COPY * copied:
+    if not in_rows and columns * batch < LEAST_COPY * copied:
         return False
-    return worth(batch, rows, terms, columns) and (rows >= LEAST_COPY or _is_dense(second))
+    return rows >= LEAST_COPY or _is_dense(second)
 
 
-def worth(batch: int, rows: int, terms: int, columns: int) -> bool:
+def worth(batch: int, rows: int, terms: int, columns: int, in_rows: bool = True) -> bool:
     """Whether products of float32 matrices are large enough for oneDNN."""
-    return rows * columns * terms >= LEAST_PRODUCT and (batch == 1 or terms >= LEAST_SUM)
+    least = LEAST_PRODUCT * torch.get_num_threads() * (1 if in_rows else 2)
+    if batch == 1:
+        return rows * columns * terms >= least
+    return rows * columns * terms >= 2 * least and terms >= LEAST_SUM
 
 
 def _able(*tensors: Tensor) -> bool:

@@ -23,8 +23,12 @@ LEAST_TERMS = 512
 SCRATCH = 2**17
 """Elements that a product takes besides, whatever its size: a library's own memory."""
 
-IN_PLACE = 1024
-"""Positions from which on single examples are multiplied where they are, instead of copied."""
+IN_PLACE = 2048
+"""Positions from which on single, large examples are multiplied where they are."""
+
+AT_ONCE = 2**20
+"""Elements of smaller ones that are laid side by side, at the most (of many channels, more): a few
+large products are faster than one for each example, and to copy from and to a cache is cheap."""
 
 
 def gram_by_unfolding(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) -> Tensor:
@@ -63,6 +67,14 @@ def _gram(x: Tensor, windows: tuple[Windows, ...], at_once: list[int], scale: fl
     return total.result(1.0 if few == scale else scale)
 
 
+def side_by_side(channels: int, positions: int) -> int:
+    """How many examples are laid side by side for one product; 1: each is multiplied in place."""
+    size = channels * positions
+    if positions >= max(IN_PLACE, channels) and size >= LEAST_CHUNK:
+        return 1
+    return max(1, max(AT_ONCE, 4 * LEAST_TERMS * channels) // size)
+
+
 @lru_cache(maxsize=512)
 def division(
     shape: tuple[int, ...], windows: tuple[Windows, ...], positions: int
@@ -79,7 +91,8 @@ def division(
     if not windows:
         if 1 in (examples, positions):
             return shared, examples, outputs  # a view
-        if positions >= max(IN_PLACE, channels):
+        most = side_by_side(shared * channels, positions)
+        if most == 1:
             return shared, 1, outputs
     kernel = prod(window.kernel_size for window in windows)
     size, padded = channels * kernel, channels * padded_size(windows, positions)
@@ -96,6 +109,7 @@ def division(
             return groups, examples, outputs
         groups //= 2
     share = min(allowed / copied, (allowed - product) / multiplied)  # of examples
+    share = share if windows else min(share, most)
     share = max(share, LEAST_CHUNK / (size * positions), min(LEAST_TERMS, size) / positions)
     if share >= 1 or not windows:
         chunks = -(-examples // max(1, int(share)))
