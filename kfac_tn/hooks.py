@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from time import perf_counter
 from typing import Any
@@ -37,6 +39,16 @@ def recorded() -> bool:
     return torch.is_grad_enabled() and (
         torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what torch.compile made as it was written: hooks added since then are called."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def remove(handles: Iterable[RemovableHandle]) -> None:

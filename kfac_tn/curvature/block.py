@@ -105,7 +105,7 @@ class DiagonalBlock(Block):
         return (self.name,)
 
     def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.name: self.values * v[self.name]}
+        return {self.name: self.values * v[self.name].to(self.values.dtype)}
 
     def eigenvalues(self) -> Tensor:  # noqa: D102
         return self.values.flatten()

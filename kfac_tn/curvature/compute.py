@@ -19,6 +19,7 @@ from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.layout import Layout
+from kfac_tn.hooks import uncompiled
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.moments import Basis
@@ -144,9 +145,8 @@ def compute_kfac(
 def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: Forward) -> None:
     """Show a capture all batches, each with its weight in the loss on the whole set."""
     batches = 0
-    with restored_buffers(model):
+    with restored_buffers(model), uncompiled():
         for batch in loader:
-            batches += 1
             with torch.inference_mode(False), torch.enable_grad():
                 outputs, targets = forward(model, batch)
                 if not isinstance(outputs, Tensor):
@@ -155,12 +155,15 @@ def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: 
                         f"{type(outputs).__name__}: take the tensor out of it by forward=..., as "
                         "in forward=lambda model, batch: (model(batch[0])['logits'], batch[1])."
                     )
+                if outputs.numel() == 0:
+                    continue
+                batches += 1
                 weight: Tensor | float = 1.0
                 if capture.likelihood.reduction == "mean":
                     weight = capture.likelihood.num_terms(outputs.detach(), targets)
                 capture.observe(outputs, targets, weight)
     if batches == 0:
-        raise ValueError("The loader is empty: at least one batch is needed.")
+        raise ValueError("The loader is empty: at least one batch with examples is needed.")
 
 
 def layout_of(block: LayerBlock) -> Layout:

@@ -62,11 +62,17 @@ class Curvature:
                 are shaped like the parameters, or have one trailing axis of K columns more.
 
         Returns:
-            The product, in the form of ``v``.
+            The product, in the form of ``v`` and the curvature's dtype.
 
         Raises:
+            TypeError: If ``v`` is neither.
             ValueError: If names or shapes aren't those of the parameters.
         """
+        if not isinstance(v, Tensor | Mapping):
+            raise TypeError(
+                "A vector is a dict by parameter name or a flat tensor (or a matrix of columns), "
+                f"not a {type(v).__name__}."
+            )
         if isinstance(v, Tensor):
             size = self._size()
             if v.ndim not in (1, 2) or len(v) != size:

@@ -17,6 +17,7 @@ from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.curvature.compute import check_finite
 from kfac_tn.functional import common
 from kfac_tn.functional.common import cast
+from kfac_tn.hooks import uncompiled
 from kfac_tn.layers import check_parameters
 from kfac_tn.likelihood import Likelihood, likelihood_of
 
@@ -109,8 +110,15 @@ def compute_ggn_diagonal(
     unknown: set[str] = set()
     batches, verified = 0, False
     for batch in with_progress(loader, "GGN diagonal", progress_bar):
-        with torch.inference_mode(False), torch.enable_grad(), restored_buffers(model):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            restored_buffers(model),
+            uncompiled(),
+        ):
             calls = Calls(model, batch, forward)
+            if len(calls) == 0:
+                continue
             if not verified:
                 calls.verify()
                 verified = len(calls) > 1  # a single example can't be mistaken for another
@@ -126,7 +134,7 @@ def compute_ggn_diagonal(
             _add_batch(totals, calls, columns, max_memory)
             total_weight = total_weight + weight if likelihood.reduction == "mean" else 1.0
     if batches == 0:
-        raise ValueError("The loader is empty: at least one batch is needed.")
+        raise ValueError("The loader is empty: at least one batch with examples is needed.")
     for name in totals:
         totals[name] /= total_weight
         check_finite(name, totals[name])

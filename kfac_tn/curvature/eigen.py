@@ -81,7 +81,7 @@ class EigenBlock(MatrixBlock):
 
     def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         q_a, q_b = self.input_vectors, self.grad_output_vectors
-        rotated = q_b.mT @ self.layout.to_matrix(v) @ q_a
+        rotated = q_b.mT @ self.layout.to_matrix(v).to(q_a.dtype) @ q_a
         return self.layout.from_matrix(q_b @ (self.values * rotated) @ q_a.mT)
 
     def eigen(self) -> EigenBlock:  # noqa: D102

@@ -277,8 +277,9 @@ class CurvatureEstimator:
         for block in columns.keys() - results.keys():
             self.warn(
                 f"Layer '{block.name}' has a gradient, but no call of it was seen by the loss: it "
-                "is trained without curvature. Was its weight used without calling the module, or "
-                "is there another loss?"
+                "is trained without curvature. Was its weight used without calling the module, is "
+                "there another loss, was the batch empty or left out, or the model compiled in an "
+                "earlier call (torch._dynamo.reset() makes it see KFAC)?"
             )
         directions: dict[Parameter, Tensor] = {}
         for block, result in results.items():

@@ -112,7 +112,7 @@ class KroneckerBlock(MatrixBlock):
         return input_values, output_values, block
 
     def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        matrix = self.layout.to_matrix(v)
+        matrix = self.layout.to_matrix(v).to(self.grad_output_factor.dtype)
         return self.layout.from_matrix(self.grad_output_factor @ matrix @ self._full_input_factor)
 
     def eigen(self) -> EigenBlock:  # noqa: D102

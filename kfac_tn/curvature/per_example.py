@@ -13,6 +13,7 @@ from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.curvature.calls import Calls, Contributions, per_example
 from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.functional.common import cast
+from kfac_tn.hooks import uncompiled
 
 
 def compute_per_example_gradients(
@@ -65,8 +66,15 @@ def compute_per_example_gradients(
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameter.")
-    with torch.inference_mode(False), torch.enable_grad(), restored_buffers(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        restored_buffers(model),
+        uncompiled(),
+    ):
         calls = Calls(model, (x, y), forward)
+        if len(calls) == 0:
+            return {name: _zeros(parameter, 0) for name, parameter in calls.parameters.items()}
         predictions = calls.outputs.detach().requires_grad_()
         # Hooks on the module (an optimizer's, say) are for the user's own calls.
         loss = (loss_fn.forward if isinstance(loss_fn, Module) else loss_fn)(

@@ -334,6 +334,8 @@ def _reason(parameter: Parameter, owners: list[Owner]) -> str | None:
         weight = module._parameters.get("weight")
         if weight is None or not weight.requires_grad:
             return "the layer's weight is frozen or no parameter of its own"
+        if weight.numel() == 0:
+            return "the layer's weight has no elements"
         lacking = _FAMILIES[type(module)].lacks_block(module)
         if lacking is not None:
             return lacking

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_tn.capture import Capture
 from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.distributed import Processes
-from kfac_tn.hooks import WeakHook, recorded, remove
+from kfac_tn.hooks import WeakHook, recorded, remove, uncompiled
 from kfac_tn.likelihood import likelihood_of
 
 
@@ -308,11 +307,9 @@ class Replay:
         capture_armed, capture.armed = capture.armed, False
         device = next(self._model.parameters()).device
         devices = [device] if device.type != "cpu" else []
-        with restored_buffers(self._model), ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            kind = device.type if devices else "cuda"
-            stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+        kind = device.type if devices else "cuda"
+        fork = torch.random.fork_rng(devices, device_type=kind)
+        with restored_buffers(self._model), uncompiled(), fork:
             try:
                 yield
             finally:

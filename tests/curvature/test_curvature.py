@@ -9,6 +9,7 @@ from torch import nn
 import kfac_tn
 from kfac_tn import testing
 from kfac_tn.curvature.block import DiagonalBlock
+from kfac_tn.curvature.layout import split_vector
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -130,6 +131,27 @@ def test_vectors_that_do_not_fit_are_refused(v, message):
     _, curvature = curvature_of()
     with pytest.raises(ValueError, match=message):
         curvature @ v
+
+
+@pytest.mark.parametrize("v", [[1.0], 2.0, "weight"], ids=["list", "number", "string"])
+def test_what_is_no_vector_is_refused(v):
+    _, curvature = curvature_of()
+    for refused in (v, curvature):
+        with pytest.raises(TypeError, match=r"a dict by parameter name or a flat tensor.* not a"):
+            curvature @ refused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.long])
+def test_vectors_of_another_dtype_are_multiplied_in_that_of_the_curvature(dtype):
+    """As gradients of a model in half precision, whose curvature is in float32."""
+    _, curvature = curvature_of()
+    v = torch.arange(curvature._size()).to(dtype)
+    expected = curvature @ v.double()
+    torch.testing.assert_close(curvature @ v, expected)
+    named = {n: e.to(dtype) for n, e in split_vector(v.double(), curvature.shapes).items()}
+    torch.testing.assert_close(flat(curvature @ named), expected)
+    diagonal = kfac_tn.compute_kfac(*problem(), fisher="type-2", curvature="diagonal")
+    assert (diagonal @ v).dtype == torch.float64
 
 
 def test_a_wrong_shape_is_named():
@@ -265,6 +287,56 @@ def test_buffers_that_calls_in_training_mode_change_are_as_before(compute):
     loss.backward()
     assert all(value is buffers[name] for name, value in model.named_buffers())
     assert all(torch.equal(value, before[name]) for name, value in buffers.items())
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("how", ["wrapped", "in place", "layers"])
+def test_models_that_were_compiled_before_have_the_curvature_that_they_had(compute, how):
+    """What torch.compile made in an earlier call knows nothing of hooks."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    model[2].requires_grad_(False)  # its diagonal would be a random estimate
+    data = [(torch.rand(5, 3).double(), torch.randint(2, (5,)))]
+
+    def numbers(model):
+        torch.manual_seed(0)
+        result = COMPUTE[compute](model, nn.CrossEntropyLoss(), data)
+        result = result if isinstance(result, dict) else result.diagonal()
+        return flat(result)
+
+    expected = numbers(model)
+    if how == "layers":
+        compiled = nn.Sequential(*(torch.compile(layer, backend="aot_eager") for layer in model))
+    elif how == "wrapped":
+        compiled = torch.compile(model, backend="aot_eager")
+    else:
+        compiled = model
+        compiled.compile(backend="aot_eager")
+    compiled(data[0][0]).sum().backward()
+    torch.testing.assert_close(numbers(compiled), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_empty_batches_take_nothing_away(compute):
+    torch.manual_seed(0)
+    model, loss_fn = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(),
+        nn.MSELoss(),
+    )
+    full, empty = ((torch.rand(n, 3).double(), torch.rand(n, 2).double()) for n in (5, 0))
+    if compute == "gradients":
+        gradients = COMPUTE[compute](model, loss_fn, [empty])
+        assert all(gradients[name].shape == (0, *p.shape) for name, p in model.named_parameters())
+        return
+    results = []
+    for data in ([full], [empty, full, empty]):
+        torch.manual_seed(0)
+        result = COMPUTE[compute](model, loss_fn, data)
+        results.append(flat(result if isinstance(result, dict) else result.diagonal()))
+    torch.testing.assert_close(results[1], results[0], **CLOSE)
+    with pytest.raises(ValueError, match="loader is empty"):
+        COMPUTE[compute](model, loss_fn, [empty])
 
 
 @pytest.mark.parametrize("compute", COMPUTE)

@@ -195,6 +195,16 @@ CASES = {
         {},
         {"a.weight": "hyper-parameters", "a.bias": "hyper-parameters"},
     ),
+    "layers without elements": (
+        lambda: Layers(a=nn.Linear(2, 0), b=nn.Linear(0, 2)),
+        {},
+        {
+            "a.weight": "no elements",
+            "a.bias": "no elements",
+            "b.weight": "no elements",
+            "b.bias": "no elements",
+        },
+    ),
     "a layer whose forward was replaced": (
         lambda: _patched(),
         {},
