@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import kfac_tn
 from kfac_tn.optim import Adaptive
+from kfac_tn.optim.step_rules import Proposal
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -29,6 +30,15 @@ sys.path.insert(0, str(ROOT / "examples"))
 import compare_optimizers  # noqa: E402
 from compare_optimizers import Run, compete, describe_machine  # noqa: E402
 from problems import Images, Problem, autoencoder, classifier, load_images  # noqa: E402
+
+
+class Falling(Adaptive):
+    """Takes less of alpha the longer training goes on: what a schedule would be worth."""
+
+    def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
+        self.share = 1 / (1 + proposal.estimator.steps / 100)
+        return super().scale(proposal)
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -40,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Adaptive(radius=8)": {"step_rule": partial(Adaptive, radius=8.0)},
     "Adaptive(share=0.5)": {"step_rule": partial(Adaptive, share=0.5)},
     "Adaptive(share=2)": {"step_rule": partial(Adaptive, share=2.0)},
+    "Adaptive(share=4)": {"step_rule": partial(Adaptive, share=4.0)},
+    "Adaptive, share falling as 1 / (1 + step / 100)": {"step_rule": Falling},
     "Adaptive(share=0.5, radius=2, fresh=0)": {
         "step_rule": partial(Adaptive, share=0.5, radius=2.0, fresh=0.0)
     },
@@ -127,7 +139,7 @@ def normalized_classifier(images: Images) -> Problem:
 def make(options: dict[str, Any]) -> Any:
     """A factory of the kind that the example's runs expect."""
     return lambda model, loss_fn, lr: kfac_tn.KFAC(
-        model, loss_fn, **{n: v() if isinstance(v, partial) else v for n, v in options.items()}
+        model, loss_fn, **{n: v() if callable(v) else v for n, v in options.items()}
     )
 
 
@@ -157,6 +169,7 @@ def main() -> None:
         autoencoder(images, "digits"),
         regression(),
         training_problems.curves_autoencoder(),
+        training_problems.tabular(),
     ]
     columns: dict[str, dict[str, float]] = {}
     for problem in problems:

@@ -97,7 +97,7 @@ def tabular() -> Problem:
         test=(x[:114], y[:114]),
         metric="test loss",
         measure=F.mse_loss,
-        learning_rates={},
+        learning_rates={"Adam": (3e-3, 1e-2, 3e-2)},
     )
 
 

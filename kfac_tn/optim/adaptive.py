@@ -37,6 +37,11 @@ class Adaptive(StepRule):
     to be had (a loss that no module computes, or not of what the model returns), and until the
     first measurement, steps have the lengths of ``graft``'s.
 
+    Nothing anneals alpha. Where the noise of batches dominates, the gradient after a step tells
+    that half of it or less would have gained more; but training on such steps ends at a higher
+    loss: progress in directions of low curvature is worth the noise in the others (the bias of
+    short horizons, Wu et al. 2018, arXiv 1803.02021).
+
     Args:
         share: Of alpha, at the default learning rate.
         radius: Of the trust region, in units of the norm of Adam's step.
