@@ -42,8 +42,8 @@ from einconv.expressions import (
 from measuring import (
     Call,
     boxes,
+    conditions,
     geometric_mean,
-    machine,
     markdown,
     parser,
     peak_bytes,
@@ -325,10 +325,8 @@ def main() -> None:
     cells = sum(len(operations) for _, operations in chosen(options))
     turns = statistics.median(n for row in rows for n in row["turns"].values())
     setting = (
-        f"Batches of {options.batch}, float32 on {options.device}, medians of up to "
-        f"{options.repetitions} interleaved turns (half of them: {turns:g} or fewer); "
-        f"{len(rows)} of {cells} cells, drawn at random, in "
-        f"{perf_counter() - start:.0f} s; {machine(options.device)}."
+        f"{conditions(options, start)} {len(rows)} of {cells} cells, drawn at random; half of all "
+        f"medians are of {turns:g} turns or fewer."
     )
     name = "operations" if options.batch == BATCH else f"operations_batch_{options.batch}"
     write(options.output, name, setting, rows, report(rows, setting))
