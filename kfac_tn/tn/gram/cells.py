@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.blocks import assemble, examples_at_once
-from kfac_tn.tn.gram.windows import JointCell, Windows, every, joint_cells
+from kfac_tn.tn.gram.windows import JointCell, Windows, joint_cells
+from kfac_tn.tn.steps import Slice
 
 COPIES = 6
 """Copies of a chunk that are made at most at once, roughly, beside the first."""
@@ -79,7 +80,7 @@ class _Images:
         if key not in self.copies:
             part = self.rows if self.stride == 1 else self.rows[:, phase :: self.stride]
             for axis, taken in enumerate(zip(firsts, counts, self.strides, strict=True), start=3):
-                part = every(part, axis, *taken)
+                part = Slice.compute(part, axis, *taken)
             self.copies[key] = part.contiguous()
         rows = self.copies[key].narrow(1, at, count)
         return rows.reshape(len(rows), -1, rows.shape[-1])

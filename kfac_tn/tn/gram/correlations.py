@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
-from kfac_tn.tn.gram.windows import Windows, every
+from kfac_tn.tn.gram.windows import Windows
+from kfac_tn.tn.steps import Slice
 
 MOST_CHANNELS = 8
 """Channels in a group up to which that is thought of."""
@@ -137,7 +138,7 @@ def _correlate(
         start = first - back * window.dilation
         size = (numbers[-1] - 1) * window.dilation + (count - 1) * window.stride + 1
         around = around.narrow(axis, start, size)
-        left = every(left, axis, first, count, window.stride)
+        left = Slice.compute(left, axis, first, count, window.stride)
     reach = (windows[-1].kernel_size - 1) * windows[-1].dilation
     left = left.narrow(-2, reach, windows[-1].size).flatten(1, -3)
     found = []
@@ -146,7 +147,7 @@ def _correlate(
         for axis, (at, (_, count, _), window) in enumerate(
             zip(offset, cells, windows, strict=False), 1
         ):
-            right = every(right, axis, at * window.dilation, count, window.stride)
+            right = Slice.compute(right, axis, at * window.dilation, count, window.stride)
         found.append(_sums(left, right.flatten(1, -3), taps_of_last, windows[-1]))
     sums = torch.stack(found)
     return sums.unflatten(0, numbers) if numbers else sums[0]

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from kfac_tn.tn import gemm
 from kfac_tn.tn.gram.blocks import assemble, by_offset, examples_at_once
-from kfac_tn.tn.gram.windows import JointCell, Windows, displacement, every, joint_cells
-from kfac_tn.tn.steps import ConvolveBackward
+from kfac_tn.tn.gram.windows import JointCell, Windows, displacement, joint_cells
+from kfac_tn.tn.steps import ConvolveBackward, Slice
 
 COPIES = 4
 """Copies of a chunk that are made, torch's own included."""
@@ -139,7 +139,7 @@ def _correlate(
     padding: list[int] = []
     zeros: list[int] = []
     for axis, (lag, window) in enumerate(zip(lags, windows, strict=True), start=2):
-        first = every(first, axis, lag.first, lag.positions, window.stride)
+        first = Slice.compute(first, axis, lag.first, lag.positions, window.stride)
         before = -lag.first - lag.least * window.dilation
         last = lag.first + (lag.positions - 1) * window.stride
         after = last + (lag.least + lag.number - 1) * window.dilation - (window.size - 1)
@@ -185,10 +185,10 @@ class _Slabs:
         strides = [window.stride for window in self.windows]
         key = thin, firsts[thin], counts[thin]
         if key not in self.slabs:
-            slab = every(self.x, 3 + thin, firsts[thin], counts[thin], strides[thin])
+            slab = Slice.compute(self.x, 3 + thin, firsts[thin], counts[thin], strides[thin])
             self.slabs[key] = slab.movedim((1, 3 + thin, 2), (-3, -2, -1)).contiguous()
         slab = self.slabs[key]
         others = (axis for axis in range(len(counts)) if axis != thin)
         for at, axis in enumerate(others, start=1):
-            slab = every(slab, at, firsts[axis], counts[axis], strides[axis])
+            slab = Slice.compute(slab, at, firsts[axis], counts[axis], strides[axis])
         return slab.flatten(1, -2)

@@ -259,14 +259,6 @@ def amounts(windows: tuple[Windows, ...], useless: bool = False) -> Amounts:
     )
 
 
-def every(tensor: Tensor, axis: int, start: int, count: int, stride: int) -> Tensor:
-    """View every so-many-th position along an axis."""
-    if stride == 1:
-        return tensor.narrow(axis, start, count)
-    stop = start + (count - 1) * stride + 1
-    return tensor[(slice(None),) * axis + (slice(start, stop, stride),)]
-
-
 def unfold(x: Tensor, first_axis: int, windows: tuple[Windows, ...]) -> Tensor:
     """View axes that `fit` has prepared through their windows.
 
