@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.node import Operand
-from kfac_tn.tn.plan import Recipe, contraction, recipe
+from kfac_tn.tn.plan import ALGORITHM, Recipe, contraction, recipe
 
 
 def evaluate_in_pieces(
@@ -38,9 +39,15 @@ def evaluate_in_pieces(
     Raises:
         ValueError: If no index can be divided far enough.
     """
-    index, size = _division(network, memory_limit, algorithm)
+    preferred = os.environ.get(ALGORITHM)
+    index, size = _division(network, memory_limit, algorithm, preferred)
+
+    def evaluate(network: Network, operands: Mapping[str, Tensor]) -> Tensor:
+        steps = _recipe(network, algorithm, preferred)
+        return network.evaluate(algorithm=steps.algorithm, **operands)
+
     if index is None:
-        return _evaluate(network, operands, algorithm)
+        return evaluate(network, operands)
     axes = {n.symbol.name: n.axes for n in network.nodes if isinstance(n.symbol, Operand)}
     summed = index not in network.output_indices
     total: Tensor | None = None
@@ -53,7 +60,7 @@ def evaluate_in_pieces(
             else tensor
             for name, tensor in operands.items()
         }
-        result = _evaluate(_resize(network, index, count), piece, algorithm)
+        result = evaluate(_resize(network, index, count), piece)
         if summed:
             total = result if total is None else total + result
         else:
@@ -61,21 +68,29 @@ def evaluate_in_pieces(
     return torch.cat(results, network.output.index((index,))) if total is None else total
 
 
-def _recipe(network: Network, algorithm: str | None) -> Recipe:
-    """Steps whose memory is known step by step, unless an algorithm is wanted."""
-    return contraction(network) if algorithm is None else recipe(network, algorithm=algorithm)
+def _recipe(network: Network, algorithm: str | None, preferred: str | None) -> Recipe:
+    """Steps whose memory is known step by step, unless an algorithm is wanted.
 
-
-def _evaluate(network: Network, operands: Mapping[str, Tensor], algorithm: str | None) -> Tensor:
-    return network.evaluate(algorithm=_recipe(network, algorithm).algorithm, **operands)
+    Args:
+        network: The network.
+        algorithm: As for `Network.evaluate`.
+        preferred: Name of the algorithm to take where it applies, by the environment.
+    """
+    if algorithm is None and preferred is None:
+        return contraction(network)
+    found = recipe(network, algorithm=algorithm)
+    return found if found.algorithm in (algorithm, preferred) else contraction(network)
 
 
 @lru_cache(maxsize=512)
 def _division(
-    network: Network, memory_limit: int, algorithm: str | None = None
+    network: Network,
+    memory_limit: int,
+    algorithm: str | None = None,
+    preferred: str | None = None,
 ) -> tuple[str | None, int]:
     """The index along which the fewest pieces are needed, and its size in a piece."""
-    least = _recipe(network, algorithm).cost.peak_memory
+    least = _recipe(network, algorithm, preferred).cost.peak_memory
     if least <= memory_limit:
         return None, 0
     results = 2 * prod(network.shape)  # of the pieces so far, and of them all
@@ -86,7 +101,7 @@ def _division(
         size = full
         while size > 1:
             size = -(-size // 2)
-            piece = _recipe(_resize(network, index, size), algorithm)
+            piece = _recipe(_resize(network, index, size), algorithm, preferred)
             peak = piece.cost.peak_memory + results
             least = min(least, peak)
             if peak <= memory_limit:

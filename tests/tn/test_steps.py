@@ -117,6 +117,36 @@ def test_memory_limit(builder):
         network.evaluate(memory_limit=3, **operands)
 
 
+def test_memory_limit_and_the_environment(monkeypatch):
+    """The algorithm that the environment names is taken for pieces, too, where it applies."""
+    network = tn.forward(tn.ConvSpec((6, 4, 9, 9), (8, 4, 3, 3), padding=1)).simplify()
+    operands = operands_of(network)
+    expected = network.evaluate(**operands)
+    limit = int(network.peak_memory * 0.9)
+    seen = []
+    monkeypatch.setattr(
+        tn.Network,
+        "evaluate",
+        lambda self, _f=tn.Network.evaluate, **given: (
+            seen.append(given.get("algorithm")) or _f(self, **given)
+        ),
+    )
+    for name, taken in (
+        ("tensors", {"tensors"}),
+        ("cells", {"unfolding"}),
+        ("", {"unfolding"}),
+    ):
+        monkeypatch.setenv("KFAC_TN_ALGORITHM", name)
+        seen.clear()
+        result = network.evaluate(memory_limit=limit, **operands)
+        torch.testing.assert_close(result, expected)
+        assert len(seen) > 2
+        assert set(seen[1:]) == taken  # the first is the whole
+    monkeypatch.setenv("KFAC_TN_ALGORITHM", "unheard-of")
+    with pytest.raises(ValueError, match="unheard-of"):
+        network.evaluate(memory_limit=limit, **operands)
+
+
 def test_transposed_convolution_has_no_dense_pattern():
     """Its forward folds; its factor spreads, padding with the zeros that a stride leaves."""
     spec = tn.ConvSpec((4, 16, 14, 14), (16, 16, 4, 4), 2, 1, transposed=True)
