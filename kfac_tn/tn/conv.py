@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from numbers import Integral
+from numbers import Real
 from typing import Any
 
 import torch
@@ -69,8 +69,9 @@ class ConvSpec:
         def normalise(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        normalise("input_shape", tuple(map(int, self.input_shape)))
-        normalise("weight_shape", tuple(map(int, self.weight_shape)))
+        normalise("input_shape", integers("input_shape", self.input_shape))
+        normalise("weight_shape", integers("weight_shape", self.weight_shape))
+        normalise("groups", integers("groups", (self.groups,))[0])
         self._check_shapes()
         for name, least in (("stride", 1), ("dilation", 1), ("output_padding", 0)):
             normalise(name, self._per_dimension(name, least))
@@ -110,8 +111,7 @@ class ConvSpec:
 
     def _per_dimension(self, name: str, least: int) -> tuple[int, ...]:
         value = getattr(self, name)
-        single = isinstance(value, Integral)
-        values = tuple(map(int, (value,) * self.dimensions if single else value))
+        values = integers(name, (value,) * self.dimensions if isinstance(value, Real) else value)
         if len(values) == 1:
             values *= self.dimensions
         if len(values) != self.dimensions:
@@ -135,9 +135,9 @@ class ConvSpec:
                 raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
             spans = (d * (k - 1) for d, k in zip(self.dilations, self.kernel_size, strict=True))
             return tuple((span // 2, span - span // 2) for span in spans)
-        if isinstance(padding, Integral) or all(isinstance(p, Integral) for p in padding):
+        if isinstance(padding, Real) or all(isinstance(p, Real) for p in padding):
             return tuple((p, p) for p in self._per_dimension("padding", 0))
-        pairs = [() if isinstance(p, Integral) else tuple(map(int, p)) for p in padding]
+        pairs = [() if isinstance(p, Real) else integers("padding", p) for p in padding]
         if len(pairs) != self.dimensions or any(len(pair) != 2 for pair in pairs):
             raise ValueError(
                 f"padding={padding} must have a pair (before, after) per dimension, "
@@ -252,6 +252,27 @@ class ConvSpec:
                 self.paddings[dimension][0],
                 self.padding_mode,
             )
+
+
+def integers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    """Numbers as integers.
+
+    Args:
+        name: Name of the option.
+        values: Its numbers, of any type.
+
+    Raises:
+        ValueError: If one isn't whole.
+
+    Example:
+        >>> integers("stride", (2, 3.0))
+        (2, 3)
+    """
+    values = tuple(values)
+    whole = tuple(map(int, values))
+    if whole != values:
+        raise ValueError(f"{name}={values} must be integers")
+    return whole
 
 
 @lru_cache(maxsize=512, typed=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kfac_tn.tn.autocast import is_enabled
-from kfac_tn.tn.conv import ConvSpec, Ints, Padding
+from kfac_tn.tn.conv import ConvSpec, Ints, Padding, integers
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.operations import forward, unfold_input
 from kfac_tn.tn.plan import Plan, plan, run
@@ -358,7 +358,7 @@ def _batch(tensor: Tensor, axes: int, name: str) -> tuple[Tensor, bool]:
 
 
 def _sizes(name: str, value: Ints, dimensions: int) -> tuple[int, ...]:
-    sizes = (value,) * max(dimensions, 0) if isinstance(value, int) else tuple(map(int, value))
+    sizes = (value,) * max(dimensions, 0) if isinstance(value, int) else integers(name, value)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"{name}={value} must be one positive number, or one per dimension")
     return sizes

@@ -21,6 +21,9 @@ def test_spec_is_normalised():
     others = tn.ConvSpec(size, (6, 2, 3, 4), one, spec.padding, (one, np.int64(3)), 2)
     assert others == spec
     assert type(others.stride[0]) is int
+    whole = tn.ConvSpec(size, (6, 2, 3, 4), 1.0, spec.padding, (1, 3.0), 2.0)
+    assert whole == spec
+    assert {type(n) for n in (whole.groups, *whole.strides, *whole.dilations)} == {int}
     assert tn.forward(explicit) is tn.forward(spec)
     assert tn.ConvSpec((1, 1, 5), (1, 1, 2), padding="valid").padding == ((0, 0),)
     assert tn.ConvSpec((1, 1, 5, 5), (1, 1, 2, 2), padding=(1,)).padding == ((1, 1), (1, 1))
@@ -50,6 +53,15 @@ def test_spec_is_normalised():
         ({"padding": 9, "padding_mode": "circular"}, "'circular' .* 9 > 8"),
         ({"padding_mode": "mirror"}, "padding_mode='mirror'"),
         ({"output_padding": 1}, "output_padding=1 is for transposed"),
+        ({"input_shape": (2, 4, 8.5, 8)}, "input_shape=.* must be integers"),
+        ({"weight_shape": (6, 4, 3, 2.9)}, "weight_shape=.* must be integers"),
+        ({"groups": 1.5}, "groups=.* must be integers"),
+        ({"stride": 1.5}, "stride=.* must be integers"),
+        ({"dilation": (1, 1.9)}, "dilation=.* must be integers"),
+        ({"padding": 0.5}, "padding=.* must be integers"),
+        ({"padding": (1, 0.5)}, "padding=.* must be integers"),
+        ({"padding": ((0, 0.5), (1, 1))}, "padding=.* must be integers"),
+        ({"output_padding": 0.5}, "output_padding=.* must be integers"),
     ],
 )
 def test_refused_specs(options, message):

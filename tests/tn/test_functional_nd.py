@@ -396,6 +396,7 @@ def test_tensors_without_data():
         (lambda: conv_transposeNd(rand(1, 2, 5), rand(3, 2, 2)), r"weight_shape\[0\] must be 2"),
         (lambda: unfoldNd(rand(1, 2, 5), 0), "kernel_size=0 must be"),
         (lambda: unfoldNd(rand(1, 5), 2), "kernel_size=2"),
+        (lambda: unfoldNd(rand(1, 2, 5), (2.5,)), "kernel_size=.* must be integers"),
         (lambda: unfoldNd(rand(1, 2, 5), 6), "spans .* = 6 positions"),
         (lambda: foldNd(rand(1, 6, 3), 4, 2), "leave the number of dimensions open"),
         (

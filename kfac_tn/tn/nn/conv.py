@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from kfac_tn.tn.conv import ConvSpec, Ints, Padding
+from kfac_tn.tn.conv import ConvSpec, Ints, Padding, integers
 from kfac_tn.tn.functional import conv_transposeNd, convNd
 
 ANY_SIZE = 2**40
@@ -254,7 +254,7 @@ def _kernel(kernel_size: Ints, dimensions: int | None) -> tuple[int, ...]:
                 "with one size per dimension, or dimensions="
             )
         kernel_size = (kernel_size,) * dimensions
-    kernel = tuple(map(int, kernel_size))
+    kernel = integers("kernel_size", kernel_size)
     if not kernel or min(kernel) < 1 or dimensions not in (None, len(kernel)):
         raise ValueError(
             f"kernel_size={kernel_size} with dimensions={dimensions} must be one positive number "
