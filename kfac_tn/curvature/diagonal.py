@@ -59,7 +59,7 @@ def compute_ggn_diagonal(
             output gradients and result: examples and columns come in chunks. The same for gradients
             of one example of parameters that are differentiated so: with more than it allows at
             once, there are further backward passes. Default: 64 MiB, or what a single gradient
-            takes if that is more; and as much again as the layers' inputs (128 MiB at least) for
+            takes if that is more; and twice what the layers' inputs take (128 MiB at least) for
             output gradients that are squared faster with other columns'. Parameters differentiated
             example by example all at once.
         generator: Source of randomness (on the model's device); by default the global one.
@@ -174,7 +174,7 @@ def _add_batch(
         totals[name] += sum_of_squares(attribute, contributions, max_memory)
 
     columns = iter(columns)
-    limit = max(calls.input_bytes, 2 * common.UNFOLD_BYTES) if max_memory is None else 0
+    limit = 2 * max(calls.input_bytes, common.UNFOLD_BYTES) if max_memory is None else 0
     size = max(1, common.UNFOLD_BYTES // calls.outputs.nbytes)
     while chunk := list(islice(columns, size)):
         held = _Held(add, len(chunk), limit)

@@ -136,7 +136,7 @@ def _gradients(pair: Pair, total: Tensor, limit: int) -> None:
 def _large_gradients(pair: Pair, total: Tensor, limit: int) -> None:
     """Example by example, in blocks of `d_in` that stay in a cache until they are squared."""
     for vectors, rows in _chunks(pair, limit):
-        blocks = -(-len(rows) * total[0].nbytes // (2 * common.CACHE_BYTES))
+        blocks = -(-len(rows) * total[0].nbytes // (common.CACHE_BYTES // 2))
         size = -(-total.shape[-1] // blocks)
         for group in range(len(total)):
             for n, a in enumerate(vectors[:, group]):
