@@ -205,8 +205,10 @@ class Capture:
         )
 
     def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
-        block = self._blocks.get(module)  # None in a copy of the model
-        if block is None or not self._active():
+        if not self._active():
+            return
+        block = self._blocks.get(module)
+        if block is None:  # in a copy of the model
             return
         if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
             return

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
+
+from kfac_tn.tn.autocast import is_enabled
 
 
 class WeakHook:
@@ -61,7 +63,9 @@ class plain:  # noqa: N801 (a context manager, called like a function)
     """No gradients, no autocast: statistics are computed in the precision they are given."""
 
     def __init__(self, device: torch.device) -> None:
-        self._contexts = (torch.no_grad(), torch.autocast(device.type, enabled=False))
+        self._contexts: list[AbstractContextManager[Any]] = [torch.no_grad()]
+        if is_enabled(device.type):
+            self._contexts.append(torch.autocast(device.type, enabled=False))
 
     def __enter__(self) -> None:
         for context in self._contexts:

@@ -61,6 +61,7 @@ class CurvatureEstimator:
         }
         self.processes = Processes(options.process_group)
         self.steps = 0
+        self._walked = -1  # the step in which the model was last searched for new parameters
         self._renewed: dict[str, tuple[int, int]] = {}  # steps of statistics, inverses
         self.seconds: dict[str, float] = {}
         self._automatic = 1, 1  # intervals, until the first statistics say more
@@ -125,8 +126,9 @@ class CurvatureEstimator:
 
     def uncovered(self) -> list[Parameter]:
         """Parameters of the model that have no place here, because they were frozen."""
-        if self.capture.armed:  # not in every step: it takes its time to walk through a model
+        if self.capture.armed and self._walked != self.steps:  # it takes its time, so not always
             self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
+            self._walked = self.steps
         return self._uncovered
 
     def close(self) -> None:

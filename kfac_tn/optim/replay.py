@@ -188,16 +188,15 @@ class Replay:
         with torch.no_grad(), self._undisturbed(capture):
             try:
                 for sign in (1, -1):
-                    for p, at, shift in zip(parameters, start, shifts, strict=True):
-                        p.copy_(at).add_(shift, alpha=sign)
+                    torch._foreach_copy_(parameters, start)
+                    torch._foreach_add_(parameters, shifts, alpha=sign)
                     ends.append([])
                     for batch in self._batches:
                         with self._as_recorded(batch):
                             outputs = self._model(*batch.args, **batch.kwargs)
                             ends[-1].append(outputs.reshape(batch.shape).clone())
             finally:
-                for p, at in zip(parameters, start, strict=True):
-                    p.copy_(at)
+                torch._foreach_copy_(parameters, start)
             forms = []
             for batch, high, low in zip(self._batches, *ends, strict=True):
                 with self._as_recorded(batch):
