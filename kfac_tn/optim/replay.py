@@ -176,7 +176,7 @@ class Replay:
         Two forward passes, which every model has; as accurate as two thirds of the digits are. The
         parameters are moved by that fraction of their norm, and put back.
         """
-        parameters = list(vector)
+        parameters: list[Tensor] = list(vector)
         start = [p.detach().clone() for p in parameters]
         enabled, dtype = self._batches[0].autocast
         coarse = torch.finfo(dtype).eps if enabled else 0.0
