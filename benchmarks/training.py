@@ -42,7 +42,7 @@ from training_problems import TASKS, Task
 from training_report import draw, merged, summarize, write_report
 
 SLICE = 0.25  # seconds of training before the next run's turn, at most
-TURNS = 32  # at least so many in the final runs, so that short ones are resolved in time, too
+TURNS = 64  # at least so many in the final runs, so that short ones are resolved in time and steps
 ROUNDS = (1 / 12, 1 / 5)  # of the full time, for all learning rates and for the best two
 BALLAST = 1.25  # wall-clock seconds per second of training that the first plan assumes
 
