@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from kfac_tn.curvature.exact import EigenFactors
 from kfac_tn.curvature.intervals import intervals, is_due, model_work
 from kfac_tn.curvature.moving import Columns, KroneckerMoving, Moving, MovingFactors
 from kfac_tn.curvature.options import CurvatureOptions
+from kfac_tn.curvature.room import Room
 from kfac_tn.distributed import Processes, average
 from kfac_tn.hooks import timed
 from kfac_tn.layers import LayerBlock, partition
@@ -104,6 +105,7 @@ class CurvatureEstimator:
             self._kinds[kind](blocks, self.options.factor_decay)
             for (kind, *_), blocks in shapes.items()
         ]
+        self._room: tuple[list[int], Room] | None = None
         self._moving_of = {block: moving for moving in self._moving for block in moving.blocks}
         self._places = {p: (p.dtype, p.device) for p in self._covered}
 
@@ -253,6 +255,13 @@ class CurvatureEstimator:
             return Statistics({}, {}, {})
         return statistics
 
+    def room(self, parameters: Sequence[Parameter]) -> Room:
+        """Where to put gradients of these for ``precondition``; valid until it is asked again."""
+        key = [*map(id, parameters), *(moving.room() is None for moving in self._moving)]
+        if self._room is None or key != self._room[0]:
+            self._room = key, Room(self._moving, self._layouts, parameters)
+        return self._room[1]
+
     @timed("products")
     def precondition(self, gradients: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """Multiply with the damped inverse curvature: B^-1 G A^-1, by parameter, in its precision.
@@ -260,8 +269,14 @@ class CurvatureEstimator:
         Only for layers all of whose trainable parameters have a gradient. Layers that have no
         curvature yet are missing in the result, and the user is told once.
         """
+        results: dict[LayerBlock, Columns] = {}
+        if isinstance(gradients, Room):
+            for moving, matrices in gradients.matrices.items():
+                results.update(zip(moving.blocks, moving.directions_of(matrices), strict=True))
         columns: dict[LayerBlock, Columns] = {}
         for block, (layout, parameters) in self._layouts.items():
+            if block in results:
+                continue
             given = [gradients[p] for p in parameters.values() if p in gradients]
             if len(given) == len(parameters):
                 columns[block] = layout.to_columns(*given)
@@ -271,8 +286,9 @@ class CurvatureEstimator:
                     f"Of layer '{block.name}' only {sorted(seen)} has a gradient, so it is used "
                     "without curvature. If the rest was frozen, make a new optimizer."
                 )
-        results: dict[LayerBlock, Columns] = {}
         for moving in self._moving:
+            if not columns:
+                break
             results.update(
                 moving.directions({b: columns[b] for b in moving.blocks if b in columns})
             )

@@ -82,6 +82,15 @@ class Moving(ABC):
             for block, matrix in self.precondition(matrices).items()
         }
 
+    def room(self) -> Tensor | None:
+        """Where matrices of all layers lie for ``directions_of``, if it takes them from there."""
+        return None
+
+    def directions_of(self, matrices: Tensor) -> list[Columns]:
+        """As ``directions`` of what was put into ``room``, ``[layers, G, d_out, d_in]``."""
+        columns = {block: (matrix,) for block, matrix in zip(self.blocks, matrices, strict=True)}
+        return list(self.directions(columns).values())
+
     @abstractmethod
     def multiply(self, block: LayerBlock, matrix: Tensor) -> Tensor:
         """Multiply ``[G, d_out, d_in]`` with the block of a layer, without damping."""
@@ -291,6 +300,15 @@ class MovingFactors(KroneckerMoving):
     input_inverse: Tensor
     grad_output_inverse: Tensor
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._room: Tensor | None = None
+        self._operands: dict[int | None, tuple[Tensor, ...]] = {}
+
+    def _allocate(self, like: Tensor) -> None:
+        super()._allocate(like)
+        self._operands = {}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         shapes = super().shapes()
         return {
@@ -322,6 +340,29 @@ class MovingFactors(KroneckerMoving):
             block: self._products(self._slot[block], _joined(columns[block])) for block in blocks
         }
 
+    def room(self) -> Tensor | None:  # noqa: D102
+        if self._room is None and all(self.inverted) and self.pieces == (1, 1):
+            self._room = self.input.new_empty(len(self.blocks), self.groups, self.d_out, self.d_in)
+        return self._room
+
+    def directions_of(self, matrices: Tensor) -> list[Columns]:  # noqa: D102
+        if len(self.blocks) == 1 or not self._gains_from_company:
+            return [
+                self._multiplied(matrix, *self._inverses(slot))
+                for slot, matrix in enumerate(matrices)
+            ]
+        parts = self._multiplied(matrices.flatten(0, 1), *self._inverses(None))
+        each = (part.unflatten(0, matrices.shape[:2]).unbind() for part in parts)
+        return list(zip(*each, strict=True))
+
+    def _inverses(self, slot: int | None) -> tuple[Tensor, ...]:
+        """What the matrices of a layer, or of all, are multiplied with: see ``_parts``."""
+        if slot not in self._operands:
+            inverses = self.grad_output_inverse, self.input_inverse
+            chosen = (x.flatten(0, 1) if slot is None else x[slot] for x in inverses)
+            self._operands[slot] = self._parts(*chosen)
+        return self._operands[slot]
+
     @cached_property
     def _gains_from_company(self) -> bool:
         """Whether layers are better multiplied together: small ones share the launches.
@@ -345,13 +386,24 @@ class MovingFactors(KroneckerMoving):
         if self.pieces != (1, 1):
             result = self._both_sides(b, matrices, a)
             return (result[..., :-1], result[..., -1:]) if self.bias else (result,)
+        return self._multiplied(matrices, *self._parts(b, a))
+
+    def _parts(self, b: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+        """B^-1, and A^-1 by what its columns make: weights, and the bias if there is one.
+
+        A^-1 is symmetric: its rows are its columns, but without gaps.
+        """
+        return (b, a[:, :-1].mT, a[:, -1:]) if self.bias else (b, a)
+
+    @staticmethod
+    def _multiplied(
+        matrices: Tensor, b: Tensor, weights: Tensor, bias: Tensor | None = None
+    ) -> Columns:
         left = multiply(b, matrices)
-        if not self.bias:
-            return (multiply(left, a),)
-        # A^-1 is symmetric: its rows are its columns, but without gaps, and a row from the left
-        # is eight times as fast as a column from the right.
-        bias = torch.bmm(a[:, -1:], left.mT).mT
-        return multiply(left, a[:, :-1].mT), bias.contiguous()
+        if bias is None:
+            return (multiply(left, weights),)
+        # A row from the left is eight times as fast as a column from the right.
+        return multiply(left, weights), torch.bmm(bias, left.mT).mT.contiguous()
 
     @staticmethod
     def renew(moving: Sequence[MovingFactors], damping: float, relative: bool) -> list[str]:  # noqa: D102

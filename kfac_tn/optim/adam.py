@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfac_tn.curvature.room import Room
+
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -99,9 +101,18 @@ def _start(parameter: Parameter, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def freshened(
-    moments: Mapping[Parameter, Tensor], gradients: Mapping[Parameter, Tensor], share: float
+    moments: Mapping[Parameter, Tensor],
+    gradients: Mapping[Parameter, Tensor],
+    share: float,
+    room: Room | None = None,
 ) -> dict[Parameter, Tensor]:
     """(1 - share) m + share g: quasi-hyperbolic momentum (Ma & Yarats 2019, arXiv 1810.06801).
+
+    Args:
+        moments: m by parameter.
+        gradients: g.
+        share: Of g.
+        room: Where to put the results (of the parameters that it was made for), if anywhere.
 
     Example:
         >>> import torch
@@ -109,11 +120,19 @@ def freshened(
         >>> freshened({w: torch.tensor([1.0])}, {w: torch.tensor([3.0])}, 0.5)[w]
         tensor([2.])
     """
-    averages = list(moments.values())
-    if not averages or not share:
-        return dict(moments)
-    current = [gradients[p].to(m.dtype) for p, m in moments.items()]
-    return dict(zip(moments, torch._foreach_lerp(averages, current, share), strict=True))
+    others = list(moments)
+    results: dict[Parameter, Tensor] = {}
+    if room is not None:
+        results, others = room, room.others
+        for p, place in room.places:
+            m = moments[p]
+            torch.lerp(m, gradients[p].to(m.dtype), share, out=place)
+    averages = [moments[p] for p in others]
+    if share and others:
+        current = [gradients[p].to(m.dtype) for p, m in zip(others, averages, strict=True)]
+        averages = list(torch._foreach_lerp(averages, current, share))
+    results.update(zip(others, averages, strict=True))
+    return results
 
 
 def _corrected(group: Mapping[str, Any], steps: list[Tensor], first: list[Tensor]) -> list[Tensor]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kfac_tn.curvature.intervals import is_due
-from kfac_tn.optim.step_rules import Proposal, StepRule
+from kfac_tn.optim.step_rules import Proposal, Scaling
 
 
-class Adaptive(StepRule):
+class Adaptive(Scaling):
     r"""The direction of KFAC, as far as the loss's own curvature allows, within a trust region.
 
     The direction d = F^-1 n, of n = (1 - fresh) m + fresh g with the moving average m of the
@@ -89,7 +89,7 @@ class Adaptive(StepRule):
     def wants_batch(self, step: int) -> bool:  # noqa: D102
         return is_due(step, self.interval)
 
-    def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
+    def factors(self, proposal: Proposal) -> Tensor:  # noqa: D102
         if not proposal.directions:
             return torch.ones(())
         parameters, directions = list(proposal.directions), list(proposal.directions.values())
@@ -116,9 +116,7 @@ class Adaptive(StepRule):
                 self._average(form / (bound * bounds * sums).sum())
         excess = self.excess.to(given)
         scales = torch.where(excess.isnan(), adam / given, torch.minimum(bound, best / excess))
-        scales = scales.nan_to_num(0.0, 0.0, 0.0)  # of directions that are zero
-        torch._foreach_mul_(directions, list(scales.unbind()))
-        return scales
+        return scales.nan_to_num(0.0, 0.0, 0.0)  # of directions that are zero
 
     def _average(self, measured: Tensor) -> None:
         """Take a measurement in, unless it makes no sense."""

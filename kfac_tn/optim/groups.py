@@ -162,8 +162,10 @@ class GroupedOptimizer(Optimizer):
             return {}
         return gradients
 
-    def _apply(self, updates: Mapping[Parameter, Tensor]) -> None:
-        """Decay weights, and subtract updates times learning rates."""
+    def _apply(
+        self, updates: Mapping[Parameter, Tensor], factors: Mapping[Parameter, Tensor]
+    ) -> None:
+        """Decay weights, and subtract updates times learning rates, and times factors if any."""
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in updates]
             if not chosen:
@@ -171,7 +173,13 @@ class GroupedOptimizer(Optimizer):
             lr = float(group["lr"])
             if group["weight_decay"]:
                 torch._foreach_mul_(chosen, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(chosen, [updates[p] for p in chosen], alpha=-lr)
+            plain = [p for p in chosen if p not in factors]
+            if plain:
+                torch._foreach_add_(plain, [updates[p] for p in plain], alpha=-lr)
+            scaled = [p for p in chosen if p in factors]
+            if scaled:
+                each, times = [updates[p] for p in scaled], [factors[p] for p in scaled]
+                torch._foreach_addcmul_(scaled, each, times, value=-lr)
 
     def _saved_moments(self, state_dict: dict[str, Any]) -> dict[Parameter, dict[str, Any]]:
         """The entries of a state by parameter.

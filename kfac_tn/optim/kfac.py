@@ -282,12 +282,15 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         group_lrs = [float(group["lr"]) for group in self.param_groups]
         lrs = {p: group_lrs[self._group_of[p]] for p in updates}
         fresh = 1.0 if self._rule.own_momentum else self._rule.fresh
-        slopes = gradients if fresh == 1 else freshened(moments, gradients, fresh)
+        slopes = gradients
+        if fresh != 1:
+            room = self._estimator.room(list(moments))
+            slopes = freshened(moments, gradients, fresh, room)
         replay = self._replay if recorded and self._rule.wants_batch(taken) else None
         if replay is None and self._rule.wants_batch(taken) and not self._estimator.closed:
             self._estimator.warn(without_batch(self._rule.without_batch))
-        self._direct(slopes, updates, lrs, replay)
-        self._apply(updates)
+        factors = self._direct(slopes, updates, lrs, replay)
+        self._apply(updates, factors)
         if before is not None and self._replay is not None:
             ratio = reduction_ratio(self._replay, self._estimator, gradients, before, closure)
             self._damping_rule.after_step(ratio, self._following_groups())
@@ -382,10 +385,17 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         updates: dict[Parameter, Tensor],
         lrs: dict[Parameter, float],
         replay: Replay | None,
-    ) -> None:
-        """Replace Adam's updates by KFAC's wherever there is curvature."""
+    ) -> dict[Parameter, Tensor]:
+        """Replace Adam's updates by KFAC's wherever there is curvature.
+
+        Returns:
+            What some of them have still to be multiplied with.
+        """
         directions = self._estimator.precondition(slopes)
-        proposal = Proposal(directions, slopes, updates, lrs, self._estimator, self.state, replay)
+        waiting: list[Tensor] | None = [] if self._rule.may_wait else None
+        proposal = Proposal(
+            directions, slopes, updates, lrs, self._estimator, self.state, replay, waiting
+        )
         if self._trust_region is None:
             self._rule.scale(proposal)
         else:
@@ -395,6 +405,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             others = {other.parameter for other in self._estimator.others if own}
             moderate(updates, updates.keys() - directions.keys() - others, lrs, self._other_lr)
         updates.update(directions)
+        return proposal.factors()
 
     def _last_steps(self) -> dict[Parameter, Tensor]:
         gradients = {p: p.grad for p in self._group_of if p.grad is not None}
@@ -405,5 +416,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         if self._rule.own_momentum:
             updates |= {p: s["previous"] for p in taken if "previous" in (s := self.state[p])}
         else:
-            self._direct(freshened(moments, gradients, fresh), updates, lrs, None)
+            slopes = freshened(moments, gradients, fresh)
+            for p, factor in self._direct(slopes, updates, lrs, None).items():
+                updates[p].mul_(factor)
         return {p: -lrs[p] * update for p, update in updates.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Proposal:
         estimator: The curvature.
         states: What an optimizer keeps for each parameter; a rule may add to it.
         replay: The batch of this step, if the rule wants it.
+        waiting: Where factors of the directions are put until the step is taken; None: directions
+            are multiplied at once.
     """
 
     directions: dict[Parameter, Tensor]
@@ -37,6 +40,22 @@ class Proposal:
     estimator: CurvatureEstimator
     states: MutableMapping[Any, dict[str, Any]] = field(default_factory=dict)
     replay: Replay | None = None
+    waiting: list[Tensor] | None = None
+
+    def multiply(self, factors: Tensor) -> None:
+        """Multiply the directions, each with a factor of its own or all with one, now or later."""
+        if self.waiting is not None:
+            self.waiting.append(factors)
+        elif self.directions:
+            each = list(factors.unbind()) if factors.dim() else factors
+            torch._foreach_mul_(list(self.directions.values()), each)
+
+    def factors(self) -> dict[Parameter, Tensor]:
+        """What is waiting, by parameter."""
+        if not self.waiting or not self.directions:
+            return {}
+        product = math.prod(self.waiting[1:], start=self.waiting[0])
+        return dict(zip(self.directions, product.expand(len(self.directions)), strict=True))
 
 
 class StepRule(ABC):
@@ -62,6 +81,11 @@ class StepRule(ABC):
     any_length = False
     without_batch = ""
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether directions may be multiplied later than in ``scale``; see ``Scaling``."""
+        return False
+
     def wants_batch(self, step: int) -> bool:
         """Whether this step's batch is needed; steps are counted from 0."""
         return False
@@ -78,6 +102,30 @@ class StepRule(ABC):
         """Continue where ``state_dict`` was taken."""
 
 
+class Scaling(StepRule):
+    """A rule that does nothing but multiply each direction by a number.
+
+    So that can wait until parameters are changed anyway: one pass over the memory less.
+    """
+
+    @abstractmethod
+    def factors(self, proposal: Proposal) -> Tensor:
+        """A factor for each of ``proposal.directions``, which stay as they are: ``[directions]``.
+
+        Of no directions: of any shape.
+        """
+
+    def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
+        factors = self.factors(proposal)
+        proposal.multiply(factors)
+        return factors
+
+    @property
+    def may_wait(self) -> bool:
+        """Not where a ``scale`` of one's own, or a trust region, looks at what was multiplied."""
+        return type(self).scale is Scaling.scale and not self.own_momentum
+
+
 class Fixed(StepRule):
     """The direction as it is."""
 
@@ -85,7 +133,7 @@ class Fixed(StepRule):
         return torch.ones(())
 
 
-class Graft(StepRule):
+class Graft(Scaling):
     """The direction of KFAC, for each parameter with the norm of another update; see ``graft``.
 
     Args:
@@ -103,10 +151,10 @@ class Graft(StepRule):
         self.any_length = to == "adam"
         self.natural = to == "sgd"
 
-    def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
+    def factors(self, proposal: Proposal) -> Tensor:  # noqa: D102
         directions = proposal.directions
         references = proposal.references if self.to == "adam" else proposal.gradients
-        return graft(list(directions.values()), [references[p] for p in directions])
+        return _grafts(list(directions.values()), [references[p] for p in directions])
 
 
 class KLClip(StepRule):
@@ -144,12 +192,18 @@ def graft(directions: list[Tensor], references: list[Tensor]) -> Tensor:
         >>> direction
         tensor([0.6000, 0.8000])
     """
+    scales = _grafts(directions, references)
+    if directions:
+        torch._foreach_mul_(directions, list(scales.unbind()))
+    return scales
+
+
+def _grafts(directions: list[Tensor], references: list[Tensor]) -> Tensor:
+    """The factors of ``graft``."""
     if not directions:
         return torch.ones(())
     wanted, given = torch.stack(torch._foreach_norm([*references, *directions])).chunk(2)
-    scales = torch.where(given > 0, wanted / given, 0)
-    torch._foreach_mul_(directions, list(scales.unbind()))
-    return scales
+    return torch.where(given > 0, wanted / given, 0)
 
 
 def clip_kl(
@@ -257,5 +311,5 @@ class TrustRegion:
             scales = rule.scale(proposal)
             change = (lrs.to(sums) * scales.to(sums).square() * sums).sum()
         factor = torch.where(change > self.limit, (self.limit / change).sqrt(), 1.0)
-        torch._foreach_mul_(values, factor)
+        proposal.multiply(factor)
         return scales * factor.to(scales.device)
