@@ -83,8 +83,12 @@ def all_finite(tensors: list[Tensor]) -> bool:
         >>> all_finite([torch.ones(2)]), all_finite([torch.tensor([1.0, 1e30])])
         (True, False)
     """
-    norms: list[Tensor] = []
-    for dtype in {tensor.dtype for tensor in tensors}:
-        mine = [tensor for tensor in tensors if tensor.dtype == dtype]
-        norms += torch._foreach_norm(mine, 2, torch.promote_types(dtype, torch.float32))
-    return math.isfinite(torch.stack([norm.to(norms[0]) for norm in norms]).sum().item())
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    norms = [
+        torch.stack(torch._foreach_norm(mine, 2, torch.promote_types(dtype, torch.float32)))
+        for (dtype, _), mine in kinds.items()
+    ]
+    sums = [norm.sum() for norm in norms]
+    return math.isfinite(torch.stack([each.to(sums[0]) for each in sums]).sum().item())

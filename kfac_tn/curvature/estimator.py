@@ -269,13 +269,10 @@ class CurvatureEstimator:
         Only for layers all of whose trainable parameters have a gradient. Layers that have no
         curvature yet are missing in the result, and the user is told once.
         """
-        results: dict[LayerBlock, Columns] = {}
-        if isinstance(gradients, Room):
-            for moving, matrices in gradients.matrices.items():
-                results.update(zip(moving.blocks, moving.directions_of(matrices), strict=True))
+        directions = gradients.directions() if isinstance(gradients, Room) else {}
         columns: dict[LayerBlock, Columns] = {}
         for block, (layout, parameters) in self._layouts.items():
-            if block in results:
+            if block.weight in directions:
                 continue
             given = [gradients[p] for p in parameters.values() if p in gradients]
             if len(given) == len(parameters):
@@ -286,9 +283,8 @@ class CurvatureEstimator:
                     f"Of layer '{block.name}' only {sorted(seen)} has a gradient, so it is used "
                     "without curvature. If the rest was frozen, make a new optimizer."
                 )
-        for moving in self._moving:
-            if not columns:
-                break
+        results: dict[LayerBlock, Columns] = {}
+        for moving in self._moving if columns else ():
             results.update(
                 moving.directions({b: columns[b] for b in moving.blocks if b in columns})
             )
@@ -299,12 +295,10 @@ class CurvatureEstimator:
                 "there another loss, was the batch empty or left out, or the model compiled in an "
                 "earlier call (torch._dynamo.reset() makes it see KFAC)?"
             )
-        directions: dict[Parameter, Tensor] = {}
         for block, result in results.items():
             layout, parameters = self._layouts[block]
             named = layout.from_columns(*result)
-            for module in block.modules:
-                block.family.constrain(module, named[block.weight_name])
+            block.constrain(named[block.weight_name])
             directions.update({parameters[name]: value for name, value in named.items()})
         return directions
 

@@ -25,6 +25,7 @@ class Room(dict[Parameter, Tensor]):
         matrices: Of layers of one shape, weight and bias side by side, ``[layers, G, d_out, d_in]``
             by their curvature. There are none where a parameter is missing, or one's elements don't
             lie in the matrix in their order.
+        layers: The weight, and bias if any, of each of these layers.
         places: The parameters that lie in these, and where.
         others: The others, which whoever uses this adds.
     """
@@ -37,6 +38,7 @@ class Room(dict[Parameter, Tensor]):
     ) -> None:
         super().__init__()
         self.matrices: dict[Moving, Tensor] = {}
+        self.layers: dict[Moving, list[tuple[Parameter, ...]]] = {}
         present = set(parameters)
         for each in moving:
             layers = [layouts[block] for block in each.blocks]
@@ -56,5 +58,18 @@ class Room(dict[Parameter, Tensor]):
             for (layout, named), matrix in zip(layers, matrices, strict=True):
                 views = layout.from_matrix(matrix)
                 self.update({parameter: views[name] for name, parameter in named.items()})
+            self.layers[each] = [tuple(named.values()) for _, named in layers]
         self.places = list(self.items())
         self.others = [parameter for parameter in parameters if parameter not in self]
+
+    def directions(self) -> dict[Parameter, Tensor]:
+        """Multiply what lies in the matrices with the damped inverse curvature."""
+        directions: dict[Parameter, Tensor] = {}
+        for moving, matrices in self.matrices.items():
+            results = moving.directions_of(matrices)
+            for parameters, columns in zip(self.layers[moving], results, strict=True):
+                for parameter, column in zip(parameters, columns, strict=True):
+                    directions[parameter] = column.reshape(parameter.shape)
+            for block in moving.blocks:
+                block.constrain(directions[block.weight])
+        return directions

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.layers.attention import Projection, projections
@@ -103,6 +104,11 @@ class LayerBlock:
     curvature: CurvatureKind = "kfac"
     max_dim: int | None = None
     large_factors: LargeFactors = "auto"
+
+    def constrain(self, direction: Tensor) -> None:
+        """Clear, in place, what never changes of the weight from a direction."""
+        for module in self.modules:
+            self.family.constrain(module, direction)
 
     @property
     def joint_dim(self) -> int:

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from kfac_tn.curvature.room import Room
 
+_ONE = torch.ones(())  # a number would be made a tensor for each parameter
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -56,7 +57,7 @@ def adam_updates(
         if any(g.dtype is not s["exp_avg"].dtype for g, s in zip(grads, mine, strict=True)):
             grads = [g.to(s["exp_avg"].dtype) for g, s in zip(grads, mine, strict=True)]
         steps, first, second = ([s[name] for s in mine] for name in _STATE)
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, _ONE, alpha=1)
         results = _fused(group, steps, grads, first, second)
         if results is None:
             beta1, beta2 = group["betas"]

@@ -99,7 +99,7 @@ class Adaptive(Scaling):
         weights = _weights([proposal.lrs[p] for p in parameters], given)
         seen = norms if weights is None else norms * weights
         layers = [proposal.estimator.layer_of[p] for p in parameters]
-        bound = self.radius * _ratios(seen, layers, self.spread)
+        bound = _ratios(seen, layers, self.spread).mul_(self.radius)
         best: float | Tensor = self.share / self.lr
         if weights is not None or proposal.replay is not None:
             slopes = torch._foreach_mul(directions, [proposal.gradients[p] for p in parameters])
@@ -115,7 +115,8 @@ class Adaptive(Scaling):
                 )
                 self._average(form / (bound * bounds * sums).sum())
         excess = self.excess.to(given)
-        scales = torch.where(excess.isnan(), adam / given, torch.minimum(bound, best / excess))
+        reach = torch.minimum(bound, excess.reciprocal() * best)
+        scales = torch.where(excess.isnan(), adam / given, reach)
         return scales.nan_to_num(0.0, 0.0, 0.0)  # of directions that are zero
 
     def _average(self, measured: Tensor) -> None:
@@ -148,15 +149,21 @@ def _ratios(norms: Tensor, layers: list[int], spread: float) -> Tensor:
         layers: Numbers of the parameters' layers.
         spread: Share of the layers'.
     """
-    squares = norms.square() @ _company(tuple(layers), norms.dtype, norms.device)
-    above, below = squares.sqrt().unbind()
-    ratios = above / below
-    return (ratios[:-1] ** spread * ratios[-1] ** (1 - spread)).nan_to_num(0.0, 0.0, 0.0)
+    company, exponents = _company(tuple(layers), spread, norms.dtype, norms.device)
+    above, below = (norms.square() @ company).unbind()
+    ratios = (above / below).pow(exponents)
+    return (ratios[:-1] * ratios[-1]).nan_to_num(0.0, 0.0, 0.0)
 
 
 @lru_cache(maxsize=8)
-def _company(layers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which parameters are of one's layer, and last of one's model: ``[parameters, ... + 1]``."""
+def _company(
+    layers: tuple[int, ...], spread: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which parameters are of one's layer, and last of one's model: ``[parameters, ... + 1]``.
+
+    And powers of the ratio of squares for each of these: those of a mean.
+    """
     places = torch.tensor(layers)
     same = torch.nn.functional.pad(places == places.unsqueeze(1), (0, 1), value=True)
-    return same.to(device, dtype)
+    shares = torch.tensor([spread] * len(layers) + [1 - spread], dtype=torch.float64)
+    return same.to(device, dtype), (shares / 2).to(device, dtype)

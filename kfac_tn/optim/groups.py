@@ -162,6 +162,13 @@ class GroupedOptimizer(Optimizer):
             return {}
         return gradients
 
+    def _lrs(self, parameters: Mapping[Parameter, Any]) -> dict[Parameter, float]:
+        """The learning rates of these."""
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        if len(set(lrs)) == 1:
+            return dict.fromkeys(parameters, lrs[0])
+        return {p: lrs[self._group_of[p]] for p in parameters}
+
     def _apply(
         self, updates: Mapping[Parameter, Tensor], factors: Mapping[Parameter, Tensor]
     ) -> None:
@@ -176,7 +183,7 @@ class GroupedOptimizer(Optimizer):
             plain = [p for p in chosen if p not in factors]
             if plain:
                 torch._foreach_add_(plain, [updates[p] for p in plain], alpha=-lr)
-            scaled = [p for p in chosen if p in factors]
+            scaled = [p for p in chosen if p in factors] if plain else chosen
             if scaled:
                 each, times = [updates[p] for p in scaled], [factors[p] for p in scaled]
                 torch._foreach_addcmul_(scaled, each, times, value=-lr)

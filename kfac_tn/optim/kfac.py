@@ -279,8 +279,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         moments, updates = adam_updates(
             self.param_groups, self.state, gradients, corrected=not self._rule.any_length
         )
-        group_lrs = [float(group["lr"]) for group in self.param_groups]
-        lrs = {p: group_lrs[self._group_of[p]] for p in updates}
+        lrs = self._lrs(updates)
         fresh = 1.0 if self._rule.own_momentum else self._rule.fresh
         slopes = gradients
         if fresh != 1:
@@ -412,7 +411,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         fresh = self._rule.fresh  # a share in steps of gradients, which may be gone by now
         taken = [p for p in (gradients if fresh else self._group_of) if self.state[p]]
         moments, updates = current_updates(self.param_groups, self.state, set(taken))
-        lrs = {p: float(self.param_groups[self._group_of[p]]["lr"]) for p in taken}
+        lrs = self._lrs(updates)
         if self._rule.own_momentum:
             updates |= {p: s["previous"] for p in taken if "previous" in (s := self.state[p])}
         else:
