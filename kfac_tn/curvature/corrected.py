@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kfac_tn.curvature.averages import Moving
 from kfac_tn.curvature.exact import EigenFactors
-from kfac_tn.curvature.moving import Moving
 from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
 from kfac_tn.moments import Basis

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Capture
+from kfac_tn.curvature.averages import Moving
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.compute import layout_of
 from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
+from kfac_tn.curvature.directions import Layouts, Room, precondition
 from kfac_tn.curvature.exact import EigenFactors
 from kfac_tn.curvature.intervals import intervals, is_due, model_work
-from kfac_tn.curvature.moving import Columns, KroneckerMoving, Moving, MovingFactors
+from kfac_tn.curvature.moving import KroneckerMoving, MovingFactors
 from kfac_tn.curvature.options import CurvatureOptions
-from kfac_tn.curvature.room import Room
 from kfac_tn.distributed import Processes, average
 from kfac_tn.hooks import timed
 from kfac_tn.layers import LayerBlock, partition
@@ -88,7 +89,7 @@ class CurvatureEstimator:
         self.layer_of = {p: i for i, b in enumerate(self.curved) for p in b.parameters.values()}
         self._covered = set(self.layer_of)
         self._covered.update(other.parameter for other in self.others)
-        self._layouts = {block: (layout_of(block), block.parameters) for block in self.curved}
+        self._layouts: Layouts = {b: (layout_of(b), b.parameters) for b in self.curved}
         self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
         self._stack()
 
@@ -257,7 +258,7 @@ class CurvatureEstimator:
 
     def room(self, parameters: Sequence[Parameter]) -> Room:
         """Where to put gradients of these for ``precondition``; valid until it is asked again."""
-        key = [*map(id, parameters), *(moving.room() is None for moving in self._moving)]
+        key = [*map(id, parameters), *(all(moving.inverted) for moving in self._moving)]
         if self._room is None or key != self._room[0]:
             self._room = key, Room(self._moving, self._layouts, parameters)
         return self._room[1]
@@ -269,38 +270,7 @@ class CurvatureEstimator:
         Only for layers all of whose trainable parameters have a gradient. Layers that have no
         curvature yet are missing in the result, and the user is told once.
         """
-        directions = gradients.directions() if isinstance(gradients, Room) else {}
-        columns: dict[LayerBlock, Columns] = {}
-        for block, (layout, parameters) in self._layouts.items():
-            if block.weight in directions:
-                continue
-            given = [gradients[p] for p in parameters.values() if p in gradients]
-            if len(given) == len(parameters):
-                columns[block] = layout.to_columns(*given)
-            elif given:
-                seen = [name for name, p in parameters.items() if p in gradients]
-                self.warn(
-                    f"Of layer '{block.name}' only {sorted(seen)} has a gradient, so it is used "
-                    "without curvature. If the rest was frozen, make a new optimizer."
-                )
-        results: dict[LayerBlock, Columns] = {}
-        for moving in self._moving if columns else ():
-            results.update(
-                moving.directions({b: columns[b] for b in moving.blocks if b in columns})
-            )
-        for block in columns.keys() - results.keys():
-            self.warn(
-                f"Layer '{block.name}' has a gradient, but no call of it was seen by the loss: it "
-                "is trained without curvature. Was its weight used without calling the module, is "
-                "there another loss, was the batch empty or left out, or the model compiled in an "
-                "earlier call (torch._dynamo.reset() makes it see KFAC)?"
-            )
-        for block, result in results.items():
-            layout, parameters = self._layouts[block]
-            named = layout.from_columns(*result)
-            block.constrain(named[block.weight_name])
-            directions.update({parameters[name]: value for name, value in named.items()})
-        return directions
+        return precondition(self._moving, self._layouts, gradients, self.warn)
 
     def dampings(self) -> dict[Parameter, Tensor]:
         """What is added to the curvature of a layer, not relative: ``[G]``, by parameter."""
@@ -397,6 +367,7 @@ class CurvatureEstimator:
         self.check_state_dict(state)
         for moving in self._moving:
             moving.load_state_dict(state["factors"])
+        self._room = None
         self.steps = state["steps"]
         for device, generator_state in state["generators"].items():
             self._generator(torch.device(device)).set_state(generator_state.cpu())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfac_tn.curvature.room import Room
+from kfac_tn.curvature.directions import Room
 
 _ONE = torch.ones(())  # a number would be made a tensor for each parameter
 _STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -126,8 +126,8 @@ def freshened(
     if room is not None:
         results, others = room, room.others
         for p, place in room.places:
-            m = moments[p]
-            torch.lerp(m, gradients[p].to(m.dtype), share, out=place)
+            m, g = moments[p], gradients[p]
+            torch.lerp(m, g if g.dtype is m.dtype else g.to(m.dtype), share, out=place)
     averages = [moments[p] for p in others]
     if share and others:
         current = [gradients[p].to(m.dtype) for p, m in zip(others, averages, strict=True)]
@@ -138,10 +138,10 @@ def freshened(
 
 def _corrected(group: Mapping[str, Any], steps: list[Tensor], first: list[Tensor]) -> list[Tensor]:
     """First moments over 1 - beta1^t."""
-    powers = [group["betas"][0] ** step for step in torch.stack(steps).tolist()]
-    if all(2 * power < torch.finfo(m.dtype).eps for power, m in zip(powers, first, strict=True)):
+    beta1, counts = group["betas"][0], [step.item() for step in steps]
+    if 2 * beta1 ** min(counts) < min(torch.finfo(dtype).eps for dtype in {m.dtype for m in first}):
         return first
-    return list(torch._foreach_div(first, [1 - power for power in powers]))
+    return list(torch._foreach_div(first, [1 - beta1**count for count in counts]))
 
 
 def _quotients(

@@ -55,7 +55,8 @@ class Proposal:
         if not self.waiting or not self.directions:
             return {}
         product = math.prod(self.waiting[1:], start=self.waiting[0])
-        return dict(zip(self.directions, product.expand(len(self.directions)), strict=True))
+        each = product.unbind() if product.dim() else [product] * len(self.directions)
+        return dict(zip(self.directions, each, strict=True))
 
 
 class StepRule(ABC):

@@ -377,6 +377,35 @@ def test_grafting_to_sgd_takes_the_norm_of_the_averaged_gradient():
     torch.testing.assert_close((model.weight - before).norm(), 0.1 * model.weight.grad.norm())
 
 
+class Watching(Adaptive):
+    """Looks at the directions that it has multiplied."""
+
+    def scale(self, proposal):
+        scales = super().scale(proposal)
+        self.seen = {p: d.clone() for p, d in proposal.directions.items()}
+        return scales
+
+
+@pytest.mark.parametrize("trust_region", [None, 1e-3])
+def test_a_scale_of_ones_own_finds_directions_multiplied(trust_region):
+    """Those of rules of ours may be multiplied later; the steps are the same."""
+    steps = {}
+    for rule in (Adaptive(), Watching()):
+        model, loss_fn, lr = smooth(), nn.CrossEntropyLoss(), 1e-2
+        optimizer = kfac_tn.KFAC(
+            model, loss_fn, lr, step_rule=rule, trust_region=trust_region, **EAGER
+        )
+        for seed in range(3):
+            before = {p: p.detach().clone() for p in model.parameters()}
+            take_step(model, loss_fn, optimizer, seed)
+            moved = [p.detach() - start for p, start in before.items()]
+            steps.setdefault(seed, []).append(flat(moved))
+            if isinstance(rule, Watching) and trust_region is None:
+                torch.testing.assert_close(flat(moved), -lr * flat(rule.seen.values()))
+    for ours, watched in steps.values():
+        torch.testing.assert_close(ours, watched, rtol=1e-9, atol=1e-12)
+
+
 # The adaptive rule ------------------------------------------------------------------------------
 
 

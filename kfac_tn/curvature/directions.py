@@ -1,24 +1,28 @@
-"""Where gradients are put to be multiplied with curvature: where they need no copy for that."""
+"""From gradients to directions: products with the damped inverse curvature, by parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfac_tn.curvature.averages import Columns, Moving
 from kfac_tn.curvature.layout import Layout
-from kfac_tn.curvature.moving import Moving
 from kfac_tn.layers import LayerBlock
+
+Layouts: TypeAlias = Mapping[LayerBlock, tuple[Layout, Mapping[str, Parameter]]]
+"""How the parameters of each layer lie in its matrix, and which they are, by name."""
 
 
 class Room(dict[Parameter, Tensor]):
-    """Room for something by parameter: views of matrices, kept from step to step.
+    """Where gradients are put to need no copy for the products: views of matrices, kept for long.
 
     Args:
         moving: The curvature of all layers.
-        layouts: How the parameters of each layer lie in its matrix, and which they are.
+        layouts: The parameters of all layers.
         parameters: Those that there is something of.
 
     Attributes:
@@ -33,7 +37,7 @@ class Room(dict[Parameter, Tensor]):
     def __init__(
         self,
         moving: Sequence[Moving],
-        layouts: Mapping[LayerBlock, tuple[Layout, Mapping[str, Parameter]]],
+        layouts: Layouts,
         parameters: Sequence[Parameter],
     ) -> None:
         super().__init__()
@@ -73,3 +77,49 @@ class Room(dict[Parameter, Tensor]):
             for block in moving.blocks:
                 block.constrain(directions[block.weight])
         return directions
+
+
+def precondition(
+    movings: Sequence[Moving],
+    layouts: Layouts,
+    gradients: Mapping[Parameter, Tensor],
+    warn: Callable[[str], None],
+) -> dict[Parameter, Tensor]:
+    """Multiply gradients with the damped inverse curvature of their layers.
+
+    Args:
+        movings: The curvature of all layers.
+        layouts: The parameters of all layers.
+        gradients: By parameter; the fastest is a ``Room``.
+        warn: Told why a layer is missing in the result.
+    """
+    directions = gradients.directions() if isinstance(gradients, Room) else {}
+    columns: dict[LayerBlock, Columns] = {}
+    for block, (layout, parameters) in layouts.items():
+        if block.weight in directions:
+            continue
+        given = [gradients[p] for p in parameters.values() if p in gradients]
+        if len(given) == len(parameters):
+            columns[block] = layout.to_columns(*given)
+        elif given:
+            seen = [name for name, p in parameters.items() if p in gradients]
+            warn(
+                f"Of layer '{block.name}' only {sorted(seen)} has a gradient, so it is used "
+                "without curvature. If the rest was frozen, make a new optimizer."
+            )
+    results: dict[LayerBlock, Columns] = {}
+    for moving in movings if columns else ():
+        results.update(moving.directions({b: columns[b] for b in moving.blocks if b in columns}))
+    for block in columns.keys() - results.keys():
+        warn(
+            f"Layer '{block.name}' has a gradient, but no call of it was seen by the loss: it "
+            "is trained without curvature. Was its weight used without calling the module, is "
+            "there another loss, was the batch empty or left out, or the model compiled in an "
+            "earlier call (torch._dynamo.reset() makes it see KFAC)?"
+        )
+    for block, result in results.items():
+        layout, parameters = layouts[block]
+        named = layout.from_columns(*result)
+        block.constrain(named[block.weight_name])
+        directions.update({parameters[name]: value for name, value in named.items()})
+    return directions
