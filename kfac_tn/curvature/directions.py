@@ -66,6 +66,13 @@ class Room(dict[Parameter, Tensor]):
         self.places = list(self.items())
         self.others = [parameter for parameter in parameters if parameter not in self]
 
+    def copy(self) -> Room:
+        """The same places, with room for others of its own."""
+        twin = Room.__new__(Room)
+        twin.update(self)
+        twin.__dict__ = self.__dict__
+        return twin
+
     def directions(self) -> dict[Parameter, Tensor]:
         """Multiply what lies in the matrices with the damped inverse curvature."""
         directions: dict[Parameter, Tensor] = {}

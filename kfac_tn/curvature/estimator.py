@@ -257,11 +257,11 @@ class CurvatureEstimator:
         return statistics
 
     def room(self, parameters: Sequence[Parameter]) -> Room:
-        """Where to put gradients of these for ``precondition``; valid until it is asked again."""
+        """Where to put gradients of these for ``precondition``; the same memory each time."""
         key = [*map(id, parameters), *(all(moving.inverted) for moving in self._moving)]
         if self._room is None or key != self._room[0]:
             self._room = key, Room(self._moving, self._layouts, parameters)
-        return self._room[1]
+        return self._room[1].copy()
 
     @timed("products")
     def precondition(self, gradients: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:

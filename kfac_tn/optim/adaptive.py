@@ -150,7 +150,7 @@ def _ratios(norms: Tensor, layers: list[int], spread: float) -> Tensor:
         spread: Share of the layers'.
     """
     company, exponents = _company(tuple(layers), spread, norms.dtype, norms.device)
-    above, below = (norms.square() @ company).unbind()
+    above, below = (norms.square() @ company).sqrt().unbind()
     ratios = (above / below).pow(exponents)
     return (ratios[:-1] * ratios[-1]).nan_to_num(0.0, 0.0, 0.0)
 
@@ -161,9 +161,9 @@ def _company(
 ) -> tuple[Tensor, Tensor]:
     """Which parameters are of one's layer, and last of one's model: ``[parameters, ... + 1]``.
 
-    And powers of the ratio of squares for each of these: those of a mean.
+    And the exponent that each of these has in a mean.
     """
     places = torch.tensor(layers)
     same = torch.nn.functional.pad(places == places.unsqueeze(1), (0, 1), value=True)
-    shares = torch.tensor([spread] * len(layers) + [1 - spread], dtype=torch.float64)
-    return same.to(device, dtype), (shares / 2).to(device, dtype)
+    exponents = torch.tensor([spread] * len(layers) + [1 - spread], dtype=dtype, device=device)
+    return same.to(device, dtype), exponents

@@ -93,7 +93,10 @@ class StepRule(ABC):
 
     @abstractmethod
     def scale(self, proposal: Proposal) -> Tensor:
-        """Change ``proposal.directions`` in place; return the factors, ``[directions]`` or one."""
+        """Change ``proposal.directions`` in place; return the factors, ``[directions]`` or one.
+
+        (A rule that ``may_wait`` has ``proposal.multiply`` do it.)
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers that a run needs to continue."""

@@ -55,7 +55,10 @@ def test_the_room_has_whatever_lies_in_its_order():
     model, optimizer = trained()
     parameters = list(model.parameters())
     room = optimizer._estimator.room(parameters)
-    assert room is optimizer._estimator.room(parameters)
+    again = optimizer._estimator.room(parameters)
+    assert all(place is again[p] for p, place in room.places)
+    again[parameters[2]] = parameters[2]
+    assert parameters[2] not in room
     apart = [*model[1].parameters(), *model[3].parameters()]
     assert {id(p) for p in room.others} == {id(p) for p in apart}
     assert {id(p) for p, _ in room.places} == {id(p) for p in parameters} - {id(p) for p in apart}
