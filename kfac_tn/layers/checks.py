@@ -20,12 +20,20 @@ def check_parameters(model: Module) -> None:
     """Refuse parameters that nothing here can be had of.
 
     Raises:
-        ValueError: Naming one of a lazy module, that has no shape yet, a sharded or a complex one.
+        TypeError: If the model is no module.
+        ValueError: Naming one of a lazy module, that has no shape yet, one that has no storage yet,
+            a sharded or a complex one.
     """
+    check_model(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
                 f"Parameter '{name}' is not initialized yet: run the lazy model once before."
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"Parameter '{name}' is on the meta device, without values: materialize the model "
+                "before (model.to_empty(device=...), then initialize or load it)."
             )
         if type(parameter).__name__ in ("DTensor", "FlatParameter"):
             raise ValueError(

@@ -95,6 +95,7 @@ class GroupedOptimizer(Optimizer):
         Raises:
             ValueError: If a trainable parameter is nowhere.
         """
+        self._given = 0  # parameters that had a gradient in the last step
         self._group_of = {
             parameter: index
             for index, group in enumerate(self.param_groups)
@@ -125,18 +126,18 @@ class GroupedOptimizer(Optimizer):
             )
         return weight
 
-    def _check_unfrozen(self) -> None:
-        for parameter in self._estimator.uncovered():
+    def _check_unfrozen(self, anew: bool = False) -> None:
+        for parameter in self._estimator.uncovered(anew):
             if parameter.requires_grad and parameter not in self._group_of:
                 raise RuntimeError(
-                    f"Parameter '{self._name(parameter)}' was frozen (or not there) when KFAC was "
-                    "made, and is in no parameter group: "
+                    f"Parameter '{self._name(parameter)}' was frozen (or not there: layers may "
+                    "have been replaced) when KFAC was made, and is in no parameter group: "
                     "optimizer.add_param_group({'params': [...]}) makes it train."
                 )
 
     def _grow(self) -> None:
-        """Take up what was unfrozen."""
-        self._check_unfrozen()
+        """Take up what was unfrozen or changed."""
+        self._check_unfrozen(anew=self._estimator.outdated())
         self._estimator.grow()
 
     def _name(self, parameter: Parameter) -> str:
@@ -153,7 +154,8 @@ class GroupedOptimizer(Optimizer):
                     f"The gradient of '{self._name(parameter)}' is sparse, which KFAC can't use: "
                     "build its module with sparse=False."
                 )
-        self._check_unfrozen()
+        fewer, self._given = len(gradients) < self._given, len(gradients)
+        self._check_unfrozen(anew=fewer or not gradients)  # layers may have been replaced
         if len({group["damping"] for group in self.param_groups}) > 1:
             for block in self._estimator.blocks:
                 self._group(block)

@@ -264,6 +264,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._estimator.closed and self._estimator.outdated():
+            self._grow()
         gradients = self._gradients()
         if not gradients:
             self._discard()

@@ -154,6 +154,8 @@ class KFACPreconditioner(CurvatureUser):
         Raises:
             RuntimeError: If the loss module was never called.
         """
+        if not self._estimator.closed and self._estimator.outdated():
+            self._estimator.grow()
         # Sparse gradients, of embeddings, are the optimizer's business.
         gradients = {
             p: p.grad
