@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.functional import common
-from kfac_tn.graph import Found, differentiate, find, output_edge, remember
+from kfac_tn.graph import Found, bypassing, differentiate, find, output_edge, remember
 from kfac_tn.hooks import WeakHook, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.attention import Projection, ProjectionsApart
@@ -45,7 +45,9 @@ class Capture:
 
     Nothing happens while ``armed`` is false, under ``torch.no_grad()``, in backward passes (where
     checkpointing runs layers again), in transforms of ``torch.func``, or after ``close()``. The
-    hooks don't keep this object alive, and copies of the model don't report to it.
+    hooks don't keep this object alive, and copies of the model don't report to it. Layers whose
+    weight a loss depends on by other ways, too, are left out, and named in ``bypassed``: what their
+    calls tell isn't all of their curvature.
 
     Scale (curvature is that of the loss as the user computes it): input factors are means over
     the examples of all passes. Output-gradient factors of several losses in one ``backward()`` add
@@ -107,6 +109,10 @@ class Capture:
         self.seconds: dict[str, float] = {}
         self.diagonals = [other.parameter for other in diagonals]
         self._blocks = {module: block for block in blocks for module in block.modules}
+        self._owners: dict[Tensor, LayerBlock] = {
+            p: block for block in self._blocks.values() for p in block.parameters.values()
+        }
+        self.bypassed: set[LayerBlock] = set()
         one_hot = any(block.family.one_hot for block in self._blocks.values())
         self._signs = one_hot or bool(self.diagonals)  # for squares of sums over examples
         self._key = object()  # marks our records among those of other captures
@@ -210,7 +216,7 @@ class Capture:
         block = self._blocks.get(module)
         if block is None:  # in a copy of the model
             return
-        if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return
         x = block.family.input_of(module, args, kwargs)
         edge = output_edge(output)
@@ -222,6 +228,9 @@ class Capture:
     def _record(
         self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
     ) -> None:
+        if output.numel() == 0:
+            remember(edge, self._key, Call(block, module, output.shape, None, 0, 0))
+            return
         counts = block.family.batch_and_positions(module, output)
         with plain(output.device):
             statistic = input_statistic(block, module, x, counts, self._joint)
@@ -286,10 +295,14 @@ class Capture:
     # Passes ------------------------------------------------------------------------------------
 
     def _find(self, outputs: Tensor) -> list[Found[Call]]:
-        """The calls that a loss depends on, counted."""
+        """The calls that a loss depends on, counted; some to be ignored."""
         found = find(outputs, self._key)
+        bypassed = bypassing(outputs, found, self._owners, lambda call: call.block)
+        self.bypassed |= bypassed
         for call in dict.fromkeys(one.record for one in found):
-            if call not in self._counted:
+            if call.examples == 0 or call.block in bypassed:
+                call.ignore()
+            elif call not in self._counted:
                 self._counted[call] = None
                 examples, terms = self.sizes.get(call.block, (0, 0))
                 more = call.examples
@@ -341,6 +354,8 @@ class Capture:
             def receive(
                 call: Call, gradient: Tensor, received: list = received, moments: Any = moments
             ) -> None:
+                if call.ignored:
+                    return
                 if call.block.has_factors:
                     received.append((call, call.grad_output_statistic(gradient)))
                 moments.add(call, gradient)
@@ -373,6 +388,7 @@ class Capture:
             )
         one_pass = self._passes.begin(task, scale)
         one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
+        found = [one for one in found if not one.record.ignored]
         refuse_shared(find_shared(found, outputs, self._shared), outputs)
         one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))
         hook = WeakHook(self, "_at_layer_backward")

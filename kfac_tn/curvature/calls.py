@@ -15,7 +15,7 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_tn.curvature.batches import Forward, call_on_pair, rows_of
-from kfac_tn.curvature.checks import refuse_scaled_gradients
+from kfac_tn.curvature.checks import check_graph, refuse_scaled_gradients
 from kfac_tn.curvature.copies import Copies, CopiesFamily, WatchCopies
 from kfac_tn.functional import common
 from kfac_tn.graph import differentiate, find, output_edge, remember
@@ -84,7 +84,8 @@ class Calls:
 
     Raises:
         ValueError: If batch normalization in training mode makes examples depend on each other, or
-            tensor dropout makes gradients random, or for a parameter as ``check_parameters`` says.
+            tensor dropout makes gradients random, for outputs that have no graph, or for a
+            parameter as ``check_parameters`` says.
         TypeError: If the model's output isn't a tensor with a batch axis.
     """
 
@@ -113,6 +114,7 @@ class Calls:
                 f"{type(outputs).__name__}: take it out of that by forward=..., as in "
                 "forward=lambda model, batch: (model(batch[0])['logits'], batch[1])."
             )
+        check_graph(outputs)
         self.outputs = outputs
         self._found = find(outputs, self._key)
         self._counts = Counter(p for one in self._found for p in self._of(one.record))
@@ -265,10 +267,18 @@ class Calls:
             A function of a column ``[1, ...]`` and some of the names, which returns the gradients.
 
         Raises:
-            ValueError: When the example alone has another output than in its batch.
+            ValueError: When the example alone has another output than in its batch, or none.
         """
         row = slice(n, n + 1)
-        outputs, _ = self._forward(self._model, rows_of(self._batch, row, len(self)))
+        try:
+            outputs, _ = self._forward(self._model, rows_of(self._batch, row, len(self)))
+        except Exception as error:
+            raise ValueError(
+                f"Parameters {list(names)} are differentiated example by example, but the model "
+                f"can't be called on one example alone ({type(error).__name__}: {error}). Masks, "
+                "offsets and whatever else has a row for each example must be part of the batch, "
+                "with the examples first. Freeze these parameters to leave them out."
+            ) from error
         expected = self.outputs[row].detach()
         if not isinstance(outputs, Tensor) or not _close(outputs.detach(), expected):
             raise ValueError(

@@ -75,8 +75,8 @@ def compute_ggn_diagonal(
     Raises:
         ValueError: For unknown options, a ``max_memory`` that is too small, a model without
             trainable parameters, an empty loader, a loss with ``reduction="none"``, batch
-            normalization in training mode or other mixing of examples, an embedding with
-            ``scale_grad_by_freq``, or results that aren't finite.
+            normalization in training mode or other mixing of examples, outputs that have no graph,
+            an embedding with ``scale_grad_by_freq``, or results that aren't finite.
         TypeError: For a loss whose likelihood isn't known, a model that returns no tensor, or
             batches that are no pairs and no ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.
@@ -92,8 +92,8 @@ def compute_ggn_diagonal(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}: choose one of {get_args(Mode)}.")
-    if mc_samples < 1:
-        raise ValueError(f"mc_samples is {mc_samples}: at least 1 is needed.")
+    if not isinstance(mc_samples, int) or mc_samples < 1:
+        raise ValueError(f"mc_samples is {mc_samples}: it is a whole number, at least 1.")
     if max_memory is not None and max_memory < 1:
         raise ValueError(f"max_memory is {max_memory}: it must be a positive number of bytes.")
     likelihood = likelihood_of(loss_fn)

@@ -592,6 +592,28 @@ def test_batches_that_cannot_be_cut():
     assert relative_error(flat(diagonal, model), expected) < TOLERANCE
 
 
+class Masked(nn.Module):
+    """Attention whose mask of all examples isn't part of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+        self.mask = torch.zeros(N, 3, dtype=torch.bool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, key_padding_mask=self.mask)[0].sum(1)
+
+
+def test_models_that_cannot_be_called_on_one_example_are_told_what_to_do():
+    x, y, loss_fn = torch.rand(N, 3, 2), torch.rand(N, 2), nn.MSELoss()
+    for compute in (
+        lambda model: kfac_tn.compute_per_example_gradients(model, loss_fn, x, y),
+        lambda model: kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)]),
+    ):
+        with pytest.raises(ValueError, match=r"one example alone \(Ass.*part of the batch"):
+            compute(Masked())
+
+
 def test_leaves_no_trace():
     model, x = problem("normalizations")
     loss_fn, y = loss_and_targets("mse", model(x))
