@@ -35,8 +35,8 @@ def samples_of(choice: Samples, sizes: Mapping[LayerBlock, tuple[int, int]]) -> 
         ValueError: For another choice.
     """
     if choice != "auto":
-        if isinstance(choice, str) or choice < 1:
-            raise ValueError(f"mc_samples is {choice}: at least 1 is needed.")
+        if not isinstance(choice, int) or choice < 1:
+            raise ValueError(f"mc_samples is {choice}: it is a whole number, at least 1.")
         return choice
     rows = {
         block: examples if block.approximation == "reduce" else terms

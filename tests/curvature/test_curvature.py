@@ -366,6 +366,8 @@ def test_what_is_no_module_is_refused(compute, use):
 
 
 class Detached(nn.Linear):
+    """Computed without a graph."""
+
     def forward(self, x):
         with torch.no_grad():
             return super().forward(x)
