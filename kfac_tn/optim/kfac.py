@@ -329,13 +329,14 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         """Continue where ``state_dict`` was taken; hyper-parameters of the groups included.
 
         Raises:
-            ValueError: If the state is another optimizer's or another model's; nothing is changed
-                then.
+            ValueError: If the state is another optimizer's, another step rule's or another model's;
+                nothing is changed then.
         """
         if "curvature" not in state_dict:
             raise ValueError("The state has no 'curvature': it isn't one of KFAC.")
         curvature = state_dict["curvature"]
         self._estimator.check_state_dict(curvature)
+        self._rule.check_state_dict(state_dict["rule"])
         entries = self._saved_moments(state_dict)
         ours = ("curvature", "rule")
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})

@@ -188,8 +188,11 @@ class KFACPreconditioner(CurvatureUser):
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ValueError: If the state is of a model with other layers.
+            ValueError: If the state is of a model with other layers, or of an optimizer; nothing is
+                changed then.
         """
+        if "damping" not in state_dict:
+            raise ValueError("The state has no 'damping': it isn't one of KFACPreconditioner.")
         self._estimator.load_state_dict(state_dict)
         self.damping = state_dict["damping"]
 

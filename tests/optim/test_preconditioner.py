@@ -222,6 +222,18 @@ def test_another_models_state_is_refused():
         preconditioner.load_state_dict(others.state_dict())
 
 
+def test_an_optimizers_state_is_refused_and_nothing_changed():
+    model, loss_fn, preconditioner = make()
+    x, y = make_data()
+    loss_fn(model(x), y).backward()
+    preconditioner.step()
+    optimizer = kfac_tn.KFAC(model, loss_fn)
+    for state in (optimizer.state_dict(), optimizer.state_dict()["curvature"]):
+        with pytest.raises(ValueError, match="isn't one of KFACPreconditioner"):
+            preconditioner.load_state_dict(state)
+    assert preconditioner.steps_taken == 1
+
+
 def test_coverage_and_repr():
     _, _, preconditioner = make()
     treatments = {row.parameter: row.treatment for row in preconditioner.coverage()}
