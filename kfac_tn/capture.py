@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.functional import common
 from kfac_tn.graph import Found, bypassing, differentiate, find, output_edge, remember
-from kfac_tn.hooks import WeakHook, plain, recorded, remove, timed
+from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.attention import Projection, ProjectionsApart
 from kfac_tn.likelihood import Likelihood, likelihood_of
@@ -206,7 +206,7 @@ class Capture:
     def _active(self) -> bool:
         return (
             self.armed
-            and recorded()
+            and recorded(self)
             and torch._C._current_graph_task_id() == -1  # not in a backward pass
         )
 
@@ -214,7 +214,7 @@ class Capture:
         if not self._active():
             return
         block = self._blocks.get(module)
-        if block is None:  # in a copy of the model
+        if block is None or not block.weight.requires_grad:  # in a copy of the model, or frozen
             return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
@@ -241,7 +241,7 @@ class Capture:
 
     def _before_attention(self, module: Module, args: tuple) -> None:
         """Make its projections visible; in backward passes too, where checkpointing repeats it."""
-        if self.armed and recorded():
+        if self.armed and recorded(self):
             self._enter(module)
 
     def _after_attention(self, module: Module, args: tuple, output: Any) -> None:
@@ -262,7 +262,7 @@ class Capture:
         self._after_layer(module, (x,), {}, output)
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
-        if not recorded() or not isinstance(loss, Tensor):
+        if not recorded(self) or not isinstance(loss, Tensor):
             return
         self.seen_loss = True
         if not self._active() or not loss.requires_grad:
@@ -324,11 +324,8 @@ class Capture:
 
     def _empirical(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
-        self.armed = False  # this call isn't the user's
-        try:
+        with alone(None):
             column = empirical_column(self._loss_fn, self.likelihood, outputs.detach(), targets)
-        finally:
-            self.armed = True
         generator = self.generator(outputs.device)
         yield random_signs(column, generator) if self._signs else column
 

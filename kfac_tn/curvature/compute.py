@@ -19,7 +19,7 @@ from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.layout import Layout
-from kfac_tn.hooks import uncompiled
+from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.moments import Basis
@@ -146,7 +146,7 @@ def compute_kfac(
 def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: Forward) -> None:
     """Show a capture all batches, each with its weight in the loss on the whole set."""
     batches = 0
-    with restored_buffers(model), uncompiled():
+    with restored_buffers(model), uncompiled(), alone(capture):
         for batch in loader:
             with torch.inference_mode(False), torch.enable_grad():
                 outputs, targets = forward(model, batch)

@@ -17,7 +17,7 @@ from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.curvature.compute import check_finite
 from kfac_tn.functional import common
 from kfac_tn.functional.common import cast
-from kfac_tn.hooks import uncompiled
+from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import check_parameters
 from kfac_tn.likelihood import Likelihood, likelihood_of
 
@@ -115,6 +115,7 @@ def compute_ggn_diagonal(
             torch.enable_grad(),
             restored_buffers(model),
             uncompiled(),
+            alone(None),
         ):
             calls = Calls(model, batch, forward)
             if len(calls) == 0:

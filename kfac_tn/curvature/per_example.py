@@ -13,7 +13,7 @@ from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.curvature.calls import Calls, Contributions, per_example
 from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.functional.common import cast
-from kfac_tn.hooks import uncompiled
+from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import check_parameters
 
 
@@ -73,6 +73,7 @@ def compute_per_example_gradients(
         torch.enable_grad(),
         restored_buffers(model),
         uncompiled(),
+        alone(None),
     ):
         calls = Calls(model, (x, y), forward)
         if len(calls) == 0:
