@@ -174,16 +174,23 @@ class Capture:
 
         Raises:
             ValueError: If the loss has ``reduction="none"``: the weights of its elements aren't
-                known here.
+                known here. For outputs without a graph, or a weight that isn't in [0, inf).
         """
         if self.likelihood.reduction == "none":
             raise ValueError(
                 "observe() can't know how a loss with reduction='none' is reduced: give the "
                 "optimizer a loss with reduction 'mean' or 'sum'."
             )
+        if not isinstance(weight, Tensor) and not 0 <= weight < float("inf"):
+            raise ValueError(f"The weight of a loss is {weight}: it must be in [0, inf).")
         self.seen_loss = True
         if not self.armed or not torch.is_grad_enabled():
             return
+        if not outputs.requires_grad:
+            raise ValueError(
+                "What is observed has no graph: give the very outputs of the model, not detached, "
+                "before backward() frees it."
+            )
         task = -1 - len(self._passes)  # each call stands for a backward pass of its own
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         scale = torch.as_tensor(weight, dtype=dtype, device=outputs.device)

@@ -262,12 +262,12 @@ class Curvature:
             ValueError: If the damping isn't positive, or ``n`` no number of samples.
         """
         _check_damping(damping, positive=True)
-        if n is not None and not (isinstance(n, int) and n >= 0):
+        if n is not None and (n < 0 or n != int(n)):
             raise ValueError(f"n is {n}: it must be a whole number of samples, or None for one.")
         root = self._map(
             lambda block: block.map_eigenvalues(lambda values: (values + damping).rsqrt())
         )
-        batch = () if n is None else (n,)
+        batch = () if n is None else (int(n),)
         noise = {
             name: torch.randn(
                 (*batch, *entry.shape),

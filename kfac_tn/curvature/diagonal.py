@@ -92,7 +92,7 @@ def compute_ggn_diagonal(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}: choose one of {get_args(Mode)}.")
-    if not isinstance(mc_samples, int) or mc_samples < 1:
+    if mc_samples < 1 or mc_samples != int(mc_samples):
         raise ValueError(f"mc_samples is {mc_samples}: it is a whole number, at least 1.")
     if max_memory is not None and max_memory < 1:
         raise ValueError(f"max_memory is {max_memory}: it must be a positive number of bytes.")
@@ -130,7 +130,7 @@ def compute_ggn_diagonal(
             weight: Tensor | float = 1.0
             if likelihood.reduction == "mean":
                 weight = likelihood.num_terms(outputs, targets)
-            samples = mc_samples if mode == "mc" else None
+            samples = int(mc_samples) if mode == "mc" else None
             columns = _columns(likelihood, outputs, targets, samples, generator, weight)
             _add_batch(totals, calls, columns, max_memory)
             total_weight = total_weight + weight if likelihood.reduction == "mean" else 1.0

@@ -428,6 +428,6 @@ class CurvatureEstimator:
     def _generator(self, device: torch.device) -> torch.Generator:
         key = str(device)
         if key not in self._generators:
-            seed = self.options.seed + self.processes.rank  # samples of one's own
+            seed = int(self.options.seed) + self.processes.rank  # samples of one's own
             self._generators[key] = torch.Generator(device).manual_seed(seed)
         return self._generators[key]

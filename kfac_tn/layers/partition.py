@@ -390,8 +390,10 @@ def _resolve(option: str, choice: Any, kinds: Any, name: str, module: Module) ->
                 "every layer, or pass a function of (name, module)."
             )
         resolved = choice[name]
-    else:
+    elif callable(choice):
         resolved = choice(name, module)
+    else:
+        resolved = choice  # and refused
     if resolved not in get_args(kinds):
         raise ValueError(
             f"{option} is {resolved!r} for layer '{name}': choose one of {get_args(kinds)}."

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.layers import CurvatureChoice, LayerBlock, check_model, partition
+from kfac_tn.optim.damping_rules import check_damping
 
 
 def default_groups(
@@ -48,15 +49,23 @@ def check_group(group: dict[str, Any], options: Collection[str], model: Module) 
             f"Parameter groups have no option {sorted(unknown)}: only {sorted(options)} differ "
             "between groups."
         )
+    check_options(group)
+    if not set(group["params"]) <= set(model.parameters()):
+        raise ValueError("A parameter group has a parameter that isn't the model's.")
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Refuse values out of range, before they spoil parameters or state.
+
+    Raises:
+        ValueError: Naming the option.
+    """
     for name in ("lr", "eps", "weight_decay"):
         if not 0 <= group[name] < float("inf"):
             raise ValueError(f"{name} is {group[name]}: it must be in [0, inf).")
-    if not 0 < group["damping"] < float("inf"):
-        raise ValueError(f"damping is {group['damping']}: it must be positive.")
+    check_damping(group["damping"])
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas are {group['betas']}: two are needed, both in [0, 1).")
-    if not set(group["params"]) <= set(model.parameters()):
-        raise ValueError("A parameter group has a parameter that isn't the model's.")
 
 
 class GroupedOptimizer(Optimizer):
@@ -145,6 +154,8 @@ class GroupedOptimizer(Optimizer):
 
     def _gradients(self) -> dict[Parameter, Tensor]:
         """What there is to make a step of; nothing if any of it isn't finite."""
+        for group in self.param_groups:  # which users and schedulers change
+            check_options(group)
         gradients = {
             p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
         }

@@ -186,6 +186,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         self._trust_region = None if trust_region is None else TrustRegion(trust_region)
         if other_lr is not None and params is not None:
             raise ValueError("other_lr and params exclude each other: set lr in the groups.")
+        if other_lr is not None and not 0 <= other_lr < float("inf"):
+            raise ValueError(f"other_lr is {other_lr}: it must be in [0, inf).")
         group_lr = other_lr  # others with curvature of their own need none
         other_lr = 1e-3 if other_lr is None and self._rule.natural else other_lr
         self._model, self._loss_fn, self._other_lr = model, loss_fn, other_lr

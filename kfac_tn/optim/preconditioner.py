@@ -18,7 +18,7 @@ from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
-from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of
+from kfac_tn.optim.damping_rules import DampingRule, check_damping, damping_rule_of
 from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
 from kfac_tn.optim.step_rules import KLClip, Proposal, StepRule
 
@@ -107,6 +107,8 @@ class KFACPreconditioner(CurvatureUser):
             raise ValueError("This step rule needs the whole optimizer: use KFAC.")
         if isinstance(self._rule, KLClip) != (lr is not None):
             raise ValueError("step_rule='kl_clip' needs lr, and the other rules take none.")
+        if lr is not None and not 0 <= lr < float("inf"):
+            raise ValueError(f"lr is {lr}: it must be in [0, inf).")
         self._damping_rule = damping_rule_of(damping)
         if self._damping_rule.needs_batch:
             raise ValueError(
@@ -167,7 +169,7 @@ class KFACPreconditioner(CurvatureUser):
             if gradients:
                 self._estimator.warn("A gradient isn't finite (NaN or inf): skip its step.")
             return not gradients
-        group = {"damping": self.damping}
+        group = {"damping": check_damping(self.damping)}
         self._damping_rule.before_step(self._estimator.steps, [group])
         self.damping = group["damping"]
         self._estimator.cast()

@@ -173,6 +173,7 @@ def test_layers_with_part_of_their_gradients_keep_these():
         ({"step_rule": "graft", "lr": 0.1}, "take none"),
         ({"step_rule": "newton"}, "'newton'"),
         ({"kl_clip": -1.0}, "kl_clip is -1.0"),
+        ({"step_rule": "kl_clip", "lr": -1.0}, "lr is -1.0"),
         ({"damping": 0.0}, "damping is 0.0"),
         ({"factor_decay": 2.0}, "factor_decay is 2.0"),
         ({"factor_interval": 0}, "factor_interval is 0"),
@@ -240,6 +241,19 @@ def test_coverage_and_repr():
     assert treatments["0.weight"] == "KFAC-expand"
     assert treatments["1.weight"] == "gradient as it is"
     assert repr(preconditioner.coverage()) in repr(preconditioner)
+
+
+def test_a_damping_out_of_range_is_refused_before_anything_is_changed():
+    model, loss_fn, preconditioner = make()
+    expected = gradients(model, loss_fn)
+    preconditioner.damping = -1.0
+    with pytest.raises(ValueError, match=r"damping is -1.0"):
+        preconditioner.step()
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    assert preconditioner.steps_taken == 0
+    preconditioner.damping = 1e-3
+    preconditioner.step()
+    assert preconditioner.factors()
 
 
 def test_observe_and_close():
