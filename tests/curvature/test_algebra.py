@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -436,6 +438,16 @@ def test_numbers_that_are_not_real_are_refused_not_cut_off(refused, message):
     curvature, _ = make_curvature(MIXED, 0)
     with pytest.raises(TypeError, match=message):
         refused(curvature)
+
+
+def test_blocks_say_what_they_are_made_of():
+    curvature, _ = make_curvature(MIXED, 0)
+    assert curvature.blocks["layer0"].input_factor.ndim == 3
+    inverse = curvature.inverse(1.0)
+    with pytest.raises(AttributeError, match=r"EigenBlock has no 'input_factor'.*input_vectors"):
+        _ = inverse.blocks["layer0"].input_factor
+    again = pickle.loads(pickle.dumps(copy.deepcopy(inverse)))
+    assert torch.equal(again.to_dense(), inverse.to_dense())
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.ones(2)}, [torch.ones(2)], torch.ones(2)])
