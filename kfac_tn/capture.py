@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
@@ -218,23 +217,21 @@ class Capture:
         )
 
     def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not self._active():
-            return
+        if self._active():
+            self._record(module, args, kwargs, output)
+
+    @torch._disable_dynamo  # its graph would break here anyway, once for each layer
+    @timed("statistics")
+    def _record(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
         block = self._blocks.get(module)
         if block is None or not block.weight.requires_grad:  # in a copy of the model, or frozen
             return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
-        x = block.family.input_of(module, args, kwargs)
         edge = output_edge(output)
-        if edge is not None:
-            self._record(block, module, x, output, edge)
-
-    @torch._disable_dynamo  # its graph would break here anyway
-    @timed("statistics")
-    def _record(
-        self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
-    ) -> None:
+        if edge is None:
+            return
+        x = block.family.input_of(module, args, kwargs)
         if output.numel() == 0:
             remember(edge, self._key, Call(block, module, output.shape, None, 0, 0))
             return
