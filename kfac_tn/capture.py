@@ -301,7 +301,7 @@ class Capture:
     def _find(self, outputs: Tensor) -> list[Found[Call]]:
         """The calls that a loss depends on, counted; some to be ignored."""
         found = find(outputs, self._key)
-        bypassed = bypassing(outputs, found, self._owners, lambda call: call.block)
+        bypassed = bypassing(outputs, found, self._owners, lambda call: (call.block,))
         self.bypassed |= bypassed
         for call in dict.fromkeys(one.record for one in found):
             if call.examples == 0 or call.block in bypassed:

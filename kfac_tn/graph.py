@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -87,7 +87,7 @@ def bypassing(
     outputs: Tensor,
     found: Sequence[Found[Record]],
     owners: Mapping[Tensor, Owner],
-    owner_of: Callable[[Record], Owner],
+    owners_of: Callable[[Record], Iterable[Owner]],
 ) -> set[Owner]:
     """Owners of leaves that outputs depend on by another way than through the owner's records.
 
@@ -98,11 +98,11 @@ def bypassing(
         outputs: Whose graph it is.
         found: What ``find`` found there.
         owners: Of leaves.
-        owner_of: Of records.
+        owners_of: Of a record.
     """
     recorded: defaultdict[Node, set[Owner]] = defaultdict(set)
     for one in found:
-        recorded[one.node].add(owner_of(one.record))
+        recorded[one.node].update(owners_of(one.record))
     users: dict[Node, list[Node]] = {}
     leaves: list[tuple[Node, Owner]] = []
     stack = [] if outputs.grad_fn is None else [outputs.grad_fn]

@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn.capture import Capture, Fisher
-from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
+from kfac_tn.curvature.batches import (
+    Forward,
+    call_on_pair,
+    outputs_and_targets,
+    with_progress,
+)
 from kfac_tn.curvature.block import Block, DiagonalBlock
 from kfac_tn.curvature.checks import check_graph, refuse_scaled_gradients, restored_buffers
 from kfac_tn.curvature.curvature import Curvature
@@ -149,7 +154,7 @@ def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: 
     with restored_buffers(model), uncompiled(), alone(capture):
         for batch in loader:
             with torch.inference_mode(False), torch.enable_grad():
-                outputs, targets = forward(model, batch)
+                outputs, targets = outputs_and_targets(forward, model, batch)
                 if not isinstance(outputs, Tensor):
                     raise TypeError(
                         f"The loss is to be one of a tensor, but the model returned a "

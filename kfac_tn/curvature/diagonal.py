@@ -94,8 +94,9 @@ def compute_ggn_diagonal(
         raise ValueError(f"mode is {mode!r}: choose one of {get_args(Mode)}.")
     if mc_samples < 1 or mc_samples != int(mc_samples):
         raise ValueError(f"mc_samples is {mc_samples}: it is a whole number, at least 1.")
-    if max_memory is not None and max_memory < 1:
+    if max_memory is not None and (isinstance(max_memory, str) or max_memory < 1):
         raise ValueError(f"max_memory is {max_memory}: it must be a positive number of bytes.")
+    max_memory = None if max_memory is None else int(max_memory)  # such as 1e9
     likelihood = likelihood_of(loss_fn)
     if likelihood.reduction == "none":
         raise ValueError(

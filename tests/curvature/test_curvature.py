@@ -365,6 +365,17 @@ def test_what_is_no_module_is_refused(compute, use):
         COMPUTE[compute](use(model), loss_fn, data)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_torchscript_is_refused_by_name(compute):
+    data = [(torch.rand(5, 3), torch.rand(5, 2))]
+    model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 2)))
+    with pytest.raises(TypeError, match=r"Module '1' is in TorchScript \(Linear\)"):
+        COMPUTE[compute](model, nn.MSELoss(), data)
+    with pytest.raises(TypeError, match="TorchScript"):
+        kfac_tn.KFAC(model, nn.MSELoss())
+
+
 class Detached(nn.Linear):
     """Computed without a graph."""
 
