@@ -16,14 +16,13 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.functional import common
-from kfac_tn.graph import Found, differentiate, find, output_edge, remember
-from kfac_tn.hooks import WeakHook, plain, recorded, remove, timed
+from kfac_tn.graph import Found, bypassing, differentiate, find, output_edge, remember
+from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.attention import Projection, ProjectionsApart
 from kfac_tn.likelihood import Likelihood, likelihood_of
@@ -45,7 +44,9 @@ class Capture:
 
     Nothing happens while ``armed`` is false, under ``torch.no_grad()``, in backward passes (where
     checkpointing runs layers again), in transforms of ``torch.func``, or after ``close()``. The
-    hooks don't keep this object alive, and copies of the model don't report to it.
+    hooks don't keep this object alive, and copies of the model don't report to it. Layers whose
+    weight a loss depends on by other ways, too, are left out, and named in ``bypassed``: what their
+    calls tell isn't all of their curvature.
 
     Scale (curvature is that of the loss as the user computes it): input factors are means over
     the examples of all passes. Output-gradient factors of several losses in one ``backward()`` add
@@ -107,6 +108,10 @@ class Capture:
         self.seconds: dict[str, float] = {}
         self.diagonals = [other.parameter for other in diagonals]
         self._blocks = {module: block for block in blocks for module in block.modules}
+        self._owners: dict[Tensor, LayerBlock] = {
+            p: block for block in self._blocks.values() for p in block.parameters.values()
+        }
+        self.bypassed: set[LayerBlock] = set()
         one_hot = any(block.family.one_hot for block in self._blocks.values())
         self._signs = one_hot or bool(self.diagonals)  # for squares of sums over examples
         self._key = object()  # marks our records among those of other captures
@@ -168,16 +173,23 @@ class Capture:
 
         Raises:
             ValueError: If the loss has ``reduction="none"``: the weights of its elements aren't
-                known here.
+                known here. For outputs without a graph, or a weight that isn't in [0, inf).
         """
         if self.likelihood.reduction == "none":
             raise ValueError(
                 "observe() can't know how a loss with reduction='none' is reduced: give the "
                 "optimizer a loss with reduction 'mean' or 'sum'."
             )
+        if not isinstance(weight, Tensor) and not 0 <= weight < float("inf"):
+            raise ValueError(f"The weight of a loss is {weight}: it must be in [0, inf).")
         self.seen_loss = True
         if not self.armed or not torch.is_grad_enabled():
             return
+        if not outputs.requires_grad:
+            raise ValueError(
+                "What is observed has no graph: give the very outputs of the model, not detached, "
+                "before backward() frees it."
+            )
         task = -1 - len(self._passes)  # each call stands for a backward pass of its own
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         scale = torch.as_tensor(weight, dtype=dtype, device=outputs.device)
@@ -200,28 +212,29 @@ class Capture:
     def _active(self) -> bool:
         return (
             self.armed
-            and recorded()
+            and recorded(self)
             and torch._C._current_graph_task_id() == -1  # not in a backward pass
         )
 
     def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not self._active():
-            return
+        if self._active():
+            self._record(module, args, kwargs, output)
+
+    @torch._disable_dynamo  # its graph would break here anyway, once for each layer
+    @timed("statistics")
+    def _record(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
         block = self._blocks.get(module)
-        if block is None:  # in a copy of the model
+        if block is None or not block.weight.requires_grad:  # in a copy of the model, or frozen
             return
-        if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        edge = output_edge(output)
+        if edge is None:
             return
         x = block.family.input_of(module, args, kwargs)
-        edge = output_edge(output)
-        if edge is not None:
-            self._record(block, module, x, output, edge)
-
-    @torch._disable_dynamo  # its graph would break here anyway
-    @timed("statistics")
-    def _record(
-        self, block: LayerBlock, module: Module, x: Tensor, output: Tensor, edge: GradientEdge
-    ) -> None:
+        if output.numel() == 0:
+            remember(edge, self._key, Call(block, module, output.shape, None, 0, 0))
+            return
         counts = block.family.batch_and_positions(module, output)
         with plain(output.device):
             statistic = input_statistic(block, module, x, counts, self._joint)
@@ -232,7 +245,7 @@ class Capture:
 
     def _before_attention(self, module: Module, args: tuple) -> None:
         """Make its projections visible; in backward passes too, where checkpointing repeats it."""
-        if self.armed and recorded():
+        if self.armed and recorded(self):
             self._enter(module)
 
     def _after_attention(self, module: Module, args: tuple, output: Any) -> None:
@@ -253,7 +266,7 @@ class Capture:
         self._after_layer(module, (x,), {}, output)
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
-        if not recorded() or not isinstance(loss, Tensor):
+        if not recorded(self) or not isinstance(loss, Tensor):
             return
         self.seen_loss = True
         if not self._active() or not loss.requires_grad:
@@ -286,10 +299,14 @@ class Capture:
     # Passes ------------------------------------------------------------------------------------
 
     def _find(self, outputs: Tensor) -> list[Found[Call]]:
-        """The calls that a loss depends on, counted."""
+        """The calls that a loss depends on, counted; some to be ignored."""
         found = find(outputs, self._key)
+        bypassed = bypassing(outputs, found, self._owners, lambda call: (call.block,))
+        self.bypassed |= bypassed
         for call in dict.fromkeys(one.record for one in found):
-            if call not in self._counted:
+            if call.examples == 0 or call.block in bypassed:
+                call.ignore()
+            elif call not in self._counted:
                 self._counted[call] = None
                 examples, terms = self.sizes.get(call.block, (0, 0))
                 more = call.examples
@@ -311,11 +328,8 @@ class Capture:
 
     def _empirical(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
-        self.armed = False  # this call isn't the user's
-        try:
+        with alone(None):
             column = empirical_column(self._loss_fn, self.likelihood, outputs.detach(), targets)
-        finally:
-            self.armed = True
         generator = self.generator(outputs.device)
         yield random_signs(column, generator) if self._signs else column
 
@@ -341,6 +355,8 @@ class Capture:
             def receive(
                 call: Call, gradient: Tensor, received: list = received, moments: Any = moments
             ) -> None:
+                if call.ignored:
+                    return
                 if call.block.has_factors:
                     received.append((call, call.grad_output_statistic(gradient)))
                 moments.add(call, gradient)
@@ -373,6 +389,7 @@ class Capture:
             )
         one_pass = self._passes.begin(task, scale)
         one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
+        found = [one for one in found if not one.record.ignored]
         refuse_shared(find_shared(found, outputs, self._shared), outputs)
         one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))
         hook = WeakHook(self, "_at_layer_backward")

@@ -35,9 +35,9 @@ def samples_of(choice: Samples, sizes: Mapping[LayerBlock, tuple[int, int]]) -> 
         ValueError: For another choice.
     """
     if choice != "auto":
-        if isinstance(choice, str) or choice < 1:
-            raise ValueError(f"mc_samples is {choice}: at least 1 is needed.")
-        return choice
+        if isinstance(choice, str) or choice < 1 or choice != int(choice):
+            raise ValueError(f"mc_samples is {choice}: it is a whole number, at least 1.")
+        return int(choice)
     rows = {
         block: examples if block.approximation == "reduce" else terms
         for block, (examples, terms) in sizes.items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Record = TypeVar("Record")
+Owner = TypeVar("Owner")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,60 @@ def find(outputs: Tensor, key: object) -> list[Found[Any]]:
         found.extend(Found(record, node, number, not deep) for number, record in records)
         below[node] = deep or bool(records)
     return found
+
+
+def bypassing(
+    outputs: Tensor,
+    found: Sequence[Found[Record]],
+    owners: Mapping[Tensor, Owner],
+    owners_of: Callable[[Record], Iterable[Owner]],
+) -> set[Owner]:
+    """Owners of leaves that outputs depend on by another way than through the owner's records.
+
+    From a leaf on, the first node with a record has to be one of its owner's. (A way that leads
+    into a call of the owner itself, as its input, isn't noticed.)
+
+    Args:
+        outputs: Whose graph it is.
+        found: What ``find`` found there.
+        owners: Of leaves.
+        owners_of: Of a record.
+    """
+    recorded: defaultdict[Node, set[Owner]] = defaultdict(set)
+    for one in found:
+        recorded[one.node].update(owners_of(one.record))
+    users: dict[Node, list[Node]] = {}
+    leaves: list[tuple[Node, Owner]] = []
+    stack = [] if outputs.grad_fn is None else [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            if child not in users:
+                users[child] = []
+                stack.append(child)
+                variable = getattr(child, "variable", None)
+                if isinstance(variable, Tensor) and variable in owners:
+                    leaves.append((child, owners[variable]))
+            users[child].append(node)
+    return {owner for leaf, owner in leaves if not _covered(leaf, owner, users, recorded)}
+
+
+def _covered(
+    leaf: Node, owner: Owner, users: Mapping[Node, list[Node]], recorded: Mapping[Node, set[Owner]]
+) -> bool:
+    """Whether every way up from a leaf meets a record of its owner before any other."""
+    above, seen = list(users[leaf]), {leaf}
+    while above:
+        node = above.pop()
+        if node in seen or owner in recorded.get(node, ()):
+            continue
+        if node in recorded or node not in users:  # another's, or the outputs
+            return False
+        seen.add(node)
+        above += users[node]
+    return True
 
 
 def differentiate(

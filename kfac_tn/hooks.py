@@ -33,11 +33,33 @@ class WeakHook:
         return WeakHook, ()
 
 
-def recorded() -> bool:
-    """Whether autograd records what is called: no ``torch.no_grad()``, no transform of torch.func.
+_only: list[object] = []
+"""Owners of hooks that are alone, the innermost last."""
 
-    Tensors that these wrap have no storage to look at, and no graph that ``backward()`` walks.
+
+@contextmanager
+def alone(owner: object) -> Iterator[None]:
+    """Calls within aren't the user's: of all hooks here, only this owner's may notice them.
+
+    Of others that watch the same model or loss, one may wait for a step whose statistics these
+    would spoil.
     """
+    _only.append(owner)
+    try:
+        yield
+    finally:
+        _only.pop()
+
+
+def recorded(owner: object) -> bool:
+    """Whether what is called is the user's, and autograd records it.
+
+    That is, nobody else is ``alone``, and there is no ``torch.no_grad()`` and no transform of
+    torch.func: tensors that these wrap have no storage to look at, and no graph that ``backward()``
+    walks.
+    """
+    if _only and _only[-1] is not owner:
+        return False
     return torch.is_grad_enabled() and (
         torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
     )

@@ -80,7 +80,7 @@ class Passes:
             self._passes[task] = Pass(scale)
         one_pass = self._passes[task]
         one_pass.scale = torch.maximum(one_pass.scale, scale)
-        one_pass.calls.update((one.record, None) for one in reached)
+        one_pass.calls.update((one.record, None) for one in reached if not one.record.ignored)
         return one_pass
 
     def add(

@@ -143,7 +143,8 @@ class Call:
     ``input`` is the mean of a a^T (expand), also as rows, or one average row per example (reduce);
     None once it is counted, since a loss that the user keeps for its value keeps this too. ``kept``
     is the very input, where each example's gradient will be asked for, with its version. ``shared``
-    is whether its first axis is found not to be that of the examples.
+    is whether its first axis is found not to be that of the examples; ``ignored``, whether it has
+    no examples, or tells only a part of its layer's curvature.
     """
 
     block: LayerBlock
@@ -154,6 +155,7 @@ class Call:
     positions: int
     keeps: bool = False
     shared: bool = False
+    ignored: bool = False
     kept: tuple[Tensor, int | None] | None = None
 
     def keep(self, x: Tensor) -> None:
@@ -163,6 +165,11 @@ class Call:
     def release(self) -> None:
         """Forget the input."""
         self.kept = None
+
+    def ignore(self) -> None:
+        """Take no part in any statistics."""
+        self.ignored, self.keeps, self.input = True, False, None
+        self.release()
 
     def kept_input(self) -> Tensor:
         """The input, as it was.

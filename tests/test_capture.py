@@ -604,6 +604,35 @@ def test_autocast(fisher, approximation):
             assert (one - other).norm() < 0.05 * other.norm()
 
 
+class Experts(nn.Module):
+    """Each row goes to one of two layers; the other may get none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        chosen = x[:, 0] > 0
+        y = torch.empty_like(x)
+        y[chosen], y[~chosen] = self.first(x[chosen]), self.second(x[~chosen].tanh())
+        return self.head(self.first(y[:0]).sum() + y)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_calls_on_no_rows_are_no_harm(fisher):
+    model, loss_fn = Experts(), nn.CrossEntropyLoss()
+    x, y = torch.rand(5, 4).double() + 1, torch.randint(3, (5,))
+    plain = nn.Sequential(model.first, model.head)
+    expected = plain_factors(plain, loss_fn, x, y, fisher)
+    capture = watch(model, loss_fn, fisher)
+    loss_fn(model(x), y).backward()
+    assert not capture.bypassed
+    assert_same(factors(capture), {"first": expected["0"], "head": expected["1"]})
+
+
 def test_hooks_are_plain_handles():
     """Nothing else hangs on the modules: no attribute, no buffer, no wrapped forward."""
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
@@ -677,6 +706,6 @@ def test_small_layers_have_no_say_in_automatic_samples(widths, expected):
 
 
 def test_samples_are_a_number_or_automatic():
-    for samples in (0, -1, "many"):
+    for samples in (0, -1, 1.5, "many"):
         with pytest.raises(ValueError, match=f"mc_samples is {samples}"):
             watch(nn.Linear(2, 2), nn.MSELoss(), "mc", mc_samples=samples)

@@ -466,6 +466,28 @@ def test_targets_that_are_neither_labels_nor_probabilities_are_refused(targets):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, -1]), torch.tensor([0, 3]), torch.tensor([-2, -100])]
+)
+def test_labels_that_the_loss_refuses_are_refused(labels, reduction):
+    """Negative ones aren't counted from the end."""
+    loss_fn, outputs = nn.CrossEntropyLoss(torch.rand(3), reduction=reduction), torch.zeros(2, 3)
+    likelihood = likelihood_of(loss_fn)
+    for method in (loss_fn, likelihood.columns, likelihood.sample):
+        with pytest.raises(IndexError):
+            method(outputs, labels)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("targets", [torch.tensor([0, 1]), torch.full((2, 3), 1 / 3)])
+def test_class_weights_of_another_number_are_refused(classes, targets):
+    likelihood = likelihood_of(nn.CrossEntropyLoss(torch.ones(classes)))
+    for method in (likelihood.columns, likelihood.sample, likelihood.num_terms):
+        with pytest.raises(ValueError, match=rf"weight of shape \({classes},\).* have 3 classes"):
+            method(torch.zeros(2, 3), targets)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_weight_of_a_reduced_loss_is_refused(reduction):
     likelihood = likelihood_of(nn.CrossEntropyLoss(reduction=reduction))
     with pytest.raises(ValueError, match="reduction='none' only"):

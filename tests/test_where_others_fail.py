@@ -273,6 +273,50 @@ def test_a_weight_tied_to_an_embedding_is_stepped_once():
     assert model.output.weight is model.embedding.weight
 
 
+class TiedByHand(Language):
+    """As ``Language``, but no module computes the output layer; a linear layer is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        del self.output
+        self.last = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        h = self.hidden(self.embedding(x)).tanh()
+        h = self.last(h + F.linear(h, self.hidden.weight)).tanh()
+        return F.linear(h, self.embedding.weight).mT
+
+
+@pytest.mark.parametrize("fisher", [*EXACT, "mc"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
+def test_weights_that_are_used_without_their_module_too_have_no_part_of_a_curvature(
+    fisher, curvature
+):
+    """Taken for what its module's calls tell, which is a part. Here: as without Kronecker factors.
+
+    Compared with a model whose layers have no block by choice.
+    """
+    if fisher == "forward-only" and curvature != "kfac":
+        pytest.skip("no gradients")
+    x, loss_fn = torch.randint(7, (4, 6)), nn.CrossEntropyLoss()
+    options = {"fisher": fisher, "lr": 0.01, **EAGER}
+    used = {"embedding": "none", "hidden": "none", "last": curvature}
+    models = TiedByHand(), TiedByHand()
+    optimizers = [
+        kfac_tn.KFAC(model, loss_fn, curvature=choice, **options)
+        for model, choice in zip(models, (curvature, used), strict=True)
+    ]
+    with pytest.warns(RuntimeWarning, match=r"'(hidden|embedding)'.*without calling the module"):
+        train(models[0], loss_fn, optimizers[0], x, x)
+    train(models[1], loss_fn, optimizers[1], x, x)
+    assert_same(
+        {"all": values(models[0]).values()},
+        {"all": values(models[1]).values()},
+    )
+    if curvature == "kfac":
+        assert list(optimizers[0].factors()) == ["last"]
+
+
 # Losses ------------------------------------------------------------------------------------------
 
 LOSSES = {

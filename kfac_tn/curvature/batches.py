@@ -46,6 +46,25 @@ def call_on_pair(model: Module, batch: Any) -> tuple[Tensor, Any]:
     return model(inputs), targets
 
 
+def outputs_and_targets(forward: Forward, model: Module, batch: Any) -> tuple[Any, Any]:
+    """What ``forward`` makes of a batch.
+
+    Raises:
+        TypeError: If that isn't a pair (a tensor of two rows isn't one).
+    """
+    pair = forward(model, batch)
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        kind = type(pair).__name__
+        if isinstance(pair, tuple | list):
+            kind += f" of {len(pair)}"
+        raise TypeError(
+            f"forward returned a {kind}, not a pair (outputs, targets): forward=lambda model, "
+            "batch: (model(batch['input']), batch['target'])."
+        )
+    outputs, targets = pair
+    return outputs, targets
+
+
 def with_progress(loader: Iterable, title: str, progress_bar: bool) -> Iterable:
     """The loader, behind a progress bar on standard error if one is wanted.
 

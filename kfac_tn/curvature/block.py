@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,8 +20,14 @@ class Block(ABC):
     Vectors are dicts by parameter name, their entries shaped ``[*batch, *shape]``: any leading axes
     are those of a batch of vectors. Blocks are immutable.
 
-    All functions of a block (inverse, roots, determinants) are functions of its eigenvalues.
+    All functions of a block (inverse, roots, determinants) are functions of its eigenvalues. The
+    tensors it is made of have other names for every kind of block.
     """
+
+    def __getattr__(self, name: str) -> Any:
+        """Say which tensors there are; so type checkers let users ask for those of each kind."""
+        parts = list(getattr(type(self), "__dataclass_fields__", ()))
+        raise AttributeError(f"A {type(self).__name__} has no {name!r}; its parts are {parts}.")
 
     @property
     @abstractmethod

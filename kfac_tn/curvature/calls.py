@@ -14,11 +14,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module, Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfac_tn.curvature.batches import Forward, call_on_pair, rows_of
-from kfac_tn.curvature.checks import refuse_scaled_gradients
+from kfac_tn.curvature.batches import Forward, call_on_pair, outputs_and_targets, rows_of
+from kfac_tn.curvature.checks import check_graph, refuse_scaled_gradients
 from kfac_tn.curvature.copies import Copies, CopiesFamily, WatchCopies
 from kfac_tn.functional import common
-from kfac_tn.graph import differentiate, find, output_edge, remember
+from kfac_tn.graph import bypassing, differentiate, find, output_edge, remember
 from kfac_tn.hooks import plain
 from kfac_tn.layers import GradientFamily, check_parameters, gradient_family, owners_of
 from kfac_tn.tn.nn import RandomizedConvNd
@@ -80,11 +80,13 @@ class Calls:
         outputs: What the model returned, ``[N, ...]``.
         targets: What it should have.
         unknown: Names of trainable parameters that (also) belong to modules of unknown kinds, which
-            don't just broadcast them, or whose calls don't have the examples on the first axis.
+            don't just broadcast them, or are used without a call, or whose calls don't have the
+            examples on the first axis.
 
     Raises:
         ValueError: If batch normalization in training mode makes examples depend on each other, or
-            tensor dropout makes gradients random, or for a parameter as ``check_parameters`` says.
+            tensor dropout makes gradients random, for outputs that have no graph, or for a
+            parameter as ``check_parameters`` says.
         TypeError: If the model's output isn't a tensor with a batch axis.
     """
 
@@ -103,7 +105,7 @@ class Calls:
         ]
         try:
             with WatchCopies(own, self._at_copies) if own else nullcontext():
-                outputs, self.targets = forward(model, batch)
+                outputs, self.targets = outputs_and_targets(forward, model, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -113,18 +115,27 @@ class Calls:
                 f"{type(outputs).__name__}: take it out of that by forward=..., as in "
                 "forward=lambda model, batch: (model(batch[0])['logits'], batch[1])."
             )
+        check_graph(outputs)
         self.outputs = outputs
         self._found = find(outputs, self._key)
-        self._counts = Counter(p for one in self._found for p in self._of(one.record))
-        elsewhere = {
+        self._counts = Counter(
+            p for one in self._found if one.record.shape.numel() for p in self._of(one.record)
+        )
+        known: dict[Tensor, Parameter] = {p: p for p in self._attributes}
+        elsewhere = bypassing(outputs, self._found, known, self._of)
+        elsewhere |= {
             parameter  # of a call whose first axis can't be that of the examples
             for one in self._found
-            if not one.record.x.shape[:1] == one.record.shape[:1] == outputs.shape[:1]
+            if one.record.shape.numel()
+            and not one.record.x.shape[:1] == one.record.shape[:1] == outputs.shape[:1]
             for parameter in self._of(one.record)
         }
         elsewhere |= own - self._counts.keys()
-        known = self._attributes.keys() - elsewhere
-        self.unknown = {name for name, p in self.parameters.items() if p not in known}
+        self.unknown = {
+            name
+            for name, p in self.parameters.items()
+            if p not in self._attributes or p in elsewhere
+        }
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -135,7 +146,7 @@ class Calls:
         return sum(one.record.x.nbytes for one in self._found)
 
     def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not isinstance(output, Tensor) or not output.requires_grad or output.numel() == 0:
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return
         family, edge = gradient_family(module), output_edge(output)
         if family is None or edge is None:
@@ -181,6 +192,8 @@ class Calls:
                 receive(name, self._attributes[parameter], waiting.pop(parameter))
 
         def at_call(call: Call, gradient: Tensor) -> None:
+            if not gradient.numel():  # of no examples
+                return
             call.check_unchanged()
             gradient = common.cast(gradient.detach().reshape(call.shape))
             with plain(gradient.device):
@@ -265,10 +278,18 @@ class Calls:
             A function of a column ``[1, ...]`` and some of the names, which returns the gradients.
 
         Raises:
-            ValueError: When the example alone has another output than in its batch.
+            ValueError: When the example alone has another output than in its batch, or none.
         """
         row = slice(n, n + 1)
-        outputs, _ = self._forward(self._model, rows_of(self._batch, row, len(self)))
+        try:
+            outputs, _ = self._forward(self._model, rows_of(self._batch, row, len(self)))
+        except Exception as error:
+            raise ValueError(
+                f"Parameters {list(names)} are differentiated example by example, but the model "
+                f"can't be called on one example alone ({type(error).__name__}: {error}). Masks, "
+                "offsets and whatever else has a row for each example must be part of the batch, "
+                "with the examples first. Freeze these parameters to leave them out."
+            ) from error
         expected = self.outputs[row].detach()
         if not isinstance(outputs, Tensor) or not _close(outputs.detach(), expected):
             raise ValueError(

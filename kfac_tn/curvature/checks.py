@@ -55,6 +55,19 @@ def restored_buffers(model: Module) -> Iterator[None]:
                 buffer.data.copy_(value)
 
 
+def check_graph(outputs: Tensor) -> None:
+    """Refuse outputs of which nothing can be differentiated.
+
+    Raises:
+        ValueError: Saying what may be the reason.
+    """
+    if not outputs.requires_grad:
+        raise ValueError(
+            "The model's outputs have no graph: they were detached, computed under "
+            "torch.no_grad() within the model, or depend on no trainable parameter."
+        )
+
+
 def refuse_scaled_gradients(model: Module) -> None:
     """Refuse embeddings whose gradients aren't those of the loss.
 

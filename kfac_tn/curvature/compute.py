@@ -12,14 +12,19 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn.capture import Capture, Fisher
-from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
+from kfac_tn.curvature.batches import (
+    Forward,
+    call_on_pair,
+    outputs_and_targets,
+    with_progress,
+)
 from kfac_tn.curvature.block import Block, DiagonalBlock
-from kfac_tn.curvature.checks import refuse_scaled_gradients, restored_buffers
+from kfac_tn.curvature.checks import check_graph, refuse_scaled_gradients, restored_buffers
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.layout import Layout
-from kfac_tn.hooks import uncompiled
+from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.moments import Basis
@@ -86,10 +91,11 @@ def compute_kfac(
 
     Raises:
         ValueError: For unknown options, a model without trainable parameters, an empty loader,
-            results that aren't finite, a loss with ``reduction="none"``, a layer larger than
-            ``max_dim``, an embedding with ``scale_grad_by_freq``, or ``"forward-only"`` with
-            diagonals or parameters that have no Kronecker structure (freeze them, or choose another
-            Fisher).
+            results that aren't finite, outputs that have no graph, a loss with
+            ``reduction="none"``, a layer larger than ``max_dim``, a weight that is used in other
+            ways than by calling its module, an embedding with ``scale_grad_by_freq``, or
+            ``"forward-only"`` with diagonals or parameters that have no Kronecker structure (freeze
+            them, or choose another Fisher).
         TypeError: For a loss whose likelihood isn't known; for outputs that are no tensor, or
             batches that are no pairs, and no ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.
@@ -145,10 +151,10 @@ def compute_kfac(
 def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: Forward) -> None:
     """Show a capture all batches, each with its weight in the loss on the whole set."""
     batches = 0
-    with restored_buffers(model), uncompiled():
+    with restored_buffers(model), uncompiled(), alone(capture):
         for batch in loader:
             with torch.inference_mode(False), torch.enable_grad():
-                outputs, targets = forward(model, batch)
+                outputs, targets = outputs_and_targets(forward, model, batch)
                 if not isinstance(outputs, Tensor):
                     raise TypeError(
                         f"The loss is to be one of a tensor, but the model returned a "
@@ -157,13 +163,27 @@ def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: 
                     )
                 if outputs.numel() == 0:
                     continue
+                check_graph(outputs)
                 batches += 1
                 weight: Tensor | float = 1.0
                 if capture.likelihood.reduction == "mean":
                     weight = capture.likelihood.num_terms(outputs.detach(), targets)
                 capture.observe(outputs, targets, weight)
+                _refuse_bypassed(capture.bypassed)
     if batches == 0:
         raise ValueError("The loader is empty: at least one batch with examples is needed.")
+
+
+def _refuse_bypassed(bypassed: Iterable[LayerBlock]) -> None:
+    """Refuse layers whose calls aren't all that their weights do."""
+    names = sorted(block.name for block in bypassed)
+    if names:
+        raise ValueError(
+            f"The weights of layers {names} are used by other ways than calls of their modules, as "
+            "in F.linear(x, layer.weight) or under a transform of torch.func, too: Kronecker "
+            "factors would miss that. Call the module there, choose curvature='none' for the "
+            "layer, which then has a diagonal (compute_kfac), or freeze it."
+        )
 
 
 def layout_of(block: LayerBlock) -> Layout:

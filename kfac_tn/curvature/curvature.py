@@ -65,7 +65,7 @@ class Curvature:
             The product, in the form of ``v`` and the curvature's dtype.
 
         Raises:
-            TypeError: If ``v`` is neither.
+            TypeError: If ``v`` is neither, or complex.
             ValueError: If names or shapes aren't those of the parameters.
         """
         if not isinstance(v, Tensor | Mapping):
@@ -73,6 +73,12 @@ class Curvature:
                 "A vector is a dict by parameter name or a flat tensor (or a matrix of columns), "
                 f"not a {type(v).__name__}."
             )
+        for name, entry in {"": v}.items() if isinstance(v, Tensor) else v.items():
+            if entry.is_complex():
+                raise TypeError(
+                    f"A vector is real, but{f' entry {name!r}' if name else ''} has dtype "
+                    f"{entry.dtype}: multiply with its real and its imaginary part."
+                )
         if isinstance(v, Tensor):
             size = self._size()
             if v.ndim not in (1, 2) or len(v) != size:
@@ -150,14 +156,14 @@ class Curvature:
         """The rows and columns of some parameters.
 
         Args:
-            names: Of the parameters; their order is that of the model nonetheless.
+            names: Of the parameters, one at least; their order is that of the model nonetheless.
 
         Raises:
-            ValueError: For unknown names, or for the weight without the bias of an eigendecomposed
-                block (EKFAC, or an inverse) with ``bias="joint"``.
+            ValueError: For unknown names or none, or for the weight without the bias of an
+                eigendecomposed block (EKFAC, or an inverse) with ``bias="joint"``.
         """
         unknown = sorted(set(names) - self.shapes.keys())
-        if isinstance(names, str) or unknown:
+        if isinstance(names, str) or unknown or not names:
             raise ValueError(
                 f"submatrix() takes a list of names of parameters, of {list(self.shapes)}; "
                 f"not {names if isinstance(names, str) else unknown}."
@@ -253,16 +259,21 @@ class Curvature:
             By parameter name, ``[n, *shape]``.
 
         Raises:
-            ValueError: If the damping isn't positive.
+            ValueError: If the damping isn't positive, or ``n`` no number of samples.
         """
         _check_damping(damping, positive=True)
+        if n is not None and (n < 0 or n != int(n)):
+            raise ValueError(f"n is {n}: it must be a whole number of samples, or None for one.")
         root = self._map(
             lambda block: block.map_eigenvalues(lambda values: (values + damping).rsqrt())
         )
-        batch = () if n is None else (n,)
+        batch = () if n is None else (int(n),)
         noise = {
             name: torch.randn(
-                *batch, *entry.shape, dtype=entry.dtype, device=entry.device, generator=generator
+                (*batch, *entry.shape),
+                dtype=entry.dtype,
+                device=entry.device,
+                generator=generator,
             )
             for name, entry in self.diagonal().items()
         }
@@ -271,10 +282,19 @@ class Curvature:
     # Where it lives -------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Curvature:
-        """The curvature on another device or in another dtype: arguments as of ``Tensor.to``."""
-        return self._map(
-            lambda block: map_tensors(block, lambda tensor: tensor.to(*args, **kwargs))
-        )
+        """The curvature on another device or in another dtype: arguments as of ``Tensor.to``.
+
+        Raises:
+            TypeError: For a dtype that isn't real and floating-point.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = tensor.to(*args, **kwargs)
+            if not result.is_floating_point():
+                raise TypeError(f"A curvature is real and floating-point, not {result.dtype}.")
+            return result
+
+        return self._map(lambda block: map_tensors(block, moved))
 
     def state_dict(self) -> dict[str, Any]:
         """All blocks as plain containers of tensors, strings and numbers."""
@@ -285,7 +305,16 @@ class Curvature:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Curvature:
-        """The curvature that ``state_dict`` was taken of."""
+        """The curvature that ``state_dict`` was taken of.
+
+        Raises:
+            ValueError: If it is no such state.
+        """
+        if not isinstance(state, Mapping) or not {"blocks", "shapes"} <= state.keys():
+            raise ValueError(
+                "This is no state of a Curvature, as state_dict() and save() write it: it lacks "
+                "'blocks' or 'shapes'."
+            )
         blocks = {name: unpack(block) for name, block in state["blocks"].items()}
         return cls(blocks, {name: Size(shape) for name, shape in state["shapes"].items()})
 
@@ -300,6 +329,9 @@ class Curvature:
         Args:
             path: The file.
             map_location: The device to load to, as in ``torch.load``.
+
+        Raises:
+            ValueError: If there is something else in the file.
         """
         return cls.from_state_dict(torch.load(path, map_location, weights_only=True))
 
@@ -339,6 +371,7 @@ class Curvature:
 
 
 def _check_damping(damping: Scalar, positive: bool = False) -> None:
-    if not (damping > 0 if positive else damping >= 0):
+    scalar = not isinstance(damping, Tensor) or damping.ndim == 0
+    if not scalar or not (damping > 0 if positive else damping >= 0) or damping == float("inf"):
         kind = "positive" if positive else "at least 0"
-        raise ValueError(f"damping is {damping}: it must be {kind}.")
+        raise ValueError(f"damping is {damping}: it must be a finite scalar, {kind}.")

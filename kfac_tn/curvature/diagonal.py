@@ -17,7 +17,7 @@ from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.curvature.compute import check_finite
 from kfac_tn.functional import common
 from kfac_tn.functional.common import cast
-from kfac_tn.hooks import uncompiled
+from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import check_parameters
 from kfac_tn.likelihood import Likelihood, likelihood_of
 
@@ -75,8 +75,8 @@ def compute_ggn_diagonal(
     Raises:
         ValueError: For unknown options, a ``max_memory`` that is too small, a model without
             trainable parameters, an empty loader, a loss with ``reduction="none"``, batch
-            normalization in training mode or other mixing of examples, an embedding with
-            ``scale_grad_by_freq``, or results that aren't finite.
+            normalization in training mode or other mixing of examples, outputs that have no graph,
+            an embedding with ``scale_grad_by_freq``, or results that aren't finite.
         TypeError: For a loss whose likelihood isn't known, a model that returns no tensor, or
             batches that are no pairs and no ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.
@@ -92,10 +92,11 @@ def compute_ggn_diagonal(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}: choose one of {get_args(Mode)}.")
-    if mc_samples < 1:
-        raise ValueError(f"mc_samples is {mc_samples}: at least 1 is needed.")
-    if max_memory is not None and max_memory < 1:
+    if mc_samples < 1 or mc_samples != int(mc_samples):
+        raise ValueError(f"mc_samples is {mc_samples}: it is a whole number, at least 1.")
+    if max_memory is not None and (isinstance(max_memory, str) or max_memory < 1):
         raise ValueError(f"max_memory is {max_memory}: it must be a positive number of bytes.")
+    max_memory = None if max_memory is None else int(max_memory)  # such as 1e9
     likelihood = likelihood_of(loss_fn)
     if likelihood.reduction == "none":
         raise ValueError(
@@ -115,6 +116,7 @@ def compute_ggn_diagonal(
             torch.enable_grad(),
             restored_buffers(model),
             uncompiled(),
+            alone(None),
         ):
             calls = Calls(model, batch, forward)
             if len(calls) == 0:
@@ -129,7 +131,7 @@ def compute_ggn_diagonal(
             weight: Tensor | float = 1.0
             if likelihood.reduction == "mean":
                 weight = likelihood.num_terms(outputs, targets)
-            samples = mc_samples if mode == "mc" else None
+            samples = int(mc_samples) if mode == "mc" else None
             columns = _columns(likelihood, outputs, targets, samples, generator, weight)
             _add_batch(totals, calls, columns, max_memory)
             total_weight = total_weight + weight if likelihood.reduction == "mean" else 1.0

@@ -31,8 +31,9 @@ from kfac_tn.statistics import Factors, Statistics
 class CurvatureEstimator:
     """What ``KFAC`` and ``KFACPreconditioner`` share: the curvature along a training run.
 
-    It follows its model: parameters unfrozen later get blocks (``grow``), and a change of dtype or
-    device takes the curvature along (``cast``). Layers frozen later keep what they have.
+    It follows its model: parameters unfrozen later get blocks (``grow``), layers that are pruned or
+    reparametrized lose theirs, and a change of dtype or device takes the curvature along
+    (``cast``). Layers frozen later keep what they have.
 
     Args:
         model: The model.
@@ -63,7 +64,7 @@ class CurvatureEstimator:
         }
         self.processes = Processes(options.process_group)
         self.steps = 0
-        self._walked = -1  # the step in which the model was last searched for new parameters
+        self._walked = -1  # the step in which the model was last searched for what is new
         self._renewed: dict[str, tuple[int, int]] = {}  # steps of statistics, inverses
         self.seconds: dict[str, float] = {}
         self._automatic = 1, 1  # intervals, until the first statistics say more
@@ -127,12 +128,19 @@ class CurvatureEstimator:
     def _basis(self, block: LayerBlock) -> Basis | None:
         return self._moving_of[block].basis(block)
 
-    def uncovered(self) -> list[Parameter]:
-        """Parameters of the model that have no place here, because they were frozen."""
-        if self.capture.armed and self._walked != self.steps:  # it takes its time, so not always
+    def uncovered(self, anew: bool = False) -> list[Parameter]:
+        """Parameters of the model that have no place here, because they were frozen.
+
+        The model is searched in steps with statistics (it takes its time), or ``anew`` now.
+        """
+        if anew or (self.capture.armed and self._walked != self.steps):
             self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
             self._walked = self.steps
         return self._uncovered
+
+    def outdated(self) -> bool:
+        """Whether layers were changed such that their blocks aren't theirs; for the statistics."""
+        return self.capture.armed and not all(block.holds() for block in self.blocks)
 
     def close(self) -> None:
         """Remove the hooks; the curvature stays as it is."""
@@ -142,12 +150,13 @@ class CurvatureEstimator:
     # Following the model -----------------------------------------------------------------------
 
     def grow(self) -> bool:
-        """Give parameters that were unfrozen since the last time their place; true if any were.
+        """Divide the model anew if there are new parameters or changed layers; true if it was.
 
         What is known of the other layers stays. A layer whose bias was unfrozen starts anew: its
         input factor has a further row.
         """
-        if self.closed or not any(p.requires_grad for p in self.uncovered()):
+        new = any(p.requires_grad for p in self.uncovered())
+        if self.closed or not (new or self.outdated()):
             return False
         state = self._factors_state()
         # Layers frozen in the meantime keep their place: they may return.
@@ -400,6 +409,6 @@ class CurvatureEstimator:
     def _generator(self, device: torch.device) -> torch.Generator:
         key = str(device)
         if key not in self._generators:
-            seed = self.options.seed + self.processes.rank  # samples of one's own
+            seed = int(self.options.seed) + self.processes.rank  # samples of one's own
             self._generators[key] = torch.Generator(device).manual_seed(seed)
         return self._generators[key]

@@ -101,7 +101,7 @@ def split_vector(v: Tensor, shapes: Mapping[str, Size]) -> dict[str, Tensor]:
     """Cut flat vectors ``[*batch, P]`` into parameters ``[*batch, *shape]``, in their order."""
     pieces = v.split([shape.numel() for shape in shapes.values()], dim=-1)
     return {
-        name: piece.reshape(*v.shape[:-1], *shape)
+        name: piece.reshape((*v.shape[:-1], *shape))
         for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
     }
 

@@ -89,6 +89,10 @@ class CurvatureOptions:
             )
         if not 0 < self.overhead < float("inf"):
             raise ValueError(f"overhead is {self.overhead}: it must be positive.")
+        if not isinstance(self.relative_damping, bool):
+            raise ValueError(f"relative_damping is {self.relative_damping!r}: True or False.")
+        if isinstance(self.seed, str) or self.seed != int(self.seed):
+            raise ValueError(f"seed is {self.seed!r}: it must be a whole number.")
 
     def check(self, blocks: list[LayerBlock]) -> None:
         """Refuse layers whose curvature can't be had of this Fisher.

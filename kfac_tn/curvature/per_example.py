@@ -13,7 +13,8 @@ from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.curvature.calls import Calls, Contributions, per_example
 from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.functional.common import cast
-from kfac_tn.hooks import uncompiled
+from kfac_tn.hooks import alone, uncompiled
+from kfac_tn.layers import check_parameters
 
 
 def compute_per_example_gradients(
@@ -49,9 +50,9 @@ def compute_per_example_gradients(
 
     Raises:
         ValueError: For a loss that isn't a scalar, a model without trainable parameters, batch
-            normalization in training mode or other mixing of examples, or an embedding with
-            ``scale_grad_by_freq``.
-        TypeError: For a model that returns no tensor.
+            normalization in training mode or other mixing of examples, outputs that have no graph,
+            or an embedding with ``scale_grad_by_freq``.
+        TypeError: For a model that is no module, or returns no tensor.
         RuntimeError: If a layer's input is changed in place after its use.
 
     Example:
@@ -64,6 +65,7 @@ def compute_per_example_gradients(
         <BLANKLINE>
                 [[3., 0.]]])}
     """
+    check_parameters(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameter.")
     with (
@@ -71,6 +73,7 @@ def compute_per_example_gradients(
         torch.enable_grad(),
         restored_buffers(model),
         uncompiled(),
+        alone(None),
     ):
         calls = Calls(model, (x, y), forward)
         if len(calls) == 0:

@@ -42,6 +42,14 @@ class Projection(Module):
     def _get_name(self) -> str:
         return type(self.attention).__name__
 
+    def holds(self) -> bool:
+        """Whether the attention still has these very parameters in their places."""
+        own, out = self.attention._parameters, self.attention.out_proj._parameters
+        pairs = [(own.get("in_proj_weight"), own.get("in_proj_bias"))]
+        pairs += [(own.get(f"{name}_weight"), None) for name in ("q_proj", "k_proj", "v_proj")]
+        pairs += [(out.get("weight"), out.get("bias"))]
+        return any(weight is self.weight and bias is self.bias for weight, bias in pairs)
+
 
 def projections(module: Module) -> dict[str, Projection]:
     """The projections of a ``torch.nn.MultiheadAttention``, by name; of any other module none.

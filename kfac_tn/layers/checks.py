@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
@@ -20,12 +21,26 @@ def check_parameters(model: Module) -> None:
     """Refuse parameters that nothing here can be had of.
 
     Raises:
-        ValueError: Naming one of a lazy module, that has no shape yet, a sharded or a complex one.
+        TypeError: If the model is no module, or has one in TorchScript.
+        ValueError: Naming one of a lazy module, that has no shape yet, one that has no storage yet,
+            a sharded or a complex one.
     """
+    check_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"Module {name!r} is in TorchScript ({module.original_name}), which hides what its "
+                "layers are called with: give the module that it was made of, or use torch.compile."
+            )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
                 f"Parameter '{name}' is not initialized yet: run the lazy model once before."
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"Parameter '{name}' is on the meta device, without values: materialize the model "
+                "before (model.to_empty(device=...), then initialize or load it)."
             )
         if type(parameter).__name__ in ("DTensor", "FlatParameter"):
             raise ValueError(

@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 
 from kfac_tn.layers.attention import Projection, projections
 from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
-from kfac_tn.layers.checks import check_model, check_parameters
+from kfac_tn.layers.checks import check_parameters
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.embedding import EmbeddingFamily
 from kfac_tn.layers.linear import LinearFamily
@@ -156,6 +156,23 @@ class LayerBlock:
             return shape[1]
         return shape[0] // self.groups if shape else 1
 
+    def holds(self) -> bool:
+        """Whether its modules still apply these very parameters, in the way of their kind.
+
+        Layers that are pruned, reparametrized or changed otherwise don't; frozen ones do.
+        """
+        for module in self.modules:
+            own = module._parameters
+            if own.get("weight") is not self.weight or "forward" in vars(module):
+                return False
+            if self.bias is not None and own.get("bias") is not self.bias:
+                return False
+            if _FAMILIES.get(type(module)) is not self.family:
+                return False
+            if isinstance(module, Projection) and not module.holds():
+                return False
+        return True
+
     @property
     def parameters(self) -> dict[str, Parameter]:
         """The block's trainable parameters by name, weight first."""
@@ -229,7 +246,6 @@ def partition(
         >>> blocks[0].name, [other.name for other in others]
         ('0', ['1.weight', '1.bias'])
     """
-    check_model(model)
     check_parameters(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     modules, owners = _with_projections(model)
@@ -380,8 +396,10 @@ def _resolve(option: str, choice: Any, kinds: Any, name: str, module: Module) ->
                 "every layer, or pass a function of (name, module)."
             )
         resolved = choice[name]
-    else:
+    elif callable(choice):
         resolved = choice(name, module)
+    else:
+        resolved = choice  # and refused
     if resolved not in get_args(kinds):
         raise ValueError(
             f"{option} is {resolved!r} for layer '{name}': choose one of {get_args(kinds)}."

@@ -83,6 +83,11 @@ class CrossEntropyLikelihood(NaturalParameterLikelihood):
             else self.loss.weight.to(outputs.dtype)
         )
         smoothing = self._label_smoothing
+        if class_weight.shape != (num_classes,):
+            raise ValueError(
+                f"the loss has a weight of shape {tuple(class_weight.shape)}, but outputs of shape "
+                f"{tuple(outputs.shape)} have {num_classes} classes: give one weight for each"
+            )
 
         if targets.shape == outputs.shape and targets.is_floating_point():
             probabilities = targets.to(outputs.dtype).movedim(class_dim, -1)
@@ -98,9 +103,11 @@ class CrossEntropyLikelihood(NaturalParameterLikelihood):
             )
         labels = targets.long()
         counts = labels != self.loss.ignore_index
-        # ignore_index may lie outside of the classes (-100, 255): look up any class instead. (take:
-        # indexing with a scalar tensor would fetch it to the host.)
-        target_weight = class_weight.take(labels.masked_fill(~counts, 0)) * counts
+        # ignore_index may lie outside of the classes (-100, 255): look up any class instead.
+        # (index_select: other negative labels are an error, as in the loss, not counted from the
+        # end; and indexing with a scalar tensor would fetch it to the host.)
+        looked_up = class_weight.index_select(0, labels.masked_fill(~counts, 0).flatten())
+        target_weight = looked_up.view(labels.shape) * counts
         coefficient = (1 - smoothing) * target_weight + smoothing * class_weight.mean() * counts
         return coefficient, target_weight.sum()
 

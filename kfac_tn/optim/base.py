@@ -32,7 +32,8 @@ class CurvatureUser:
             weight: Factor of this loss in the objective, relative to other calls before the step.
 
         Raises:
-            ValueError: If the loss has ``reduction="none"``.
+            ValueError: If the loss has ``reduction="none"``, for outputs without a graph, or a
+                weight that isn't in [0, inf).
         """
         self._estimator.capture.observe(outputs, targets, weight)
 

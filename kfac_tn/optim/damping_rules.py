@@ -51,7 +51,7 @@ class FixedDamping(DampingRule):
     """
 
     def __init__(self, damping: float) -> None:
-        self.initial = _positive(damping)
+        self.initial = check_damping(damping)
 
 
 class DampingSchedule(DampingRule):
@@ -73,11 +73,11 @@ class DampingSchedule(DampingRule):
 
     def __init__(self, function: Callable[[int], float]) -> None:
         self._function = function
-        self.initial = _positive(function(0))
+        self.initial = check_damping(function(0))
 
     def before_step(self, step: int, groups: Groups) -> None:  # noqa: D102
         for group in groups:
-            group["damping"] = _positive(self._function(step))
+            group["damping"] = check_damping(self._function(step))
 
 
 class LevenbergMarquardt(DampingRule):
@@ -179,7 +179,12 @@ def damping_rule_of(choice: float | Callable[[int], float] | DampingRule) -> Dam
     return DampingSchedule(choice) if callable(choice) else FixedDamping(choice)
 
 
-def _positive(damping: float) -> float:
+def check_damping(damping: float) -> float:
+    """The damping, or an error.
+
+    Raises:
+        ValueError: If it isn't positive and finite.
+    """
     if not 0 < damping < float("inf"):
         raise ValueError(f"damping is {damping}: it must be positive.")
     return damping

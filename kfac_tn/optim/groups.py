@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from kfac_tn.curvature.checks import all_finite, trainable
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.layers import CurvatureChoice, LayerBlock, check_model, partition
+from kfac_tn.optim.damping_rules import check_damping
 
 
 def default_groups(
@@ -48,15 +49,23 @@ def check_group(group: dict[str, Any], options: Collection[str], model: Module) 
             f"Parameter groups have no option {sorted(unknown)}: only {sorted(options)} differ "
             "between groups."
         )
+    check_options(group)
+    if not set(group["params"]) <= set(model.parameters()):
+        raise ValueError("A parameter group has a parameter that isn't the model's.")
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Refuse values out of range, before they spoil parameters or state.
+
+    Raises:
+        ValueError: Naming the option.
+    """
     for name in ("lr", "eps", "weight_decay"):
         if not 0 <= group[name] < float("inf"):
             raise ValueError(f"{name} is {group[name]}: it must be in [0, inf).")
-    if not 0 < group["damping"] < float("inf"):
-        raise ValueError(f"damping is {group['damping']}: it must be positive.")
+    check_damping(group["damping"])
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas are {group['betas']}: two are needed, both in [0, 1).")
-    if not set(group["params"]) <= set(model.parameters()):
-        raise ValueError("A parameter group has a parameter that isn't the model's.")
 
 
 class GroupedOptimizer(Optimizer):
@@ -95,6 +104,7 @@ class GroupedOptimizer(Optimizer):
         Raises:
             ValueError: If a trainable parameter is nowhere.
         """
+        self._given = 0  # parameters that had a gradient in the last step
         self._group_of = {
             parameter: index
             for index, group in enumerate(self.param_groups)
@@ -125,18 +135,18 @@ class GroupedOptimizer(Optimizer):
             )
         return weight
 
-    def _check_unfrozen(self) -> None:
-        for parameter in self._estimator.uncovered():
+    def _check_unfrozen(self, anew: bool = False) -> None:
+        for parameter in self._estimator.uncovered(anew):
             if parameter.requires_grad and parameter not in self._group_of:
                 raise RuntimeError(
-                    f"Parameter '{self._name(parameter)}' was frozen (or not there) when KFAC was "
-                    "made, and is in no parameter group: "
+                    f"Parameter '{self._name(parameter)}' was frozen (or not there: layers may "
+                    "have been replaced) when KFAC was made, and is in no parameter group: "
                     "optimizer.add_param_group({'params': [...]}) makes it train."
                 )
 
     def _grow(self) -> None:
-        """Take up what was unfrozen."""
-        self._check_unfrozen()
+        """Take up what was unfrozen or changed."""
+        self._check_unfrozen(anew=self._estimator.outdated())
         self._estimator.grow()
 
     def _name(self, parameter: Parameter) -> str:
@@ -144,6 +154,8 @@ class GroupedOptimizer(Optimizer):
 
     def _gradients(self) -> dict[Parameter, Tensor]:
         """What there is to make a step of; nothing if any of it isn't finite."""
+        for group in self.param_groups:  # which users and schedulers change
+            check_options(group)
         gradients = {
             p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
         }
@@ -153,7 +165,8 @@ class GroupedOptimizer(Optimizer):
                     f"The gradient of '{self._name(parameter)}' is sparse, which KFAC can't use: "
                     "build its module with sparse=False."
                 )
-        self._check_unfrozen()
+        fewer, self._given = len(gradients) < self._given, len(gradients)
+        self._check_unfrozen(anew=fewer or not gradients)  # layers may have been replaced
         if len({group["damping"] for group in self.param_groups}) > 1:
             for block in self._estimator.blocks:
                 self._group(block)

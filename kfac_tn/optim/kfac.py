@@ -186,6 +186,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         self._trust_region = None if trust_region is None else TrustRegion(trust_region)
         if other_lr is not None and params is not None:
             raise ValueError("other_lr and params exclude each other: set lr in the groups.")
+        if other_lr is not None and not 0 <= other_lr < float("inf"):
+            raise ValueError(f"other_lr is {other_lr}: it must be in [0, inf).")
         group_lr = other_lr  # others with curvature of their own need none
         other_lr = 1e-3 if other_lr is None and self._rule.natural else other_lr
         self._model, self._loss_fn, self._other_lr = model, loss_fn, other_lr
@@ -264,6 +266,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._estimator.closed and self._estimator.outdated():
+            self._grow()
         gradients = self._gradients()
         if not gradients:
             self._discard()
@@ -329,13 +333,14 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         """Continue where ``state_dict`` was taken; hyper-parameters of the groups included.
 
         Raises:
-            ValueError: If the state is another optimizer's or another model's; nothing is changed
-                then.
+            ValueError: If the state is another optimizer's, another step rule's or another model's;
+                nothing is changed then.
         """
         if "curvature" not in state_dict:
             raise ValueError("The state has no 'curvature': it isn't one of KFAC.")
         curvature = state_dict["curvature"]
         self._estimator.check_state_dict(curvature)
+        self._rule.check_state_dict(state_dict["rule"])
         entries = self._saved_moments(state_dict)
         ours = ("curvature", "rule")
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})

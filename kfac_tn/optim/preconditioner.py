@@ -18,7 +18,7 @@ from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
-from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of
+from kfac_tn.optim.damping_rules import DampingRule, check_damping, damping_rule_of
 from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
 from kfac_tn.optim.step_rules import KLClip, Proposal, StepRule
 
@@ -107,6 +107,8 @@ class KFACPreconditioner(CurvatureUser):
             raise ValueError("This step rule needs the whole optimizer: use KFAC.")
         if isinstance(self._rule, KLClip) != (lr is not None):
             raise ValueError("step_rule='kl_clip' needs lr, and the other rules take none.")
+        if lr is not None and not 0 <= lr < float("inf"):
+            raise ValueError(f"lr is {lr}: it must be in [0, inf).")
         self._damping_rule = damping_rule_of(damping)
         if self._damping_rule.needs_batch:
             raise ValueError(
@@ -154,6 +156,8 @@ class KFACPreconditioner(CurvatureUser):
         Raises:
             RuntimeError: If the loss module was never called.
         """
+        if not self._estimator.closed and self._estimator.outdated():
+            self._estimator.grow()
         # Sparse gradients, of embeddings, are the optimizer's business.
         gradients = {
             p: p.grad
@@ -165,7 +169,7 @@ class KFACPreconditioner(CurvatureUser):
             if gradients:
                 self._estimator.warn("A gradient isn't finite (NaN or inf): skip its step.")
             return not gradients
-        group = {"damping": self.damping}
+        group = {"damping": check_damping(self.damping)}
         self._damping_rule.before_step(self._estimator.steps, [group])
         self.damping = group["damping"]
         self._estimator.cast()
@@ -186,8 +190,11 @@ class KFACPreconditioner(CurvatureUser):
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ValueError: If the state is of a model with other layers.
+            ValueError: If the state is of a model with other layers, or of an optimizer; nothing is
+                changed then.
         """
+        if "damping" not in state_dict:
+            raise ValueError("The state has no 'damping': it isn't one of KFACPreconditioner.")
         self._estimator.load_state_dict(state_dict)
         self.damping = state_dict["damping"]
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_tn.capture import Capture
 from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.distributed import Processes
-from kfac_tn.hooks import WeakHook, recorded, remove, uncompiled
+from kfac_tn.hooks import WeakHook, alone, recorded, remove, uncompiled
 from kfac_tn.likelihood import likelihood_of
 
 
@@ -207,7 +207,9 @@ class Replay:
     # Hooks -------------------------------------------------------------------------------------
 
     def _before(self, module: Module, args: tuple, kwargs: dict) -> None:
-        if module is not self._model or not self.armed or not recorded():
+        if module is not self._model or not self.armed or not recorded(self):
+            return
+        if not any(p.requires_grad for p in module.parameters()):  # it is another model's loss
             return
         device = next(self._model.parameters()).device
         kind = device.type
@@ -218,11 +220,13 @@ class Replay:
         self._batches.append(_Batch(args, kwargs, autocast, states))
 
     def _after(self, module: Module, args: tuple, output: Any) -> None:
-        if module is self._model and self.armed and self._batches and isinstance(output, Tensor):
+        if module is not self._model or not self.armed or not recorded(self):
+            return
+        if self._batches and isinstance(output, Tensor):
             self._batches[-1].output = output
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
-        if not self.armed or not recorded() or not isinstance(loss, Tensor):
+        if not self.armed or not recorded(self) or not isinstance(loss, Tensor):
             return
         values = dict(kwargs)
         outputs = args[0] if args else values.pop("input")
@@ -308,7 +312,7 @@ class Replay:
         devices = [device] if device.type != "cpu" else []
         kind = device.type if devices else "cuda"
         fork = torch.random.fork_rng(devices, device_type=kind)
-        with restored_buffers(self._model), uncompiled(), fork:
+        with restored_buffers(self._model), uncompiled(), alone(None), fork:
             try:
                 yield
             finally:

@@ -102,6 +102,20 @@ class StepRule(ABC):
         """Tensors and plain numbers that a run needs to continue."""
         return {}
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of another kind of rule.
+
+        Raises:
+            ValueError: If it has other entries than this rule's.
+        """
+        needed = self.state_dict().keys()
+        if needed != state.keys():
+            raise ValueError(
+                f"The state is of another step rule: it has {sorted(state)}, but "
+                f"{type(self).__name__} needs {sorted(needed)}. Make the optimizer with the "
+                "step_rule that the state was taken with."
+            )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Continue where ``state_dict`` was taken."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -220,7 +222,7 @@ def test_samples_are_a_root_of_the_inverse_times_noise(recipes, seed, damping):
     n = len(dense)
     with pytest.MonkeyPatch.context() as patch:  # for the noise, every unit vector
         rows = iter(eye.split([shape.numel() for shape in curvature.shapes.values()], dim=1))
-        patch.setattr(torch, "randn", lambda *shape, **kwargs: next(rows).reshape(shape))
+        patch.setattr(torch, "randn", lambda shape, **kwargs: next(rows).reshape(shape))
         samples = curvature.sample(damping, n)
     root = torch.cat([entry.reshape(n, -1) for entry in samples.values()], dim=1)
     close(root.T @ root, (dense + damping * eye).inverse())
@@ -403,10 +405,16 @@ def test_a_decomposition_that_does_not_converge_is_made_in_float64(monkeypatch):
         (lambda c: c + ungrouped(c), "same groups"),
         (lambda c: c.submatrix(["nose"]), "nose"),
         (lambda c: c.submatrix("layer0.weight"), "list of names"),
+        (lambda c: c.submatrix([]), "list of names"),
         (lambda c: c.inverse(1.0, "pi"), "'pi'.*layer1.weight.*'exact'"),
         (lambda c: c.logdet(-1.0), "damping is -1"),
         (lambda c: c.sqrt(-1.0), "damping is -1"),
         (lambda c: c.sample(0.0), "damping is 0.0.*positive"),
+        (lambda c: c.sample(1.0, -1), "n is -1.*whole number"),
+        (lambda c: c.sample(1.0, 2.5), "n is 2.5.*whole number"),
+        (lambda c: c.inverse(math.inf), "damping is inf.*finite"),
+        (lambda c: c.inverse(torch.ones(1)), "damping is tensor.*scalar"),
+        (lambda c: c.logdet(torch.ones(2)), "damping is tensor.*scalar"),
         (lambda c: c @ torch.zeros(3), r"\[\d+\].*not \[3\]"),
         (lambda c: c @ torch.zeros(2, 2, 2), "matrix"),
     ],
@@ -415,6 +423,68 @@ def test_what_is_not_defined_is_refused(refused, message):
     curvature, _ = make_curvature(MIXED, 0)
     with pytest.raises(ValueError, match=message):
         refused(curvature)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda c: c @ torch.zeros(c._size(), dtype=torch.complex64), "real, but has dtype"),
+        (lambda c: c @ {n: 1j * v for n, v in c.diagonal().items()}, "entry 'layer0.bias' has"),
+        (lambda c: c.to(torch.int64), "floating-point, not torch.int64"),
+        (lambda c: c.to(dtype=torch.complex64), "floating-point, not torch.complex64"),
+    ],
+)
+def test_numbers_that_are_not_real_are_refused_not_cut_off(refused, message):
+    curvature, _ = make_curvature(MIXED, 0)
+    with pytest.raises(TypeError, match=message):
+        refused(curvature)
+
+
+def test_blocks_say_what_they_are_made_of():
+    curvature, _ = make_curvature(MIXED, 0)
+    assert curvature.blocks["layer0"].input_factor.ndim == 3
+    inverse = curvature.inverse(1.0)
+    with pytest.raises(AttributeError, match=r"EigenBlock has no 'input_factor'.*input_vectors"):
+        _ = inverse.blocks["layer0"].input_factor
+    again = pickle.loads(pickle.dumps(copy.deepcopy(inverse)))
+    assert torch.equal(again.to_dense(), inverse.to_dense())
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.ones(2)}, [torch.ones(2)], torch.ones(2)])
+def test_other_files_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match="no state of a Curvature"):
+        kfac_tn.Curvature.load(tmp_path / "file.pt")
+
+
+def test_a_parameter_without_axes():
+    """Flat vectors, matrices and samples of models with a scalar."""
+    blocks = {
+        "scale": DiagonalBlock("scale", torch.tensor(2.0).double()),
+        "shift": DiagonalBlock("shift", torch.tensor([3.0, 4.0]).double()),
+    }
+    shapes = {name: block.values.shape for name, block in blocks.items()}
+    curvature = kfac_tn.Curvature(blocks, shapes)
+    dense = torch.tensor([2.0, 3.0, 4.0]).double().diag()
+    torch.testing.assert_close(curvature.to_dense(), dense)
+    torch.testing.assert_close(curvature @ torch.ones(3).double(), dense.sum(1))
+    torch.testing.assert_close(curvature @ dense, dense @ dense)
+    inverse = curvature.inverse(1.0)
+    torch.testing.assert_close(inverse.to_dense(), (dense + torch.eye(3)).inverse())
+    assert {name: s.shape for name, s in curvature.sample(1.0).items()} == shapes
+    assert curvature.sample(1.0, 5)["scale"].shape == (5,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_decomposed_in_float32(dtype):
+    curvature, dense = make_curvature(MIXED, 0)
+    half = curvature.to(dtype)
+    actual = half.inverse(1.0) @ torch.ones(len(dense))
+    assert actual.dtype == dtype
+    expected = (dense + torch.eye(len(dense)).double()).inverse().sum(1)
+    assert (actual.double() - expected).norm() < 0.05 * expected.norm()
+    assert half.eigenvalues().dtype == dtype
+    assert all(sample.dtype == dtype for sample in half.sample(1.0, 2).values())
 
 
 def diagonal(curvature):

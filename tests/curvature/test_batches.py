@@ -133,6 +133,22 @@ def test_what_is_ambiguous_is_refused(compute, structure):
         COMPUTE[compute](model, loss_fn, [batch])
 
 
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize(
+    ("forward", "kind"),
+    [
+        (lambda model, batch: model(batch[0])[:2], "Tensor"),
+        (lambda model, batch: (model(batch[0]), batch[1], None), "tuple of 3"),
+    ],
+)
+def test_a_forward_that_returns_no_pair_is_refused(compute, forward, kind):
+    """Also a tensor of two rows, which could be unpacked."""
+    model, loss_fn, parts = problem()
+    loader = [((ids, x), y) for ids, x, y in parts]
+    with pytest.raises(TypeError, match=rf"forward returned a {kind}, not a pair"):
+        COMPUTE[compute](model, loss_fn, loader, forward=forward)
+
+
 class Packed(TwoInputs):
     """Returns more than a tensor."""
 

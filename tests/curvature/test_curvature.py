@@ -345,13 +345,82 @@ def test_empty_batches_take_nothing_away(compute):
     [
         (nn.LazyLinear(2), "'0.weight' is not initialized yet: run the lazy model once before"),
         (nn.Linear(3, 2, dtype=torch.complex64), "'0.weight' has dtype torch.complex64: only real"),
+        (nn.Linear(3, 2, device="meta"), "'0.weight' is on the meta device.*to_empty"),
     ],
-    ids=["lazy", "complex"],
+    ids=["lazy", "complex", "meta"],
 )
-def test_parameters_without_a_shape_and_complex_ones_are_refused(compute, module, message):
+def test_parameters_without_a_shape_or_values_and_complex_ones_are_refused(
+    compute, module, message
+):
     data = [(torch.rand(5, 3), torch.rand(5, 2))]
     with pytest.raises(ValueError, match=message):
         COMPUTE[compute](nn.Sequential(module), nn.MSELoss(), data)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("use", [lambda model: model.forward, lambda model: model.parameters()])
+def test_what_is_no_module_is_refused(compute, use):
+    model, loss_fn, data = problem()
+    with pytest.raises(TypeError, match=r"give the torch.nn.Module itself"):
+        COMPUTE[compute](use(model), loss_fn, data)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_torchscript_is_refused_by_name(compute):
+    data = [(torch.rand(5, 3), torch.rand(5, 2))]
+    model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 2)))
+    with pytest.raises(TypeError, match=r"Module '1' is in TorchScript \(Linear\)"):
+        COMPUTE[compute](model, nn.MSELoss(), data)
+    with pytest.raises(TypeError, match="TorchScript"):
+        kfac_tn.KFAC(model, nn.MSELoss())
+
+
+class Detached(nn.Linear):
+    """Computed without a graph."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_outputs_without_a_graph_are_refused_not_taken_for_flat(compute):
+    data = [(torch.rand(5, 3), torch.rand(5, 2))]
+    with pytest.raises(ValueError, match=r"outputs have no graph.*no_grad"):
+        COMPUTE[compute](nn.Sequential(Detached(3, 2)), nn.MSELoss(), data)
+
+
+class Functional(nn.Module):
+    """A layer that is called, used without a call, or both."""
+
+    def __init__(self, called: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head, self.called = nn.Linear(3, 3), nn.Linear(3, 2), called
+        self.double()
+
+    def forward(self, x):
+        h = nn.functional.linear(x, self.layer.weight, self.layer.bias).tanh()
+        return self.head(h + self.layer(x) if self.called else h)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("called", [True, False])
+def test_weights_used_without_their_module_are_refused_or_right(compute, called):
+    model, loss_fn = Functional(called), nn.MSELoss()
+    x, y = torch.rand(5, 3).double(), torch.rand(5, 2).double()
+    if "kfac" in compute:
+        with pytest.raises(ValueError, match=r"layers \['layer'\] are used by other ways"):
+            COMPUTE[compute](model, loss_fn, [(x, y)])
+        return
+    result = flat(COMPUTE[compute](model, loss_fn, [(x, y)]))
+    if compute == "diagonal":
+        expected = testing.dense_ggn(model, loss_fn, x, y).diagonal()
+        torch.testing.assert_close(result, expected, **CLOSE)
+        choice = {"layer": "none", "head": "kfac"}
+        curvature = kfac_tn.compute_kfac(model, loss_fn, [(x, y)], curvature=choice)
+        assert set(curvature.blocks) == {"layer.weight", "layer.bias", "head"}
 
 
 def test_hooks_are_removed_after_an_error_in_the_loader():

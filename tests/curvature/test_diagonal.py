@@ -384,7 +384,7 @@ def test_max_memory_changes_nothing_or_is_refused():
         model, x = problem(case)
         loss_fn, y = loss_and_targets("mse", model(x))
         expected = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
-        chunked = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], max_memory=20_000)
+        chunked = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], max_memory=2e4)
         assert relative_error(flat(chunked, model), flat(expected, model)) < TOLERANCE
         with pytest.raises(ValueError, match="max_memory=100 bytes is too little"):
             kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)], max_memory=100)
@@ -590,6 +590,59 @@ def test_batches_that_cannot_be_cut():
     diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, x)])
     expected = dense_ggn(model, loss_fn, x, x).diagonal()
     assert relative_error(flat(diagonal, model), expected) < TOLERANCE
+
+
+class Experts(nn.Module):
+    """The sign of an entry decides which layer an example goes to, and how the head is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        y = torch.empty_like(x)
+        y[chosen], y[~chosen] = self.first(x[chosen]), self.second(x[~chosen].tanh())
+        outputs = self.head(y.tanh())
+        if chosen.all():
+            return outputs
+        return outputs + ~chosen[:, None] * nn.functional.linear(x, self.head.weight)
+
+
+def test_every_batch_is_searched_for_weights_used_without_their_module():
+    """The first batch, by which calls are verified, uses none so, and one layer for no example."""
+    torch.manual_seed(0)
+    model, loss_fn = Experts().double(), nn.MSELoss()
+    x, y = torch.rand(N, 3, dtype=torch.float64), torch.rand(N, 2, dtype=torch.float64)
+    mixed = x - torch.tensor([0.5, 0.0, 0.0])
+    assert Calls(model, (x, y)).unknown == set()
+    known = {name for name, _ in model.named_parameters()} - Calls(model, (mixed, y)).unknown
+    assert known == {"head.bias"}
+    diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y), (mixed, y)])
+    both = [dense_ggn(model, loss_fn, each, y).diagonal() for each in (x, mixed)]
+    assert relative_error(flat(diagonal, model), sum(both) / 2) < TOLERANCE
+
+
+class Masked(nn.Module):
+    """Attention whose mask of all examples isn't part of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+        self.mask = torch.zeros(N, 3, dtype=torch.bool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, key_padding_mask=self.mask)[0].sum(1)
+
+
+def test_models_that_cannot_be_called_on_one_example_are_told_what_to_do():
+    x, y, loss_fn = torch.rand(N, 3, 2), torch.rand(N, 2), nn.MSELoss()
+    for compute in (
+        lambda model: kfac_tn.compute_per_example_gradients(model, loss_fn, x, y),
+        lambda model: kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)]),
+    ):
+        with pytest.raises(ValueError, match=r"one example alone \(Ass.*part of the batch"):
+            compute(Masked())
 
 
 def test_leaves_no_trace():

@@ -359,6 +359,12 @@ def test_foreign_parameters_cannot_be_added_later():
         ({"step_rule": "newton"}, "step_rule is 'newton'"),
         ({"kl_clip": 0.0}, "kl_clip is 0.0"),
         ({"other_lr": -1.0, "model": Mixed}, "lr is -1.0"),
+        ({"other_lr": -1.0}, "other_lr is -1.0"),
+        ({"seed": "first"}, "seed is 'first'"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"relative_damping": "no"}, "relative_damping is 'no'"),
+        ({"approximation": None}, "approximation is None for layer"),
+        ({"curvature": True}, "curvature is True for layer"),
         ({"other_lr": 0.1, "params": []}, "exclude each other"),
     ],
     ids=str,
@@ -369,6 +375,43 @@ def test_hyper_parameters_out_of_range_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         kfac_tn.KFAC(model, loss_fn, **options)
     assert not any(m._forward_hooks for m in [*model.modules(), loss_fn])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", float("nan")),
+        ("lr", -0.1),
+        ("weight_decay", float("inf")),
+        ("damping", 0.0),
+        ("damping", -1.0),
+        ("betas", (0.9, 1.0)),
+    ],
+)
+def test_what_a_schedule_sets_out_of_range_is_refused_before_anything_is_changed(option, value):
+    model, loss_fn, optimizer = make()
+    train(optimizer, model, loss_fn, 2)
+    before, good = snapshot(model, optimizer), optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = value
+    with pytest.raises(ValueError, match=rf"{option} (is|are) "):
+        train(optimizer, model, loss_fn, 1, start=2)
+    optimizer.param_groups[0][option] = good
+    assert same(snapshot(model, optimizer), before)
+    assert optimizer.steps_taken == 2
+    train(optimizer, model, loss_fn, 1, start=2)
+    assert optimizer.steps_taken == 3
+
+
+def test_what_cannot_be_observed_is_refused():
+    model, _, optimizer = make()
+    x, y = make_data()
+    with pytest.raises(ValueError, match=r"no graph.*very outputs"):
+        optimizer.observe(model(x).detach(), y)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"weight of a loss is {weight}"):
+            optimizer.observe(model(x), y, weight)
+    with torch.no_grad():  # an evaluation
+        optimizer.observe(model(x), y)
 
 
 @pytest.mark.parametrize("option", ["momentum", "maximize", "foreach", "nesterov"])

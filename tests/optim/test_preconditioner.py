@@ -173,6 +173,7 @@ def test_layers_with_part_of_their_gradients_keep_these():
         ({"step_rule": "graft", "lr": 0.1}, "take none"),
         ({"step_rule": "newton"}, "'newton'"),
         ({"kl_clip": -1.0}, "kl_clip is -1.0"),
+        ({"step_rule": "kl_clip", "lr": -1.0}, "lr is -1.0"),
         ({"damping": 0.0}, "damping is 0.0"),
         ({"factor_decay": 2.0}, "factor_decay is 2.0"),
         ({"factor_interval": 0}, "factor_interval is 0"),
@@ -222,12 +223,37 @@ def test_another_models_state_is_refused():
         preconditioner.load_state_dict(others.state_dict())
 
 
+def test_an_optimizers_state_is_refused_and_nothing_changed():
+    model, loss_fn, preconditioner = make()
+    x, y = make_data()
+    loss_fn(model(x), y).backward()
+    preconditioner.step()
+    optimizer = kfac_tn.KFAC(model, loss_fn)
+    for state in (optimizer.state_dict(), optimizer.state_dict()["curvature"]):
+        with pytest.raises(ValueError, match="isn't one of KFACPreconditioner"):
+            preconditioner.load_state_dict(state)
+    assert preconditioner.steps_taken == 1
+
+
 def test_coverage_and_repr():
     _, _, preconditioner = make()
     treatments = {row.parameter: row.treatment for row in preconditioner.coverage()}
     assert treatments["0.weight"] == "KFAC-expand"
     assert treatments["1.weight"] == "gradient as it is"
     assert repr(preconditioner.coverage()) in repr(preconditioner)
+
+
+def test_a_damping_out_of_range_is_refused_before_anything_is_changed():
+    model, loss_fn, preconditioner = make()
+    expected = gradients(model, loss_fn)
+    preconditioner.damping = -1.0
+    with pytest.raises(ValueError, match=r"damping is -1.0"):
+        preconditioner.step()
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    assert preconditioner.steps_taken == 0
+    preconditioner.damping = 1e-3
+    preconditioner.step()
+    assert preconditioner.factors()
 
 
 def test_observe_and_close():

@@ -629,3 +629,41 @@ def test_overparametrized_regression_converges():
 def test_values_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+RULES = {
+    "adaptive": {},
+    "graft": {"step_rule": "graft"},
+    "graft to sgd": {"step_rule": kfac_tn.optim.Graft("sgd")},
+    "fixed": {"step_rule": "fixed"},
+    "quadratic": {"step_rule": "quadratic"},
+    "trust region": {"trust_region": 0.1},
+}
+
+
+@pytest.mark.parametrize("other", RULES)
+@pytest.mark.parametrize("rule", RULES)
+def test_states_of_rules_with_other_entries_are_refused_whole(rule, other):
+    """The others continue."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(3, 2).double(), nn.MSELoss()
+    x, y = torch.rand(4, 3).double(), torch.rand(4, 2).double()
+
+    def trained(options, steps):
+        optimizer = kfac_tn.KFAC(model, loss_fn, **options)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+        return optimizer
+
+    saved, optimizer = trained(RULES[other], 3).state_dict(), trained(RULES[rule], 1)
+    if saved["rule"].keys() != optimizer.state_dict()["rule"].keys():
+        before = optimizer.state[model.weight]["exp_avg"].clone()
+        with pytest.raises(ValueError, match=r"another step rule.*Make the optimizer with"):
+            optimizer.load_state_dict(saved)
+        assert torch.equal(optimizer.state[model.weight]["exp_avg"], before)
+        assert optimizer.steps_taken == 1
+        return
+    optimizer.load_state_dict(saved)
+    assert optimizer.steps_taken == 3

@@ -1,0 +1,163 @@
+"""Models whose layers are pruned, reparametrized, replaced or resized once KFAC is made."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import kfac_tn
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+EAGER = {"factor_interval": 1, "inverse_interval": 1, "fisher": "type-2"}
+
+
+class Net(nn.Module):
+    """Attention and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.hidden = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x, _ = self.attention(x, x, x, need_weights=False)
+        return self.head(self.hidden(x.mean(1)).tanh())
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model, loss_fn = Net().double(), nn.CrossEntropyLoss()
+    return model, loss_fn, kfac_tn.KFAC(model, loss_fn, **{**EAGER, **options})
+
+
+def train(model, loss_fn, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.rand(6, 3, 4, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (6,), generator=generator)
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def louder(model):
+    plain = model.hidden.forward
+    model.hidden.forward = lambda x: 2 * plain(x)
+
+
+def without_bias(model):
+    model.hidden.bias = None
+
+
+CHANGES = {
+    "pruned weight": lambda model: prune.l1_unstructured(model.hidden, "weight", 0.3),
+    "pruned bias": lambda model: prune.l1_unstructured(model.hidden, "bias", 0.5),
+    "pruned attention": lambda m: prune.l1_unstructured(m.attention, "in_proj_weight", 0.3),
+    "spectral norm": lambda model: parametrizations.spectral_norm(model.hidden),
+    "forward replaced": louder,
+    "bias removed": without_bias,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_layers_are_treated_as_by_a_new_optimizer(change):
+    """With nothing averaged, steps are those of an optimizer made of the changed model."""
+    options = {"betas": (0.0, 0.0), "factor_decay": 0.0, "step_rule": "graft"}
+    model, loss_fn, optimizer = make(**options)
+    train(model, loss_fn, optimizer, 3)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        torch.manual_seed(1)  # of power iterations
+        CHANGES[change](each)
+    fresh = kfac_tn.KFAC(twin, loss_fn, **EAGER, **options)
+    train(model, loss_fn, optimizer, 2, start=3)
+    train(twin, loss_fn, fresh, 2, start=3)
+    for name, value in values(twin).items():
+        torch.testing.assert_close(values(model)[name], value, rtol=1e-9, atol=1e-12)
+    assert str(optimizer.coverage()) == str(fresh.coverage())
+
+
+def test_changes_between_statistics_are_noticed_when_these_are_due():
+    model, loss_fn, optimizer = make(factor_interval=4, inverse_interval=4)
+    train(model, loss_fn, optimizer, 9)
+    CHANGES["pruned weight"](model)
+    kept = optimizer.factors()["head"].input.clone()
+    train(model, loss_fn, optimizer, 4, start=9)
+    assert set(optimizer.factors()) == {"attention.in_proj", "attention.out_proj", "head"}
+    factors = optimizer.factors()["head"].input
+    assert factors.shape == kept.shape
+    assert not torch.equal(factors, kept)
+
+
+def test_a_change_just_before_the_step_is_noticed_in_it():
+    """Nobody resets gradients in between; what was seen of the old layers is left out."""
+    model, loss_fn, optimizer = make()
+    train(model, loss_fn, optimizer, 2)
+    head = optimizer.factors()["head"].input.clone()
+    x, y = torch.rand(6, 3, 4).double(), torch.randint(3, (6,))
+    optimizer.zero_grad()
+    prune.l1_unstructured(model.hidden, "weight", 0.3)
+    loss_fn(model(x), y).backward()
+    optimizer.step()
+    assert "hidden" not in optimizer.factors()
+    assert torch.equal(optimizer.factors()["head"].input, head)
+    train(model, loss_fn, optimizer, 1, start=2)
+    assert not torch.equal(optimizer.factors()["head"].input, head)
+
+
+def test_the_preconditioner_follows():
+    torch.manual_seed(0)
+    model, loss_fn = Net().double(), nn.CrossEntropyLoss()
+    preconditioner = kfac_tn.KFACPreconditioner(model, loss_fn, **EAGER)
+    x, y = torch.rand(6, 3, 4).double(), torch.randint(3, (6,))
+    loss_fn(model(x), y).backward()
+    preconditioner.step()
+    prune.l1_unstructured(model.hidden, "weight", 0.3)
+    for _ in range(2):
+        model.zero_grad()
+        loss_fn(model(x), y).backward()
+        gradient = model.hidden.weight_orig.grad.clone()
+        preconditioner.step()
+        assert torch.equal(model.hidden.weight_orig.grad, gradient)
+    assert "hidden" not in preconditioner.factors()
+
+
+def hidden(model):
+    model.hidden = nn.Linear(4, 5).double()
+
+
+def everything(model):
+    for name, module in Net().double().named_children():
+        setattr(model, name, module)
+
+
+def weight_norm(model):
+    parametrizations.weight_norm(model.hidden)
+
+
+@pytest.mark.parametrize("replace", [hidden, everything, weight_norm])
+def test_new_parameters_are_not_left_untrained(replace):
+    """Even if no parameter that the optimizer has gets a gradient any more."""
+    model, loss_fn, optimizer = make()
+    train(model, loss_fn, optimizer, 2)
+    old = set(model.parameters())
+    replace(model)
+    before = values(model)
+    for step in (2, 3):
+        with pytest.raises(RuntimeError, match=r"replaced.*add_param_group"):
+            train(model, loss_fn, optimizer, 1, start=step)
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+    optimizer.add_param_group({"params": [p for p in model.parameters() if p not in old]})
+    train(model, loss_fn, optimizer, 3, start=2)
+    assert not any(torch.equal(value, before[name]) for name, value in values(model).items())
+    expected = kfac_tn.KFAC(model, loss_fn).coverage()
+    assert str(optimizer.coverage()) == str(expected)
