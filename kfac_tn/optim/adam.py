@@ -93,6 +93,36 @@ def current_updates(
     return moments, updates
 
 
+def with_longer_averages(
+    groups: Iterable[Mapping[str, Any]], chosen: Container[Parameter], steps: float
+) -> list[Mapping[str, Any]]:
+    """Groups for ``adam_updates`` in which first moments reach back over so many steps, or further.
+
+    Args:
+        groups: Parameter groups; they stay as they are. One whose beta1 is 0 wants no average.
+        chosen: Whose averages; those of all others are as ``betas`` say.
+        steps: 1 / (1 - beta1).
+
+    Example:
+        >>> import torch
+        >>> v, w = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        >>> [group] = [{"params": [v, w], "betas": (0.5, 0.9), "eps": 0.0}]
+        >>> [(len(g["params"]), g["betas"]) for g in with_longer_averages([group], {w}, 4)]
+        [(1, (0.5, 0.9)), (1, (0.75, 0.9))]
+    """
+    result: list[Mapping[str, Any]] = []
+    for group in groups:
+        beta1, beta2 = group["betas"]
+        if not beta1 or steps * (1 - beta1) <= 1:
+            result.append(group)
+            continue
+        longer = [p for p in group["params"] if p in chosen]
+        others = [p for p in group["params"] if p not in chosen]
+        result.append({**group, "params": others})
+        result.append({**group, "params": longer, "betas": (1 - 1 / steps, beta2)})
+    return result
+
+
 def _start(parameter: Parameter, state: dict[str, Any]) -> dict[str, Any]:
     """Make the state of a parameter that takes its first step."""
     state["step"] = torch.zeros(())

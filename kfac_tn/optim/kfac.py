@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -17,7 +17,13 @@ from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
 from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
-from kfac_tn.optim.adam import adam_updates, cast_moments, current_updates, freshened
+from kfac_tn.optim.adam import (
+    adam_updates,
+    cast_moments,
+    current_updates,
+    freshened,
+    with_longer_averages,
+)
 from kfac_tn.optim.base import CurvatureUser
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, reduction_ratio
 from kfac_tn.optim.groups import GroupedOptimizer, default_groups
@@ -281,7 +287,10 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         before = {p: p.clone() for p in gradients} if measured else None
         self._estimator.advance()
         moments, updates = adam_updates(
-            self.param_groups, self.state, gradients, corrected=not self._rule.any_length
+            self._averaging(taken + 1),
+            self.state,
+            gradients,
+            corrected=not self._rule.any_length,
         )
         lrs = self._lrs(updates)
         fresh = 1.0 if self._rule.own_momentum else self._rule.fresh
@@ -383,6 +392,11 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             wanting = self._damping_rule.wants_ratio, self._rule.wants_batch
             self._replay.armed = any(wants(self._estimator.steps) for wants in wanting)
 
+    def _averaging(self, steps: int) -> list[Mapping[str, Any]]:
+        """Parameter groups with the betas of a step, the so-many-th."""
+        reach = self._rule.horizon * steps
+        return with_longer_averages(self.param_groups, self._estimator.layer_of, reach)
+
     def _direct(
         self,
         slopes: dict[Parameter, Tensor],
@@ -415,7 +429,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         gradients = {p: p.grad for p in self._group_of if p.grad is not None}
         fresh = self._rule.fresh  # a share in steps of gradients, which may be gone by now
         taken = [p for p in (gradients if fresh else self._group_of) if self.state[p]]
-        moments, updates = current_updates(self.param_groups, self.state, set(taken))
+        groups = self._averaging(self._estimator.steps)
+        moments, updates = current_updates(groups, self.state, set(taken))
         lrs = self._lrs(updates)
         if self._rule.own_momentum:
             updates |= {p: s["previous"] for p in taken if "previous" in (s := self.state[p])}

@@ -68,6 +68,8 @@ class StepRule(ABC):
             curvature need one of their own.
         own_momentum: Whether directions are of the gradient as it is, not of its moving average.
         fresh: Share of the gradient as it is in what directions are of, besides the average.
+        horizon: Share of the steps taken so far over which that average reaches back, where that is
+            further than ``betas`` say.
         needs_batch: Whether it ever computes with the batch.
         any_length: Whether it gives directions a length that theirs has no part in, so that they,
             and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
@@ -78,6 +80,7 @@ class StepRule(ABC):
     natural = True
     own_momentum = False
     fresh = 0.0
+    horizon = 0.0
     needs_batch = False
     any_length = False
     without_batch = ""

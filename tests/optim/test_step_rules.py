@@ -473,29 +473,48 @@ def test_steps_minimize_the_quadratic_model_within_the_trust_region(lr, spread, 
         torch.testing.assert_close([p.detach() for p in parameters], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fresh", [0.0, 0.3, 1.0])
-def test_directions_are_of_an_average_and_the_steps_own_gradient(fresh):
+@pytest.mark.parametrize("horizon", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize(("fresh", "least"), [(0.0, 0.5), (0.3, 0.5), (0.3, 0.0), (1.0, 0.5)])
+def test_directions_are_of_an_average_and_the_steps_own_gradient(fresh, least, horizon):
     """(1 - fresh) m + fresh g by the formula, two groups with betas of their own."""
     model, loss_fn = smooth(), nn.MSELoss()
     groups = [
-        {"params": list(model[:3].parameters()), "betas": (0.5, 0.9)},
-        {"params": list(model[4].parameters())},
+        {"params": list(model[:3].parameters()), "betas": (least, 0.9)},
+        {"params": list(model[4].parameters()), "betas": (0.7, 0.95)},
     ]
-    rule = Adaptive(fresh=fresh)
+    rule = Adaptive(fresh=fresh, horizon=horizon)
     optimizer = kfac_tn.KFAC(model, loss_fn, params=groups, step_rule=rule, **EAGER)
     seen = spied(optimizer)
     averages = {p: torch.zeros_like(p) for p in model.parameters()}
-    for step in range(1, 5):
+    for step in range(1, 13):
         x, _ = batch(step)
         optimizer.zero_grad()
         loss_fn(model(x), x).backward()
         optimizer.step()
-        for group in optimizer.param_groups:
-            beta = group["betas"][0]
+        for group, given in zip(optimizer.param_groups, (least, 0.7), strict=True):
+            assert group["betas"][0] == given  # the user's own, for schedulers
+            beta = max(given, 1 - 1 / (horizon * step)) if given and horizon else given
             for p in group["params"]:
                 averages[p] = beta * averages[p] + (1 - beta) * p.grad
                 expected = (1 - fresh) * averages[p] / (1 - beta**step) + fresh * p.grad
                 torch.testing.assert_close(seen["slopes"][p], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_averages_of_others_reach_as_far_as_betas_say():
+    """Adam's steps are torch's, whatever the horizon."""
+    model, loss_fn = Noisy().eval(), nn.CrossEntropyLoss()
+    rule = Adaptive(horizon=0.9)
+    optimizer = kfac_tn.KFAC(model, loss_fn, betas=(0.5, 0.9), step_rule=rule, **EAGER)
+    others = [p for p in model.parameters() if p not in optimizer._estimator.layer_of]
+    twins = [nn.Parameter(p.detach().clone()) for p in others]
+    adam = torch.optim.Adam(twins, lr=1e-2, betas=(0.5, 0.9))
+    assert others
+    for seed in range(12):
+        take_step(model, loss_fn, optimizer, seed)
+        for p, twin in zip(others, twins, strict=True):
+            twin.grad = p.grad.clone()
+        adam.step()
+    torch.testing.assert_close(others, twins, rtol=1e-9, atol=1e-12)
 
 
 def test_last_steps_are_told_until_their_gradient_is_gone():
@@ -624,6 +643,7 @@ def test_overparametrized_regression_converges():
         (lambda: Adaptive(interval=0), "interval is 0"),
         (lambda: Adaptive(decay=1.0), "decay is 1.0"),
         (lambda: Adaptive(fresh=1.1), "fresh is 1.1"),
+        (lambda: Adaptive(horizon=-0.1), "horizon is -0.1"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):
