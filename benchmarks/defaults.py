@@ -51,7 +51,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Adaptive(share=0.5)": {"step_rule": partial(Adaptive, share=0.5)},
     "Adaptive(share=2)": {"step_rule": partial(Adaptive, share=2.0)},
     "Adaptive(share=4)": {"step_rule": partial(Adaptive, share=4.0)},
-    "Adaptive(share=3, horizon=0.2)": {"step_rule": partial(Adaptive, share=3.0, horizon=0.2)},
+    "Adaptive(horizon=0)": {"step_rule": partial(Adaptive, horizon=0.0)},
+    "Adaptive(horizon=0.1)": {"step_rule": partial(Adaptive, horizon=0.1)},
+    "Adaptive(horizon=0.4)": {"step_rule": partial(Adaptive, horizon=0.4)},
     "Adaptive, share falling as 1 / (1 + step / 100)": {"step_rule": Falling},
     "Adaptive(share=0.5, radius=2, fresh=0)": {
         "step_rule": partial(Adaptive, share=0.5, radius=2.0, fresh=0.0)

@@ -101,7 +101,7 @@ def with_longer_averages(
     Args:
         groups: Parameter groups; they stay as they are. One whose beta1 is 0 wants no average.
         chosen: Whose averages; those of all others are as ``betas`` say.
-        steps: 1 / (1 - beta1).
+        steps: 1 / (1 - beta1); 0: averages begin anew, as this step's gradients.
 
     Example:
         >>> import torch
@@ -113,14 +113,34 @@ def with_longer_averages(
     result: list[Mapping[str, Any]] = []
     for group in groups:
         beta1, beta2 = group["betas"]
-        if not beta1 or steps * (1 - beta1) <= 1:
+        if not beta1 or 0 < steps * (1 - beta1) <= 1:
             result.append(group)
             continue
         longer = [p for p in group["params"] if p in chosen]
         others = [p for p in group["params"] if p not in chosen]
         result.append({**group, "params": others})
-        result.append({**group, "params": longer, "betas": (1 - 1 / steps, beta2)})
+        result.append({**group, "params": longer, "betas": (1 - 1 / (steps or 1), beta2)})
     return result
+
+
+def lengthened(
+    groups: Iterable[Mapping[str, Any]], chosen: Container[Parameter], steps: float
+) -> dict[Parameter, float]:
+    """How many times further back than ``betas`` say ``with_longer_averages`` makes them reach.
+
+    Example:
+        >>> import torch
+        >>> v, w = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        >>> list(lengthened([{"params": [v, w], "betas": (0.5, 0.9)}], {w}, 4).values())
+        [2.0]
+    """
+    return {
+        p: steps * (1 - group["betas"][0])
+        for group in groups
+        if group["betas"][0] and steps * (1 - group["betas"][0]) > 1
+        for p in group["params"]
+        if p in chosen
+    }
 
 
 def _start(parameter: Parameter, state: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from kfac_tn.curvature.intervals import is_due
 from kfac_tn.optim.step_rules import Proposal, Scaling
+
+_LOOKS = 5  # steps between looks at whether one goes uphill, which wait for the device
 
 
 class Adaptive(Scaling):
@@ -42,22 +45,27 @@ class Adaptive(Scaling):
     loss: progress in directions of low curvature is worth the noise in the others (the bias of
     short horizons, Wu et al. 2018, arXiv 1803.02021).
 
-    With a ``horizon``, m reaches back over a growing number of steps instead: in step t,
+    m reaches back over a growing number of steps, R times as many as ``betas`` say: in step t
 
     .. math::
-        \beta_1 = \max\left(\beta_1, \; 1 - \frac{1}{\text{horizon} \cdot t}\right)
+        \beta_{1,t} = 1 - \frac{1 - \beta_1}{R}, \quad
+        R = \max\left(1, \; \text{horizon} \cdot t \, (1 - \beta_1)\right)
 
     That averages noise away as iterates' averages do, without a second copy of the parameters and
     without knowing when training ends (steps along an average of gradients are those of an average
     of iterates: Defazio 2020, arXiv 2010.00406), and where there is no noise and curvature differs
-    by direction it is Nesterov's growing momentum (1983). Of a step only a share ``fresh`` is at
-    once, and the rest is spread over as many later ones as m reaches back, so several alpha can be
-    taken: 0.2 goes well with a ``share`` of 3, wherever noise or bad conditioning limit progress.
-    It isn't the default, since a loss that falls exponentially no longer does: old gradients are
-    then larger than new ones, and remain in m for a share of all steps.
+    by direction it is Nesterov's growing momentum (1983). Of a gradient only a share ``fresh`` is
+    used at once, and the rest spread over as many later steps as m reaches back; so the ``share``
+    of alpha grows with R, until what is used at once makes steps of alpha. (Each gradient then has
+    the same weight in all steps together, as with momentum that is a sum, not an average.)
+
+    Old gradients outlive a loss that falls exponentially. Steps then go uphill, by the gradient of
+    their own batch; where noise decides, they don't, for they have a share of that. So when one
+    does, m begins anew as the next gradient, and t as 1 (the restarts of O'Donoghue & Candes 2015,
+    arXiv 1204.3982).
 
     Args:
-        share: Of alpha, at the default learning rate.
+        share: Of alpha, at the default learning rate and with m as ``betas`` say.
         radius: Of the trust region, in units of the norm of Adam's step.
         spread: Whether that is one norm for the whole model (0: steps keep their direction), one
             for each layer (1), or between: radii are weighted geometric means of both.
@@ -66,8 +74,8 @@ class Adaptive(Scaling):
         fresh: Share of the step's own gradient (quasi-hyperbolic momentum, Ma & Yarats 2019, arXiv
             1810.06801; Nesterov's is 1 - beta1). An average alone lags behind: where steps are as
             large as curvature allows, it swings from one side of a valley to the other.
-        horizon: Share of the steps taken so far over which m reaches back, if that is further than
-            ``betas`` say; 0 (default): as they say. Not of parameters that take Adam's steps, nor
+        horizon: Share of the steps since m began over which it reaches back, if that is further
+            than ``betas`` say; 0: always as they say. Not of parameters that take Adam's steps, nor
             where beta1 is 0.
 
     Raises:
@@ -86,7 +94,7 @@ class Adaptive(Scaling):
         interval: int = 20,
         decay: float = 0.7,
         fresh: float = 0.2,
-        horizon: float = 0.0,
+        horizon: float = 0.2,
     ) -> None:
         if not share > 0:
             raise ValueError(f"share is {share}: it must be positive.")
@@ -106,9 +114,15 @@ class Adaptive(Scaling):
         self.fresh, self.horizon = fresh, horizon
         self.interval, self.decay = interval, decay
         self.excess = torch.tensor(torch.nan)  # d^T G d / d^T F d; NaN: never measured
+        self.begun = 0  # the step whose gradient m began with
 
     def wants_batch(self, step: int) -> bool:  # noqa: D102
         return is_due(step, self.interval)
+
+    def reach(self, step: int) -> float:  # noqa: D102
+        if not self.horizon or step < self.begun:
+            return 1.0
+        return 0.0 if step == self.begun > 0 else self.horizon * (step - self.begun + 1)
 
     def factors(self, proposal: Proposal) -> Tensor:  # noqa: D102
         if not proposal.directions:
@@ -121,7 +135,7 @@ class Adaptive(Scaling):
         seen = norms if weights is None else norms * weights
         layers = [proposal.estimator.layer_of[p] for p in parameters]
         bound = _ratios(seen, layers, self.spread).mul_(self.radius)
-        best: float | Tensor = self.share / self.lr
+        best = self._growth(proposal, given) / self.lr
         if weights is not None or proposal.replay is not None:
             slopes = torch._foreach_mul(directions, [proposal.gradients[p] for p in parameters])
             sums = torch.stack([product.sum() for product in slopes])
@@ -138,7 +152,28 @@ class Adaptive(Scaling):
         excess = self.excess.to(given)
         reach = torch.minimum(bound, excess.reciprocal() * best)
         scales = torch.where(excess.isnan(), adam / given, reach)
-        return scales.nan_to_num(0.0, 0.0, 0.0)  # of directions that are zero
+        scales = scales.nan_to_num(0.0, 0.0, 0.0)  # of directions that are zero
+        self._look_back(proposal, scales if weights is None else scales * weights)
+        return scales
+
+    def _growth(self, proposal: Proposal, like: Tensor) -> float | Tensor:
+        """Alphas to take: one number, or one for each direction."""
+        most = 1 / self.fresh if self.fresh else math.inf
+        growths = [min(proposal.reaches.get(p, 1.0), most) for p in proposal.directions]
+        if min(growths) == max(growths):
+            return self.share * growths[0]
+        return self.share * torch.tensor(growths).to(like)
+
+    def _look_back(self, proposal: Proposal, scales: Tensor) -> None:
+        """Have averages begin anew if the step goes uphill."""
+        step = proposal.estimator.steps  # the next one
+        old = proposal.reaches or self.begun
+        if proposal.current is None or not old or step % _LOOKS:
+            return
+        current = [proposal.current[p] for p in proposal.directions]
+        slopes = torch._foreach_mul(list(proposal.directions.values()), current)
+        if (torch.stack([slope.sum() for slope in slopes]) * scales).sum() < 0:
+            self.begun = step
 
     def _average(self, measured: Tensor) -> None:
         """Take a measurement in, unless it makes no sense."""
@@ -148,10 +183,10 @@ class Adaptive(Scaling):
         self.excess = torch.where(good, after, before)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"excess": self.excess}
+        return {"excess": self.excess, "begun": self.begun}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        self.excess = state["excess"].clone()
+        self.excess, self.begun = state["excess"].clone(), state["begun"]
 
 
 def _weights(lrs: list[float], like: Tensor) -> Tensor | None:

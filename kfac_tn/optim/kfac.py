@@ -22,6 +22,7 @@ from kfac_tn.optim.adam import (
     cast_moments,
     current_updates,
     freshened,
+    lengthened,
     with_longer_averages,
 )
 from kfac_tn.optim.base import CurvatureUser
@@ -61,11 +62,12 @@ class KFAC(CurvatureUser, GroupedOptimizer):
     with A and B the moving averages of the layer's Kronecker factors, hats for damping, nu and s
     of the ``step_rule``. By default nu is 0.2, and steps go as far as the quadratic model of the
     loss promises progress, its curvature measured along d, but within a trust region of the norm
-    of 4 u (see ``kfac_tn.optim.Adaptive``). Other parameters take Adam's step u. Statistics are
-    renewed every ``factor_interval`` steps and inverses every ``inverse_interval`` (more often at
-    the beginning: whenever a quarter more steps have been taken), by extra backward passes that
-    start when ``backward()`` reaches the loss; other steps cost two matrix products per layer more
-    than Adam's.
+    of 4 u; as training goes on, beta1 grows such that m reaches back over a fifth of all steps, and
+    begins anew where steps go uphill (see ``kfac_tn.optim.Adaptive``). Other parameters take Adam's
+    step u. Statistics are renewed every ``factor_interval`` steps and inverses every
+    ``inverse_interval`` (more often at the beginning: whenever a quarter more steps have been
+    taken), by extra backward passes that start when ``backward()`` reaches the loss; other steps
+    cost two matrix products per layer more than Adam's.
 
     Hooks of your own on activations (``register_hook``, ``retain_grad``, full backward hooks) see
     the extra passes too: autograd has no way to leave them out. Parameters' gradients don't.
@@ -81,7 +83,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             a functional loss, give its module here and call ``observe(outputs, targets)``.
         lr: Learning rate, of Adam's size for ``"adaptive"`` and ``"graft"``. Natural-gradient steps
             (``"kl_clip"``, ``"fixed"``) want 0.03 to 0.3. Default: 1e-2; for ``"quadratic"`` 1.
-        betas: Decay of the gradient's first and second moments.
+        betas: Decay of the gradient's first and second moments; with ``"adaptive"`` the least of
+            the first, in layers with curvature.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled (Loshchilov & Hutter 2019); per step ``lr * weight_decay``.
         approximation: ``"expand"`` or ``"reduce"``, a dict by layer name, or a function of
@@ -287,7 +290,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         before = {p: p.clone() for p in gradients} if measured else None
         self._estimator.advance()
         moments, updates = adam_updates(
-            self._averaging(taken + 1),
+            self._averaging(taken),
             self.state,
             gradients,
             corrected=not self._rule.any_length,
@@ -301,7 +304,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         replay = self._replay if recorded and self._rule.wants_batch(taken) else None
         if replay is None and self._rule.wants_batch(taken) and not self._estimator.closed:
             self._estimator.warn(without_batch(self._rule.without_batch))
-        factors = self._direct(slopes, updates, lrs, replay)
+        factors = self._direct(slopes, updates, lrs, gradients, replay)
         self._apply(updates, factors)
         if before is not None and self._replay is not None:
             ratio = reduction_ratio(self._replay, self._estimator, gradients, before, closure)
@@ -392,9 +395,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             wanting = self._damping_rule.wants_ratio, self._rule.wants_batch
             self._replay.armed = any(wants(self._estimator.steps) for wants in wanting)
 
-    def _averaging(self, steps: int) -> list[Mapping[str, Any]]:
-        """Parameter groups with the betas of a step, the so-many-th."""
-        reach = self._rule.horizon * steps
+    def _averaging(self, step: int) -> list[Mapping[str, Any]]:
+        """Parameter groups with the betas of a step, counted from 0."""
+        reach = self._rule.reach(step)
         return with_longer_averages(self.param_groups, self._estimator.layer_of, reach)
 
     def _direct(
@@ -402,18 +405,29 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         slopes: dict[Parameter, Tensor],
         updates: dict[Parameter, Tensor],
         lrs: dict[Parameter, float],
-        replay: Replay | None,
+        current: dict[Parameter, Tensor] | None = None,
+        replay: Replay | None = None,
     ) -> dict[Parameter, Tensor]:
         """Replace Adam's updates by KFAC's wherever there is curvature.
 
         Returns:
             What some of them have still to be multiplied with.
         """
-        directions = self._estimator.precondition(slopes)
-        waiting: list[Tensor] | None = [] if self._rule.may_wait else None
+        estimator = self._estimator
+        reach = self._rule.reach(estimator.steps - 1)
         proposal = Proposal(
-            directions, slopes, updates, lrs, self._estimator, self.state, replay, waiting
+            directions=estimator.precondition(slopes),
+            gradients=slopes,
+            references=updates,
+            lrs=lrs,
+            estimator=estimator,
+            states=self.state,
+            replay=replay,
+            waiting=[] if self._rule.may_wait else None,
+            current=current,
+            reaches=lengthened(self.param_groups, estimator.layer_of, reach),
         )
+        directions = proposal.directions
         if self._trust_region is None:
             self._rule.scale(proposal)
         else:
@@ -429,13 +443,13 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         gradients = {p: p.grad for p in self._group_of if p.grad is not None}
         fresh = self._rule.fresh  # a share in steps of gradients, which may be gone by now
         taken = [p for p in (gradients if fresh else self._group_of) if self.state[p]]
-        groups = self._averaging(self._estimator.steps)
+        groups = self._averaging(self._estimator.steps - 1)
         moments, updates = current_updates(groups, self.state, set(taken))
         lrs = self._lrs(updates)
         if self._rule.own_momentum:
             updates |= {p: s["previous"] for p in taken if "previous" in (s := self.state[p])}
         else:
             slopes = freshened(moments, gradients, fresh)
-            for p, factor in self._direct(slopes, updates, lrs, None).items():
+            for p, factor in self._direct(slopes, updates, lrs).items():
                 updates[p].mul_(factor)
         return {p: -lrs[p] * update for p, update in updates.items()}

@@ -31,6 +31,10 @@ class Proposal:
         replay: The batch of this step, if the rule wants it.
         waiting: Where factors of the directions are put until the step is taken; None: directions
             are multiplied at once.
+        current: Gradients of this step alone, of all parameters; None: no step is taken, only
+            looked at, and a rule learns nothing from it.
+        reaches: How many times further back than ``betas`` say the averages in ``gradients`` reach,
+            where that is further.
     """
 
     directions: dict[Parameter, Tensor]
@@ -41,6 +45,8 @@ class Proposal:
     states: MutableMapping[Any, dict[str, Any]] = field(default_factory=dict)
     replay: Replay | None = None
     waiting: list[Tensor] | None = None
+    current: Mapping[Parameter, Tensor] | None = None
+    reaches: Mapping[Parameter, float] = field(default_factory=dict)
 
     def multiply(self, factors: Tensor) -> None:
         """Multiply the directions, each with a factor of its own or all with one, now or later."""
@@ -68,8 +74,6 @@ class StepRule(ABC):
             curvature need one of their own.
         own_momentum: Whether directions are of the gradient as it is, not of its moving average.
         fresh: Share of the gradient as it is in what directions are of, besides the average.
-        horizon: Share of the steps taken so far over which that average reaches back, where that is
-            further than ``betas`` say.
         needs_batch: Whether it ever computes with the batch.
         any_length: Whether it gives directions a length that theirs has no part in, so that they,
             and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
@@ -80,7 +84,6 @@ class StepRule(ABC):
     natural = True
     own_momentum = False
     fresh = 0.0
-    horizon = 0.0
     needs_batch = False
     any_length = False
     without_batch = ""
@@ -93,6 +96,13 @@ class StepRule(ABC):
     def wants_batch(self, step: int) -> bool:
         """Whether this step's batch is needed; steps are counted from 0."""
         return False
+
+    def reach(self, step: int) -> float:
+        """Over how many steps that average reaches back in this one, where ``betas`` say less.
+
+        0: it begins anew, as this step's gradient.
+        """
+        return 1.0
 
     @abstractmethod
     def scale(self, proposal: Proposal) -> Tensor:

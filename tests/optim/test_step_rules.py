@@ -433,14 +433,18 @@ def spied(optimizer):
     return seen
 
 
+@pytest.mark.parametrize("horizon", [0.0, 0.9])
 @pytest.mark.parametrize("lr", [1e-2, 3e-3])
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("radius", [1e-3, 1.0, 1e9])
-def test_steps_minimize_the_quadratic_model_within_the_trust_region(lr, spread, radius):
-    """From the dense GGN: t = min(lr / 1e-2 * share * alpha, lr * radius * Adam's norm / |d|)."""
-    model, loss_fn, share, decay = smooth(), nn.CrossEntropyLoss(), 0.7, 0.6
-    rule = Adaptive(share, radius, spread, interval=1, decay=decay)
-    optimizer = kfac_tn.KFAC(model, loss_fn, lr=lr, step_rule=rule, **EAGER)
+def test_steps_minimize_the_quadratic_model_within_the_trust_region(lr, spread, radius, horizon):
+    """From the dense GGN: t = min(lr / 1e-2 * share * alpha, lr * radius * Adam's norm / |d|).
+
+    More alpha by as much as averages reach further back, until the gradient's own share is 1.
+    """
+    model, loss_fn, share, decay, fresh = smooth(), nn.CrossEntropyLoss(), 0.3, 0.6, 0.6
+    rule = Adaptive(share, radius, spread, 1, decay, fresh, horizon)
+    optimizer = kfac_tn.KFAC(model, loss_fn, lr, betas=(0.5, 0.95), step_rule=rule, **EAGER)
     seen, excess = spied(optimizer), None
     names = [name for name, _ in model.named_parameters()]
     parameters = list(model.parameters())
@@ -456,7 +460,8 @@ def test_steps_minimize_the_quadratic_model_within_the_trust_region(lr, spread, 
         for p in parameters:
             state = optimizer.state[p]
             beta1, beta2 = optimizer.param_groups[0]["betas"]
-            first = state["exp_avg"] / (1 - beta1 ** (seed + 1))
+            reach = max(1 / (1 - beta1), horizon * (seed + 1))
+            first = state["exp_avg"] / (1 - (1 - 1 / reach) ** (seed + 1))
             u.append(first / ((state["exp_avg_sq"] / (1 - beta2 ** (seed + 1))).sqrt() + 1e-8))
         whole = flat(u).norm() / flat(d).norm()
         bound = []
@@ -468,7 +473,8 @@ def test_steps_minimize_the_quadratic_model_within_the_trust_region(lr, spread, 
         measured = trial @ ggn @ trial / metric
         excess = measured if excess is None else decay * excess + (1 - decay) * measured
         alpha = 1 / excess  # d^T m / (excess d^T F d), and F d = m
-        scales = [min(lr * b, lr / 1e-2 * share * alpha) for b in bound]
+        growth = min(reach * (1 - beta1), 1 / fresh)
+        scales = [min(lr * b, lr / 1e-2 * share * growth * alpha) for b in bound]
         expected = [p - t * each for p, t, each in zip(before, scales, d, strict=True)]
         torch.testing.assert_close([p.detach() for p in parameters], expected, rtol=1e-5, atol=1e-6)
 
@@ -498,6 +504,53 @@ def test_directions_are_of_an_average_and_the_steps_own_gradient(fresh, least, h
                 averages[p] = beta * averages[p] + (1 - beta) * p.grad
                 expected = (1 - fresh) * averages[p] / (1 - beta**step) + fresh * p.grad
                 torch.testing.assert_close(seen["slopes"][p], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("fresh", [0.0, 0.1])
+@pytest.mark.parametrize("horizon", [0.0, 0.2])
+def test_averages_begin_anew_where_steps_go_uphill(horizon, fresh):
+    """When the sign of all gradients changes; the next step's averages are its gradients."""
+    model, loss_fn = smooth(), nn.MSELoss()
+    options = {"betas": (0.5, 0.9), "step_rule": Adaptive(fresh=fresh, horizon=horizon), **EAGER}
+    optimizer = kfac_tn.KFAC(model, loss_fn, lr=1e-5, **options)
+    seen, slopes, anew = spied(optimizer), [], []
+    x, _ = batch(0)
+    for step in range(30):
+        optimizer.zero_grad()
+        loss_fn(model(x), x).backward()
+        for p in model.parameters():
+            p.grad *= -1 if step >= 14 else 1
+        before = {p: p.detach().clone() for p in model.parameters()}
+        optimizer.step()
+        slopes.append(sum((p.grad * (p - before[p])).sum() for p in before).item())
+        if all(torch.equal(seen["slopes"][p], p.grad) for p in model.parameters()):
+            anew.append(step)
+    if horizon:  # steps are looked at before those whose number is a multiple of 5
+        assert all(slope < 0 for slope in [*slopes[:14], *slopes[15:]])
+        assert slopes[14] > 0
+    assert anew == ([0, 15] if horizon else [0])
+
+
+def test_averages_begin_anew_in_the_same_step_after_a_checkpoint():
+    """With the step's number, and how far averages reach by then."""
+    results = []
+    x, _ = batch(0)
+    for cut in (None, 15, 17):
+        model, loss_fn = smooth(), nn.MSELoss()
+        options = {"betas": (0.5, 0.9), "step_rule": "adaptive", **EAGER}
+        optimizer = kfac_tn.KFAC(model, loss_fn, **options)
+        for step in range(24):
+            if step == cut:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = kfac_tn.KFAC(model, loss_fn, **{**options, "step_rule": Adaptive()})
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            (loss_fn(model(x), x) * (-1 if step >= 14 else 1)).backward()
+            optimizer.step()
+        assert optimizer._rule.begun == 15
+        results.append(flat(model.parameters()))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_averages_of_others_reach_as_far_as_betas_say():
