@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -59,9 +60,9 @@ def compute_ggn_diagonal(
             output gradients and result: examples and columns come in chunks. The same for gradients
             of one example of parameters that are differentiated so: with more than it allows at
             once, there are further backward passes. Default: 64 MiB, or what a single gradient
-            takes if that is more; and twice what the layers' inputs take (128 MiB at least) for
-            output gradients that are squared faster with other columns'. Parameters differentiated
-            example by example all at once.
+            takes if that is more; and four times what the layers' inputs take (128 MiB at least)
+            for output gradients that are squared faster with other columns'. Parameters
+            differentiated example by example all at once.
         generator: Source of randomness (on the model's device); by default the global one.
         forward: For other batches (dicts, more than two parts) and other ways to call the model: a
             function of model and batch that returns the outputs for the loss, and the targets.
@@ -172,14 +173,11 @@ def _add_batch(
     columns: Iterable[Tensor],
     max_memory: int | None,
 ) -> None:
-    def add(name: str, attribute: str, contributions: Contributions) -> None:
-        totals[name] += sum_of_squares(attribute, contributions, max_memory)
-
     columns = iter(columns)
-    limit = 2 * max(calls.input_bytes, common.UNFOLD_BYTES) if max_memory is None else 0
+    limit = max(4 * calls.input_bytes, 2 * common.UNFOLD_BYTES) if max_memory is None else 0
     size = max(1, common.UNFOLD_BYTES // calls.outputs.nbytes)
     while chunk := list(islice(columns, size)):
-        held = _Held(add, len(chunk), limit)
+        held = _Held(totals, len(chunk), limit, max_memory)
         for column in chunk:
             calls.backward(column, held.receive)
         held.release()
@@ -190,32 +188,30 @@ class _Held:
     """Output gradients that are squared faster with those of other columns.
 
     Args:
-        add: Takes a parameter's name, whether it is a weight or a bias, and contributions.
+        totals: To add squares to, by parameters' names.
         columns: How many there will be.
         limit: Most bytes to hold of all of them.
+        max_memory: Most bytes to hold for squares.
     """
 
     def __init__(
-        self, add: Callable[[str, str, Contributions], None], columns: int, limit: int
+        self, totals: dict[str, Tensor], columns: int, limit: int, max_memory: int | None
     ) -> None:
-        self._add, self._columns, self._left = add, columns, limit
-        self._held: dict[tuple[str, Call], tuple[int, Tensor]] = {}
+        self._totals, self._columns, self._left = totals, columns, limit
+        self._max_memory = max_memory
+        self._held: defaultdict[tuple[str, Call], list[Tensor]] = defaultdict(list)
         self._capacities: dict[tuple[str, Call], int] = {}
 
     def receive(self, name: str, attribute: str, contributions: Contributions) -> None:
-        """Hold what comes, or hand it on."""
+        """Hold what comes, or square it."""
         (call, g), *others = contributions
         # Gradients of several calls add up before they are squared.
         if attribute != "weight" or others or self._capacity(name, call, g) == 1:
-            self._add(name, attribute, contributions)
+            self._totals[name] += sum_of_squares(attribute, contributions, self._max_memory)
             return
         key = name, call
-        if key not in self._held:
-            self._held[key] = 0, g.new_empty((self._capacities[key], *g.shape))
-        count, gradients = self._held[key]
-        gradients[count] = g
-        self._held[key] = count + 1, gradients
-        if count + 1 == len(gradients):
+        self._held[key].append(g)
+        if len(self._held[key]) == self._capacities[key]:
             self._release(key)
 
     def _capacity(self, name: str, call: Call, g: Tensor) -> int:
@@ -231,11 +227,13 @@ class _Held:
         return self._capacities[key]
 
     def _release(self, key: tuple[str, Call]) -> None:
-        (name, call), (count, gradients) = key, self._held.pop(key)
-        self._add(name, "weight", [(call, gradients[:count])])
+        (name, call), columns = key, self._held.pop(key)
+        self._totals[name] += call.family.columns_diagonal(
+            call.module, call.x, columns, self._max_memory
+        )
 
     def release(self) -> None:
-        """Hand on what is held."""
+        """Square what is held."""
         for key in list(self._held):
             self._release(key)
 

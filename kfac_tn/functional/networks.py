@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfac_tn import tn
+from kfac_tn.functional import winograd
 from kfac_tn.functional.common import hashable
 from kfac_tn.tn.conv import Ints, Padding
 from kfac_tn.tn.plan import Plan, plan, run
@@ -71,6 +72,21 @@ def adjoint(x: Tensor, geometry: Geometry) -> tuple[Geometry, tuple[int, ...]]:
     """
     kernel, stride, padding, dilation, sizes = _adjoint(*_key(x, geometry))
     return Geometry(kernel, stride, padding, dilation, geometry.groups), sizes
+
+
+def tiled(x: Tensor, geometry: Geometry) -> tuple[Geometry, Geometry] | None:
+    """A convolution as one along the last axis, in tiles, and one across it of what that makes.
+
+    Unfolded, the first has for each tile of outputs all that these meet; the second leaves the last
+    axis alone.
+
+    Returns:
+        None if kernels aren't as `kfac_tn.functional.winograd` has them, the last tile isn't full,
+        or this is compiled, where tiles aren't faster.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return _tiled(*_key(x, geometry))
 
 
 def seen_positions(x: Tensor, geometry: Geometry) -> tuple[tuple[int, ...], ...]:
@@ -141,6 +157,24 @@ def _adjoint(*key: Any) -> tuple[Any, ...]:
     sizes = (size + min(0, last) for size, (_, last) in zip(spec.output_size, needed, strict=True))
     padding = tuple((before, max(0, last)) for before, last in needed)
     return spec.kernel_size, spec.strides, padding, spec.dilations, tuple(sizes)
+
+
+@lru_cache(maxsize=1024)
+def _tiled(*key: Any) -> tuple[Geometry, Geometry] | None:
+    spec = _spec(*key)
+    kernel, strides, dilations = spec.kernel_size, spec.strides, spec.dilations
+    paddings, mode = tuple(spec.paddings), spec.padding_mode
+    if (kernel[-1], strides[-1], dilations[-1]) != (winograd.KERNEL, 1, 1):
+        return None
+    if spec.output_size[-1] % winograd.TILE:
+        return None
+    ones, zeros = (1,) * (len(kernel) - 1), ((0, 0),) * (len(kernel) - 1)
+    window, step = (*ones, winograd.WINDOW), (*ones, winograd.TILE)
+    along = Geometry(window, step, (*zeros, paddings[-1]), 1, 1, mode)
+    across = Geometry(
+        (*kernel[:-1], 1), (*strides[:-1], 1), (*paddings[:-1], (0, 0)), dilations, 1, mode
+    )
+    return along, across
 
 
 @torch.compiler.assume_constant_result

@@ -7,7 +7,7 @@ Every layer here multiplies, in each group, a matrix with the vectors `a` that i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class Pair:
 
     Attributes:
         x: Input, examples first.
-        g: Back-propagated columns, `[V, N, ...]`.
+        g: Back-propagated columns, each `[N, ...]`.
         vectors: Makes `a`, `[n, groups, d_in, R]`, of some examples' input.
         rows: Makes `[v, n, groups, d_out, R]` of some columns.
         shape: `groups`, `d_out`, `d_in` and the number of positions `R`.
@@ -32,21 +32,30 @@ class Pair:
         direct: Makes the gradient, `[groups, d_out, d_in]`, of one example's input and one column
             of gradients of its output, both with an axis of one example, without its vectors. None
             where nothing does.
+        tiles: Makes `[WINDOW, n, groups, d, R / TILE]` of some examples' input, `d_in` being `d`
+            times `KERNEL`: see `kfac_tn.functional.winograd`. None where that doesn't apply.
     """
 
     x: Tensor
-    g: Tensor
+    g: Sequence[Tensor]
     vectors: Callable[[Tensor], Tensor]
     rows: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int, int]
     seen: Callable[[], tuple[tuple[int, ...], ...]]
     direct: Callable[[Tensor, Tensor], Tensor] | None = None
+    tiles: Callable[[Tensor], Tensor] | None = None
+
+    def read(self, columns: slice, examples: slice) -> Tensor:
+        """Rows of some columns and examples; an example's columns follow each other in memory."""
+        parts = [cast(g[examples]) for g in self.g[columns]]
+        stacked = torch.stack(parts, 1).transpose(0, 1) if len(parts) > 1 else parts[0].unsqueeze(0)
+        return self.rows(stacked)
 
 
 def per_example_gradients(pair: Pair) -> Tensor:
     """Every column's and every example's weight gradient, `[V, N, groups, d_out, d_in]`."""
     groups, d_out, d_in, positions = pair.shape
-    columns, examples = pair.g.shape[:2]
+    columns, examples = len(pair.g), len(pair.x)
     dtype = accumulation_dtype(pair.x)
     copies = groups * positions * (3 * d_in + columns * d_out) * dtype.itemsize
     size = max(1, common.UNFOLD_BYTES // copies)
@@ -55,7 +64,7 @@ def per_example_gradients(pair: Pair) -> Tensor:
         for start in range(0, examples, size):
             chunk = slice(start, start + size)
             vectors = cast(pair.vectors(pair.x[chunk]))
-            results.append(products_over_positions(cast(pair.rows(pair.g[:, chunk])), vectors))
+            results.append(products_over_positions(pair.read(slice(None), chunk), vectors))
     return concatenate(results).movedim(2, 0)
 
 

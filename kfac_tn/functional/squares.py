@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kfac_tn.functional import common
+from kfac_tn.functional import common, winograd
 from kfac_tn.functional.common import accumulation_dtype, cast, full_precision
 from kfac_tn.functional.pairs import Pair, products_over_positions
+from kfac_tn.functional.winograd import KERNEL
 from kfac_tn.tn import gemm
 
 LARGE = 2**22
 """Multiplications of an example's gradients that are worth products of their own."""
 
-ENOUGH = 4
-"""Columns that are worth being held, so that an input is unfolded once for all of them."""
+ENOUGH = 5
+"""Columns that are worth being held, so that an input is unfolded once for all of them: half of
+what ten classes have."""
 
 FEW = 8
 """Gradients of a chunk that are squared and added one by one: so many launches cost less than to
@@ -32,6 +34,10 @@ ROWS = 768
 SQUARING = 16
 """Positions whose products take as long as to write a gradient and to add its square (measured on a
 CPU: 22 at 512 channels, whose gradient is larger than the cache, 3 at 256)."""
+
+TILING = 256
+"""Positions whose products take as long as to make a gradient of products of tiles (measured on a
+CPU: of 1024 positions, tiles take 0.7 to 0.85 of the time, for 256 nearly as long as without)."""
 
 PAIRING = 16
 """Products that take as long as to multiply and add one pair of numbers."""
@@ -70,6 +76,7 @@ def choose(pair: Pair, limit: int) -> str:
     - `"one position"`: `(g a^T)^2` is `g^2 (a^2)^T`, so that all gradients take one product.
     - `"positions"`: pairs of positions, summed over columns first; see `_pairs_of_positions`.
     - `"direct"`: each gradient by torch's own kernel, nothing unfolded.
+    - `"tiles"`: each gradient, by half of the products.
     - `"gradients"`: each gradient, from vectors `a` that its columns share.
     """
     _, d_out, d_in, positions = pair.shape
@@ -78,10 +85,12 @@ def choose(pair: Pair, limit: int) -> str:
         return "one position"
     if is_for_pairs(d_out, d_in, positions, columns) and sum(_bytes_of_pairs(pair, limit)) <= limit:
         return "positions"
+    if _is_for_tiles(pair) and sum(_bytes_of_tiles(pair)) <= limit:
+        return "tiles"
     # To unfold takes time with `d_in R`, once for all columns; torch's kernel loses time with its
     # result, `d_out d_in`.
     direct = pair.direct is not None and columns == 1 and positions > d_out
-    return "direct" if direct and _is_for_one_dnn(pair.g) else "gradients"
+    return "direct" if direct and _is_for_one_dnn(pair.g[0]) else "gradients"
 
 
 def columns_together(d_out: int, d_in: int, positions: int, columns: int) -> int:
@@ -104,6 +113,16 @@ def is_for_pairs(d_out: int, d_in: int, positions: int, columns: int) -> bool:
     return positions > 1 and pairs * (1 + made) < columns * (positions + SQUARING)
 
 
+def _is_for_tiles(pair: Pair) -> bool:
+    """Whether half of the products take longer than all that is made of and for the others."""
+    _, d_out, d_in, positions = pair.shape
+    columns = len(pair.g)
+    if pair.tiles is None or not _is_large(pair, columns) or not _is_for_one_dnn(pair.g[0]):
+        return False
+    made = PAIRING * (1 / d_in + 1 / (d_out * columns))  # of either side, for each product
+    return positions * (1 / 2 - made) > TILING
+
+
 def _is_for_one_dnn(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
         return False
@@ -114,8 +133,8 @@ def _is_for_one_dnn(tensor: Tensor) -> bool:
 
 
 def _one_position(pair: Pair, total: Tensor, limit: int) -> None:
-    for vectors, rows in _chunks(pair, limit):
-        squares = rows.squeeze(-1).square().sum(0)
+    for vectors, columns, examples in _chunks(pair, limit):
+        squares = pair.read(columns, examples).squeeze(-1).square().sum(0)
         total.baddbmm_(squares.permute(1, 2, 0), vectors.squeeze(-1).square().transpose(0, 1))
 
 
@@ -123,10 +142,9 @@ def _gradients(pair: Pair, total: Tensor, limit: int) -> None:
     if _is_large(pair, len(pair.g)):
         _large_gradients(pair, total, limit)
         return
-    for vectors, rows in _chunks(pair, limit):
-        gradients = products_over_positions(rows, vectors)
-        examples, _, columns = gradients.shape[:3]
-        if examples * columns > FEW:
+    for vectors, columns, examples in _chunks(pair, limit):
+        gradients = products_over_positions(pair.read(columns, examples), vectors)
+        if gradients.shape[0] * gradients.shape[2] > FEW:
             total += gradients.square().sum((0, 2))
             continue
         for gradient in gradients.movedim(2, 1).flatten(0, 1):
@@ -135,15 +153,17 @@ def _gradients(pair: Pair, total: Tensor, limit: int) -> None:
 
 def _large_gradients(pair: Pair, total: Tensor, limit: int) -> None:
     """Example by example, in blocks of `d_in` that stay in a cache until they are squared."""
-    for vectors, rows in _chunks(pair, limit):
-        blocks = -(-len(rows) * total[0].nbytes // (common.CACHE_BYTES // 2))
+    for vectors, columns, examples in _chunks(pair, limit):
+        width = columns.stop - columns.start
+        blocks = -(-width * total[0].nbytes // (common.CACHE_BYTES // 2))
         size = -(-total.shape[-1] // blocks)
-        for group in range(len(total)):
-            for n, a in enumerate(vectors[:, group]):
-                g = rows[:, n, group].flatten(0, 1)
+        for n, example in enumerate(vectors, examples.start):
+            rows = pair.read(columns, slice(n, n + 1))[:, 0]
+            for group, a in enumerate(example):
+                g = rows[:, group].flatten(0, 1)
                 for first in range(0, total.shape[-1], size):
                     block = slice(first, first + size)
-                    for gradient in _multiply(g, a[block]).chunk(len(rows)):
+                    for gradient in _multiply(g, a[block]).chunk(width):
                         total[group, :, block].addcmul_(gradient, gradient)
 
 
@@ -151,11 +171,31 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return gemm.multiply(a.unsqueeze(0), b.mT.unsqueeze(0)).squeeze(0)
 
 
+def _tiles(pair: Pair, total: Tensor, limit: int) -> None:
+    """Example by example, by half of the products; see `kfac_tn.functional.winograd`."""
+    assert pair.tiles is not None
+    groups, d_out, d_in, _ = pair.shape
+    sums = total.new_zeros(groups, KERNEL, d_out, d_in // KERNEL)
+    width = _columns_of_tiles(pair, limit)
+    for n in range(len(pair.x)):
+        example = slice(n, n + 1)
+        tiles = pair.tiles(pair.x[example])[:, 0]
+        for columns in _slices(len(pair.g), width):
+            rows = pair.read(columns, example)[:, 0]
+            for group in range(groups):
+                g = winograd.transform_gradients(rows[:, group].flatten(0, 1))
+                products = gemm.multiply(g, tiles[:, group].mT)
+                gradients = winograd.transform_products(products)
+                for gradient in gradients.unflatten(1, (-1, d_out)).unbind(1):
+                    sums[group].addcmul_(gradient, gradient)
+    total += sums.movedim(1, -1).flatten(2)
+
+
 def _direct(pair: Pair, total: Tensor, limit: int) -> None:
     assert pair.direct is not None
     for n in range(len(pair.x)):
-        for g in pair.g[:, n : n + 1]:
-            gradient = pair.direct(pair.x[n : n + 1], g)
+        for g in pair.g:
+            gradient = pair.direct(pair.x[n : n + 1], g[n : n + 1])
             total.addcmul_(gradient, gradient)
 
 
@@ -182,7 +222,7 @@ def _pairs_of_positions(pair: Pair, total: Tensor, limit: int) -> None:
         # Examples last: [groups, entries, channels, R, n] and [V, groups, d_out, R, n].
         a = cast(pair.vectors(pair.x[chunk])).unflatten(2, (-1, len(seen)))
         a = a.permute(1, 3, 2, 4, 0).contiguous()
-        g = cast(pair.rows(pair.g[:, chunk])).permute(0, 2, 3, 4, 1).contiguous()
+        g = pair.read(slice(None), chunk).permute(0, 2, 3, 4, 1).contiguous()
         g_pairs = _multiply_pairs(g)
         g_pairs[:, :, positions:] *= 2  # of different positions, in either order
         for visible, entries in alike.items():
@@ -242,6 +282,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "one position": _one_position,
     "positions": _pairs_of_positions,
     "direct": _direct,
+    "tiles": _tiles,
     "gradients": _gradients,
 }
 
@@ -249,15 +290,18 @@ ALGORITHMS: dict[str, Algorithm] = {
 # ---- memory ----------------------------------------------------------------------------------
 
 
-def _chunks(pair: Pair, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Vectors, `[n, groups, d_in, R]`, with each chunk of rows, `[v, n, groups, d_out, R]`."""
-    columns, examples = pair.g.shape[:2]
+def _chunks(pair: Pair, limit: int) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Vectors, `[n, groups, d_in, R]`, with each chunk of columns, and whose they are."""
     width, size = _chunk_sizes(pair, limit)
-    for start in range(0, examples, size):
-        chunk = slice(start, start + size)
-        vectors = cast(pair.vectors(pair.x[chunk]))
-        for first in range(0, columns, width):
-            yield vectors, cast(pair.rows(pair.g[first : first + width, chunk]))
+    for examples in _slices(len(pair.x), size):
+        vectors = cast(pair.vectors(pair.x[examples]))
+        for columns in _slices(len(pair.g), width):
+            yield vectors, columns, examples
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def _chunk_sizes(pair: Pair, limit: int) -> tuple[int, int]:
@@ -293,6 +337,24 @@ def _bytes_of_gradients(pair: Pair) -> tuple[int, int]:
         3 * size * d_in * positions,
         2 * size * d_out * (positions + (d_in if positions > 1 else 0)),
     )
+
+
+def _bytes_of_tiles(pair: Pair) -> tuple[int, int]:
+    """Of an example: what it meets, twice transformed, and sums; of a gradient: what it is made of.
+
+    That is its rows, twice laid out and transformed; and products, with oneDNN's own of one point.
+    """
+    groups, d_out, d_in, positions = pair.shape
+    size = accumulation_dtype(pair.x).itemsize
+    return (
+        size * groups * d_in * (3 * positions // 2 + 3 * d_out),
+        size * d_out * (4 * positions + 4 * d_in),
+    )
+
+
+def _columns_of_tiles(pair: Pair, limit: int) -> int:
+    example, gradient = _bytes_of_tiles(pair)
+    return max(1, min(len(pair.g), ROWS // pair.shape[1], (limit - example) // gradient))
 
 
 def _bytes_of_pairs(pair: Pair, limit: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -40,9 +41,9 @@ class GradientFamily(ABC):  # noqa: B024 (what a family lacks, it says when aske
         raise NotImplementedError(self._lacks("per_example_bias_gradient"))
 
     def columns_together(self, module: Module, g: Tensor, columns: int) -> int:
-        """Of so many columns, how many ``weight_diagonal`` is to have at once, ``[V, N, ...]``.
+        """Of so many columns, how many ``columns_diagonal`` is to have at once.
 
-        Default: 1, it gets them one after the other, ``g`` shaped like the output.
+        Default: 1, ``weight_diagonal`` gets them one after the other.
         """
         return 1
 
@@ -54,6 +55,15 @@ class GradientFamily(ABC):  # noqa: B024 (what a family lacks, it says when aske
         ``max_memory`` bounds what is held on the way, in bytes; None: a default.
         """
         return self.per_example_weight_gradient(module, x, g).square().sum(0)
+
+    def columns_diagonal(
+        self, module: Module, x: Tensor, columns: Sequence[Tensor], max_memory: int | None = None
+    ) -> Tensor:
+        """The sum of ``weight_diagonal`` over some columns.
+
+        Default: it gets them as one tensor, ``[V, N, ...]``.
+        """
+        return self.weight_diagonal(module, x, torch.stack(list(columns)), max_memory)
 
     def _lacks(self, method: str) -> str:
         return (

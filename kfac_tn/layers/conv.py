@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -71,6 +72,13 @@ class ConvFamily(_ConvFamily):
         x, g = _batched(module, x), _batched(module, g)
         return functional.conv_weight_diagonal(
             x, g, max_memory=max_memory, **_hyper_parameters(module)
+        )
+
+    def columns_diagonal(  # noqa: D102
+        self, module: Module, x: Tensor, columns: Sequence[Tensor], max_memory: int | None = None
+    ) -> Tensor:
+        return functional.conv_weight_diagonal(
+            x, columns, max_memory=max_memory, **_hyper_parameters(module)
         )
 
 

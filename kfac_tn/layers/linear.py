@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +58,11 @@ class LinearFamily(LayerFamily):
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None
     ) -> Tensor:
         return functional.linear_weight_diagonal(_batched(x), _batched(g), max_memory)
+
+    def columns_diagonal(  # noqa: D102
+        self, module: Module, x: Tensor, columns: Sequence[Tensor], max_memory: int | None = None
+    ) -> Tensor:
+        return functional.linear_weight_diagonal(x, columns, max_memory)
 
 
 def _batched(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from kfac_tn import functional
-from kfac_tn.functional import common, networks, squares
+from kfac_tn.functional import common, gradients, networks, squares
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-10
@@ -42,8 +42,11 @@ def check(layer, weight_shape, x, gradient, diagonal):
 
 
 @st.composite
-def convolutions(draw, transposed):
-    """A layer as a function, its weight's shape, an input, and the arguments of our functions."""
+def convolutions(draw, transposed, tiled=False):
+    """A layer as a function, its weight's shape, an input, and the arguments of our functions.
+
+    Tiled: such that along the last axis, kernels of three take steps of one, to whole tiles.
+    """
     dimensions = draw(st.integers(1, 3))
 
     def each(low, high):
@@ -53,6 +56,12 @@ def convolutions(draw, transposed):
     kernel = tuple(
         min(k, (s - 1) // d + 1) for k, s, d in zip(each(1, 3), size, dilation, strict=True)
     )
+    before, after = each(0, 1), each(0, 1)
+    if tiled:
+        tiles = draw(st.sampled_from([4, 8]))
+        width = tiles if transposed else tiles + 2 - before[-1] - after[-1]
+        size, kernel = (*size[:-1], width), (*kernel[:-1], 3)
+        stride, dilation = (*stride[:-1], 1), (*dilation[:-1], 1)
     groups, ins, outs = (draw(st.integers(1, 3)) for _ in range(3))
     x = rand(draw(st.integers(1, 4)), groups * ins, *size)
     if transposed:
@@ -68,7 +77,6 @@ def convolutions(draw, transposed):
         layer = lambda x, w: CONV_TRANSPOSE[dimensions](x, w, None, *options)  # noqa: E731
         return layer, (groups * ins, outs, *kernel), x, (kernel, *options)
     mode = draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"]))
-    before, after = each(0, 1), each(0, 1)
     padding = tuple(zip(before, after, strict=True))
     sides = [side for pair in reversed(padding) for side in pair]
     pad_mode = "constant" if mode == "zeros" else mode
@@ -120,16 +128,19 @@ def test_transposed_convolutions(convolution, budget):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("algorithm", ["positions", "direct", "gradients", "large gradients"])
+@pytest.mark.parametrize(
+    "algorithm", ["positions", "direct", "gradients", "large gradients", "tiles"]
+)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_each_way_to_sum_squares(algorithm, transposed, data):
     """Forced, whatever suits the shape; several positions, as none but one way takes a single."""
-    layer, weight_shape, x, options = data.draw(convolutions(transposed))
+    layer, weight_shape, x, options = data.draw(convolutions(transposed, algorithm == "tiles"))
     budget = data.draw(st.sampled_from([None, 1000, 10_000]))
     applied = []
 
     def choose(pair, limit):
+        assert algorithm != "tiles" or pair.tiles is not None
         if pair.shape[-1] == 1 or (algorithm == "direct" and pair.direct is None):
             return chosen(pair, limit)
         applied.append(algorithm)
@@ -154,9 +165,22 @@ def test_each_way_to_sum_squares(algorithm, transposed, data):
     assume(applied)
 
 
+def test_columns_in_a_sequence():
+    x, g = rand(2, 4, 6, 5), rand(3, 2, 6, 6, 5)
+    expected = functional.conv_weight_diagonal(x, g, 3, padding=1, groups=2)
+    actual = functional.conv_weight_diagonal(x, list(g), 3, padding=1, groups=2)
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises(ValueError, match=r"^g "):
+        functional.conv_weight_diagonal(x, [g], 3, padding=1, groups=2)
+    x, g = rand(2, 3, 5), rand(4, 2, 3, 6)
+    actual = functional.linear_weight_diagonal(x, tuple(g))
+    torch.testing.assert_close(actual, functional.linear_weight_diagonal(x, g))
+
+
 CHOICES = {
     # input, output gradients, kernel size: in ResNet-18, from the first layers to the last
     "direct": ((2, 16, 16, 16), (1, 2, 32, 16, 16), 3),
+    "tiles": ((2, 64, 32, 32), (3, 2, 64, 32, 32), 3),
     "gradients": ((2, 64, 8, 8), (9, 2, 128, 8, 8), 3),
     "positions": ((2, 64, 4, 4), (9, 2, 128, 4, 4), 3),
     "one position": ((2, 64, 1, 1), (9, 2, 128, 1, 1), 3),
@@ -274,6 +298,18 @@ def test_max_memory_is_a_bound(peak_bytes, name, dtype, max_memory):
     peak = peak_bytes(lambda: BOUNDED[name](x, g, max_memory))
     bound = max_memory or common.UNFOLD_BYTES
     assert peak <= bound + 2 * result.numel() * 4
+
+
+@pytest.mark.parametrize("max_memory", [15 * 2**20, None])
+def test_max_memory_is_a_bound_for_tiles(peak_bytes, max_memory):
+    x, g = torch.rand(3, 32, 64, 64), torch.rand(4, 3, 32, 64, 64)
+    function = lambda: functional.conv_weight_diagonal(x, g, 3, 1, 1, max_memory=max_memory)  # noqa: E731
+    limit = max_memory or common.UNFOLD_BYTES
+    pair = gradients._conv_pair(x, g.unbind(), (3, 3), networks.Geometry(3, 1, 1, 1, 1))
+    assert squares.choose(pair, limit) == "tiles"
+    assert squares.choose(pair, 2**23) != "tiles"
+    result = function()
+    assert peak_bytes(function) <= limit + 2 * result.numel() * 4
 
 
 def test_too_little_memory_is_refused():

@@ -361,7 +361,9 @@ def test_per_example_gradients_and_diagonals(family, module, shape):
     weights, biases = (torch.stack(gradients) for gradients in zip(*expected, strict=True))
     torch.testing.assert_close(family.per_example_weight_gradient(module, x, g), weights)
     torch.testing.assert_close(family.per_example_bias_gradient(module, g), biases)
-    torch.testing.assert_close(family.weight_diagonal(module, x, g), weights.square().sum(0))
+    squares = weights.square().sum(0)
+    torch.testing.assert_close(family.weight_diagonal(module, x, g), squares)
+    torch.testing.assert_close(family.columns_diagonal(module, x, [g, 2 * g]), 5 * squares)
 
 
 def test_families_may_lack_what_only_diagonals_need():
