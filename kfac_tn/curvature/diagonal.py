@@ -107,7 +107,7 @@ def compute_ggn_diagonal(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("The model has no trainable parameter.")
-    totals = {name: torch.zeros_like(cast(p.detach())) for name, p in parameters.items()}
+    totals: dict[str, Tensor] = {}
     total_weight: Tensor | float = 0.0
     unknown: set[str] = set()
     batches, verified = 0, False
@@ -138,10 +138,21 @@ def compute_ggn_diagonal(
             total_weight = total_weight + weight if likelihood.reduction == "mean" else 1.0
     if batches == 0:
         raise ValueError("The loader is empty: at least one batch with examples is needed.")
-    for name in totals:
-        totals[name] /= total_weight
-        check_finite(name, totals[name])
-    return totals
+    for name, total in totals.items():
+        total /= total_weight
+        check_finite(name, total)
+    return {
+        name: totals[name] if name in totals else torch.zeros_like(cast(p.detach()))
+        for name, p in parameters.items()
+    }
+
+
+def _add(totals: dict[str, Tensor], name: str, squares: Tensor) -> None:
+    """Add a new tensor; the first is the total."""
+    if name in totals:
+        totals[name] += squares
+    else:
+        totals[name] = cast(squares)
 
 
 def _columns(
@@ -207,7 +218,8 @@ class _Held:
         (call, g), *others = contributions
         # Gradients of several calls add up before they are squared.
         if attribute != "weight" or others or self._capacity(name, call, g) == 1:
-            self._totals[name] += sum_of_squares(attribute, contributions, self._max_memory)
+            squares = sum_of_squares(attribute, contributions, self._max_memory)
+            _add(self._totals, name, squares)
             return
         key = name, call
         self._held[key].append(g)
@@ -228,9 +240,8 @@ class _Held:
 
     def _release(self, key: tuple[str, Call]) -> None:
         (name, call), columns = key, self._held.pop(key)
-        self._totals[name] += call.family.columns_diagonal(
-            call.module, call.x, columns, self._max_memory
-        )
+        squares = call.family.columns_diagonal(call.module, call.x, columns, self._max_memory)
+        _add(self._totals, name, squares)
 
     def release(self) -> None:
         """Square what is held."""
@@ -250,7 +261,10 @@ def _add_one_by_one(
                 gradients = differentiate(column[n : n + 1], names)
                 while gradients:
                     gradient = cast(gradients.pop())
-                    totals[names[len(gradients)]].addcmul_(gradient, gradient)
+                    name = names[len(gradients)]
+                    if name not in totals:
+                        totals[name] = torch.zeros_like(gradient)
+                    totals[name].addcmul_(gradient, gradient)
 
 
 def _parts(calls: Calls, max_memory: int | None) -> Iterator[list[str]]:

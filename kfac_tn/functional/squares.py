@@ -42,7 +42,7 @@ CPU: of 1024 positions, tiles take 0.7 to 0.85 of the time, for 256 nearly as lo
 PAIRING = 16
 """Products that take as long as to multiply and add one pair of numbers."""
 
-Algorithm = Callable[[Pair, Tensor, int], None]
+Algorithm = Callable[[Pair, int], Tensor]
 
 
 def sum_squared_gradients(
@@ -59,15 +59,11 @@ def sum_squared_gradients(
     Raises:
         ValueError: If one gradient takes more than `max_memory`.
     """
-    groups, d_out, d_in, _ = pair.shape
     limit = common.UNFOLD_BYTES if max_memory is None else max_memory
     if max_memory is not None:
         _check_memory(pair, max_memory)
-    algorithm = algorithm or choose(pair, limit)
-    total = pair.x.new_zeros((groups, d_out, d_in), dtype=accumulation_dtype(pair.x))
     with full_precision(pair.x):
-        ALGORITHMS[algorithm](pair, total, limit)
-    return total
+        return ALGORITHMS[algorithm or choose(pair, limit)](pair, limit)
 
 
 def choose(pair: Pair, limit: int) -> str:
@@ -132,16 +128,20 @@ def _is_for_one_dnn(tensor: Tensor) -> bool:
 # ---- algorithms ------------------------------------------------------------------------------
 
 
-def _one_position(pair: Pair, total: Tensor, limit: int) -> None:
+def _one_position(pair: Pair, limit: int) -> Tensor:
+    total: Tensor | None = None
     for vectors, columns, examples in _chunks(pair, limit):
-        squares = pair.read(columns, examples).squeeze(-1).square().sum(0)
-        total.baddbmm_(squares.permute(1, 2, 0), vectors.squeeze(-1).square().transpose(0, 1))
+        g = pair.read(columns, examples).squeeze(-1).square().sum(0).permute(1, 2, 0)
+        x = vectors.squeeze(-1).square().transpose(0, 1)
+        total = gemm.multiply(g, x) if total is None else total.baddbmm_(g, x)
+    assert total is not None
+    return total
 
 
-def _gradients(pair: Pair, total: Tensor, limit: int) -> None:
+def _gradients(pair: Pair, limit: int) -> Tensor:
     if _is_large(pair, len(pair.g)):
-        _large_gradients(pair, total, limit)
-        return
+        return _large_gradients(pair, limit)
+    total = _zeros(pair)
     for vectors, columns, examples in _chunks(pair, limit):
         gradients = products_over_positions(pair.read(columns, examples), vectors)
         if gradients.shape[0] * gradients.shape[2] > FEW:
@@ -149,10 +149,12 @@ def _gradients(pair: Pair, total: Tensor, limit: int) -> None:
             continue
         for gradient in gradients.movedim(2, 1).flatten(0, 1):
             total.addcmul_(gradient, gradient)
+    return total
 
 
-def _large_gradients(pair: Pair, total: Tensor, limit: int) -> None:
+def _large_gradients(pair: Pair, limit: int) -> Tensor:
     """Example by example, in blocks of `d_in` that stay in a cache until they are squared."""
+    total = _zeros(pair)
     for vectors, columns, examples in _chunks(pair, limit):
         width = columns.stop - columns.start
         blocks = -(-width * total[0].nbytes // (common.CACHE_BYTES // 2))
@@ -165,17 +167,24 @@ def _large_gradients(pair: Pair, total: Tensor, limit: int) -> None:
                     block = slice(first, first + size)
                     for gradient in _multiply(g, a[block]).chunk(width):
                         total[group, :, block].addcmul_(gradient, gradient)
+    return total
+
+
+def _zeros(pair: Pair) -> Tensor:
+    groups, d_out, d_in, _ = pair.shape
+    return pair.x.new_zeros((groups, d_out, d_in), dtype=accumulation_dtype(pair.x))
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return gemm.multiply(a.unsqueeze(0), b.mT.unsqueeze(0)).squeeze(0)
 
 
-def _tiles(pair: Pair, total: Tensor, limit: int) -> None:
+def _tiles(pair: Pair, limit: int) -> Tensor:
     """Example by example, by half of the products; see `kfac_tn.functional.winograd`."""
     assert pair.tiles is not None
     groups, d_out, d_in, _ = pair.shape
-    sums = total.new_zeros(groups, KERNEL, d_out, d_in // KERNEL)
+    total = _zeros(pair)
+    sums = total.view(groups, KERNEL, d_out, d_in // KERNEL)
     width = _columns_of_tiles(pair, limit)
     for n in range(len(pair.x)):
         example = slice(n, n + 1)
@@ -188,25 +197,27 @@ def _tiles(pair: Pair, total: Tensor, limit: int) -> None:
                 gradients = winograd.transform_products(products)
                 for gradient in gradients.unflatten(1, (-1, d_out)).unbind(1):
                     sums[group].addcmul_(gradient, gradient)
-    total += sums.movedim(1, -1).flatten(2)
+    return sums.movedim(1, -1).flatten(2)
 
 
-def _direct(pair: Pair, total: Tensor, limit: int) -> None:
+def _direct(pair: Pair, limit: int) -> Tensor:
     assert pair.direct is not None
+    total = _zeros(pair)
     for n in range(len(pair.x)):
         for g in pair.g:
             gradient = pair.direct(pair.x[n : n + 1], g[n : n + 1])
             total.addcmul_(gradient, gradient)
+    return total
 
 
-def _pairs_of_positions(pair: Pair, total: Tensor, limit: int) -> None:
+def _pairs_of_positions(pair: Pair, limit: int) -> Tensor:
     """`sum_v (sum_r g_v[r] a[r])^2 = sum_rs (sum_v g_v[r] g_v[s]) a[r] a[s]`.
 
     So columns are summed over before anything is multiplied with the input, and examples by the
     product. Of two positions in either order, one is enough. Where an entry of a kernel sees
     nothing but padding, its `a` is zero: entries that see the same positions take these alone.
     """
-    seen, positions = pair.seen(), pair.shape[-1]
+    total, seen, positions = _zeros(pair), pair.seen(), pair.shape[-1]
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for entry, visible in enumerate(seen):
         if visible:
@@ -235,7 +246,7 @@ def _pairs_of_positions(pair: Pair, total: Tensor, limit: int) -> None:
             _add_products(sums[visible], rows, x.flatten(1, 2), _share(pair, limit // 4))
     for visible, entries in alike.items():
         parts[..., entries] += sums[visible].unflatten(2, (len(entries), -1)).mT
-    total.clamp_(min=0)  # what cancels may leave less than nothing
+    return total.clamp_(min=0)  # what cancels may leave less than nothing
 
 
 def _multiply_pairs(rows: Tensor) -> Tensor:
@@ -326,7 +337,7 @@ def _share(pair: Pair, limit: int) -> int:
 def _is_large(pair: Pair, columns: int) -> bool:
     """Whether the gradients of an example are worth a call of their own."""
     _, d_out, d_in, positions = pair.shape
-    return columns * d_out * d_in * positions >= LARGE
+    return positions > 1 and columns * d_out * d_in * positions >= LARGE
 
 
 def _bytes_of_gradients(pair: Pair) -> tuple[int, int]:

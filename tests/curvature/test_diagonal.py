@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 import kfac_tn
 from kfac_tn import functional
 from kfac_tn.curvature.calls import Calls
+from kfac_tn.curvature.compute import check_finite
 from kfac_tn.functional import common
 from kfac_tn.layers import gradient_family
 from kfac_tn.testing import dense_ggn, relative_error, trainable
@@ -417,6 +420,14 @@ def test_columns_wait_for_each_other_where_positions_are_few(
     assert columns == together
     expected = dense_ggn(model, loss_fn, x, y).diagonal()
     assert relative_error(flat(diagonal, model), expected) < TOLERANCE
+
+
+def test_large_values_are_finite():
+    """Whose sum isn't."""
+    check_finite("weight", torch.full((4,), 2e38), torch.full((2, 2), -2e38))
+    for bad in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="'weight' isn't finite"):
+            check_finite("weight", torch.ones(3), torch.tensor([bad, 1.0, -bad]))
 
 
 class Alternating(nn.Module):

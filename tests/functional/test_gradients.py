@@ -206,10 +206,19 @@ def test_choices(algorithm, monkeypatch):
     called = []
     for name, function in squares.ALGORITHMS.items():
         monkeypatch.setitem(
-            squares.ALGORITHMS, name, lambda *a, n=name, f=function: (called.append(n), f(*a))
+            squares.ALGORITHMS, name, lambda *a, n=name, f=function: called.append(n) or f(*a)
         )
     functional.conv_weight_diagonal(torch.rand(x_shape), torch.rand(g_shape), kernel_size, 1, 1)
     assert called == [algorithm]
+
+
+def test_all_columns_of_one_position_take_one_product():
+    """However large it is."""
+    x, g = torch.rand(32, 3072), torch.rand(9, 32, 512)
+    pair = gradients._linear_pair(x, g)
+    columns, examples = squares._chunk_sizes(pair, common.UNFOLD_BYTES)
+    assert columns == 9
+    assert examples >= 32
 
 
 @pytest.mark.parametrize(
