@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kfac_tn.functional import common
 from kfac_tn.functional.common import accumulation_dtype, cast, concatenate, full_precision
+from kfac_tn.tn import gemm
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,5 +77,5 @@ def products_over_positions(rows: Tensor, vectors: Tensor) -> Tensor:
     """
     columns, examples, groups, d_out, _ = rows.shape
     rows = rows.permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)
-    products = torch.bmm(rows, vectors.flatten(0, 1).mT)
+    products = gemm.multiply(rows, vectors.flatten(0, 1).mT)
     return products.reshape(examples, groups, columns, d_out, -1)
