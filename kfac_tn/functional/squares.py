@@ -159,10 +159,10 @@ def _large_gradients(pair: Pair, limit: int) -> Tensor:
         width = columns.stop - columns.start
         blocks = -(-width * total[0].nbytes // (common.CACHE_BYTES // 2))
         size = -(-total.shape[-1] // blocks)
-        for n, example in enumerate(vectors, examples.start):
-            rows = pair.read(columns, slice(n, n + 1))[:, 0]
+        rows = pair.read(columns, examples)
+        for n, example in enumerate(vectors):
             for group, a in enumerate(example):
-                g = rows[:, group].flatten(0, 1)
+                g = rows[:, n, group].flatten(0, 1)
                 for first in range(0, total.shape[-1], size):
                     block = slice(first, first + size)
                     for gradient in _multiply(g, a[block]).chunk(width):
@@ -318,12 +318,14 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 def _chunk_sizes(pair: Pair, limit: int) -> tuple[int, int]:
     """Numbers of columns and of examples whose gradients are computed at once."""
     columns = len(pair.g)
+    _, _, d_in, positions = pair.shape
     example, gradient = _bytes_of_gradients(pair)
     share = _share(pair, limit)
     if _is_large(pair, columns):  # gradients of one example at a time
         width = min(columns, ROWS // pair.shape[1], (limit - example) // gradient)
         width = max(1, width)
-        return width, max(1, min(share, limit - width * gradient) // example)
+        rows = width * gradient * positions // (positions + d_in)  # of all examples at once
+        return width, max(1, min(share // example, (limit - width * gradient) // (example + rows)))
     width = min(columns, max(1, min(share, limit - example) // gradient))
     size = min(share // (width * gradient), limit // (example + width * gradient))
     return width, max(1, size)
