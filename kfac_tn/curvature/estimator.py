@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Capture
 from kfac_tn.curvature.averages import Moving
-from kfac_tn.curvature.checks import all_finite, trainable
+from kfac_tn.curvature.checks import all_finite, refuse_other_shapes, trainable
 from kfac_tn.curvature.compute import layout_of
 from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
 from kfac_tn.curvature.directions import Layouts, Room, precondition
@@ -72,6 +72,7 @@ class CurvatureEstimator:
         self._damping, self._group = damping, group
         self._generators: dict[str, torch.Generator] = {}
         self._warned: set[str] = set()
+        self._shapes: dict[Parameter, torch.Size] = {}
         self.closed = False
         self._divide()
         if not self.blocks and not self.others:
@@ -92,6 +93,8 @@ class CurvatureEstimator:
         self._covered.update(other.parameter for other in self.others)
         self._layouts: Layouts = {b: (layout_of(b), b.parameters) for b in self.curved}
         self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
+        here = [p for p in self._model.parameters() if p in self._covered]
+        self._shapes = {p: self._shapes.get(p, p.shape) for p in here}
         self._stack()
 
     def _stack(self) -> None:
@@ -142,6 +145,18 @@ class CurvatureEstimator:
         """Whether layers were changed such that their blocks aren't theirs; for the statistics."""
         return self.capture.armed and not all(block.holds() for block in self.blocks)
 
+    def check_shapes(self) -> None:
+        """Refuse parameters whose data was replaced by some of another shape.
+
+        Raises:
+            RuntimeError: Naming one, for it has averages of the shape that it had.
+        """
+        try:
+            refuse_other_shapes(self._model, self._shapes)
+        except RuntimeError:
+            self.capture.discard()  # such statistics can't be added to others
+            raise
+
     def close(self) -> None:
         """Remove the hooks; the curvature stays as it is."""
         self.closed = True
@@ -158,6 +173,7 @@ class CurvatureEstimator:
         new = any(p.requires_grad for p in self.uncovered())
         if self.closed or not (new or self.outdated()):
             return False
+        self.check_shapes()
         state = self._factors_state()
         # Layers frozen in the meantime keep their place: they may return.
         with trainable(self._covered):

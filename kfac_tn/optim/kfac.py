@@ -266,12 +266,14 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             The closure's loss.
 
         Raises:
-            RuntimeError: If the loss module was never called, or a gradient is sparse.
+            RuntimeError: If the loss module was never called, a gradient is sparse, or a parameter
+                has another shape than before.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._estimator.check_shapes()
         if not self._estimator.closed and self._estimator.outdated():
             self._grow()
         gradients = self._gradients()

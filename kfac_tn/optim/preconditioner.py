@@ -154,8 +154,10 @@ class KFACPreconditioner(CurvatureUser):
             the optimizer's step then, as ``torch.amp.GradScaler`` does by itself.
 
         Raises:
-            RuntimeError: If the loss module was never called.
+            RuntimeError: If the loss module was never called, or a parameter has another shape than
+                before.
         """
+        self._estimator.check_shapes()
         if not self._estimator.closed and self._estimator.outdated():
             self._estimator.grow()
         # Sparse gradients, of embeddings, are the optimizer's business.

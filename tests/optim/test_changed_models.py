@@ -161,3 +161,73 @@ def test_new_parameters_are_not_left_untrained(replace):
     assert not any(torch.equal(value, before[name]) for name, value in values(model).items())
     expected = kfac_tn.KFAC(model, loss_fn).coverage()
     assert str(optimizer.coverage()) == str(expected)
+
+
+def wider(model):
+    model.hidden.weight.data = torch.rand(7, 4).double()
+    model.hidden.bias.data = torch.rand(7).double()
+    model.head.weight.data = torch.rand(3, 7).double()
+
+
+def reshaped(model):
+    """As many numbers as before, in a layer that still runs."""
+    model.hidden.weight.data = torch.rand(7, 4).double()
+    model.hidden.bias.data = torch.rand(7).double()
+    model.head = nn.Sequential(nn.Linear(7, 5).double().requires_grad_(False), model.head)
+
+
+def everything_of(model, optimizer):
+    """Deep copies of all that a step may change, flat."""
+    state = optimizer.state_dict()
+    return torch.utils._pytree.tree_leaves(copy.deepcopy([state, dict(model.state_dict())]))
+
+
+def assert_same(before, after):
+    assert len(before) == len(after)
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+@pytest.mark.parametrize("interval", [1, 4], ids=["statistics", "idle"])
+@pytest.mark.parametrize("change", [wider, reshaped])
+@pytest.mark.parametrize("kind", [kfac_tn.KFAC, kfac_tn.KFACPreconditioner])
+def test_data_of_another_shape_is_refused_before_anything_changes(kind, change, interval):
+    torch.manual_seed(0)
+    model, loss_fn = Net().double(), nn.CrossEntropyLoss()
+    optimizer = kind(model, loss_fn, **{**EAGER, "factor_interval": interval})
+    x, y = torch.rand(6, 3, 4).double(), torch.randint(3, (6,))
+
+    def step():
+        model.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    for _ in range(5):
+        step()
+    old = {p: p.data for p in model.parameters()}
+    head = model.head
+    change(model)
+    before = everything_of(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"'hidden\.weight' has shape \[7, 4\].*\[5, 4\]"):
+        step()
+    assert_same(before, everything_of(model, optimizer))
+    model.head = head
+    for parameter, data in old.items():
+        parameter.data = data
+    with pytest.raises(RuntimeError, match=r"'hidden\.weight' has a gradient of shape \[7, 4\]"):
+        optimizer.step()
+    step()
+
+
+def test_data_of_another_shape_is_refused_where_layers_are_divided_anew():
+    torch.manual_seed(0)
+    model, loss_fn = Net().double(), nn.CrossEntropyLoss()
+    model.head.requires_grad_(False)
+    optimizer = kfac_tn.KFAC(model, loss_fn, **EAGER)
+    train(model, loss_fn, optimizer, 3)
+    wider(model)
+    model.head.requires_grad_(True)
+    before = everything_of(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"'hidden\.weight' has shape"):
+        optimizer.zero_grad()
+    assert_same(before, everything_of(model, optimizer))
