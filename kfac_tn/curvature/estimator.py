@@ -168,16 +168,20 @@ class CurvatureEstimator:
         """Divide the model anew if there are new parameters or changed layers; true if it was.
 
         What is known of the other layers stays. A layer whose bias was unfrozen starts anew: its
-        input factor has a further row.
+        input factor has a further row. If the model as it is is refused, all stays as it was.
         """
         new = any(p.requires_grad for p in self.uncovered())
         if self.closed or not (new or self.outdated()):
             return False
         self.check_shapes()
-        state = self._factors_state()
-        # Layers frozen in the meantime keep their place: they may return.
-        with trainable(self._covered):
-            self._divide()
+        state, before = self._factors_state(), dict(vars(self))
+        try:
+            # Layers frozen in the meantime keep their place: they may return.
+            with trainable(self._covered):
+                self._divide()
+        except BaseException:
+            vars(self).update(before)  # dividing makes everything new, and changes nothing
+            raise
         for moving in self._moving:
             moving.load_state_dict(
                 {n: entry for n, entry in state.items() if moving.fits(n, entry)}

@@ -231,3 +231,71 @@ def test_data_of_another_shape_is_refused_where_layers_are_divided_anew():
     with pytest.raises(RuntimeError, match=r"'hidden\.weight' has shape"):
         optimizer.zero_grad()
     assert_same(before, everything_of(model, optimizer))
+
+
+def grown(**options):
+    """A trained optimizer, and the parameters of a layer that its model has got since."""
+    model, loss_fn, optimizer = make(**options)
+    train(model, loss_fn, optimizer, 3)
+    model.hidden = nn.Sequential(model.hidden, nn.Linear(5, 5).double())
+    return model, loss_fn, optimizer, model.hidden[1]
+
+
+INVALID_GROUPS = {
+    "a part of a layer": (lambda new: {"params": [new.weight]}, "miss.*hidden.1.bias"),
+    "a parameter twice": (lambda new: {"params": [new.weight] * 2}, "miss.*hidden.1.bias"),
+    "lr": (lambda new: {"params": list(new.parameters()), "lr": "fast"}, "lr is fast"),
+    "betas": (lambda new: {"params": list(new.parameters()), "betas": 0.9}, "betas are 0.9"),
+    "damping": (lambda new: {"params": list(new.parameters()), "damping": abs}, "damping is"),
+    "options": (lambda new: {"params": list(new.parameters()), "nu": 1}, "no option.*nu"),
+    "foreign": (lambda new: {"params": [nn.Parameter(torch.ones(1))]}, "isn't the model's"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("name", INVALID_GROUPS)
+def test_a_group_that_is_refused_leaves_no_trace(name):
+    """The right one can be added then, and training goes on as if nothing had been."""
+    group, message = INVALID_GROUPS[name]
+    runs = []
+    for hostile in (False, True):
+        model, loss_fn, optimizer, new = grown()
+        before = everything_of(model, optimizer), str(optimizer.coverage())
+        if hostile:
+            with pytest.raises(ValueError, match=message):
+                optimizer.add_param_group(group(new))
+        assert_same(before[0], everything_of(model, optimizer))
+        assert str(optimizer.coverage()) == before[1]
+        optimizer.add_param_group({"params": list(new.parameters())})
+        train(model, loss_fn, optimizer, 2, start=3)
+        runs.append(everything_of(model, optimizer))
+    assert_same(*runs)
+
+
+def test_a_group_with_a_layer_that_an_option_does_not_know_is_refused():
+    """At once, not in the middle of a step, and the layers there were keep their curvature."""
+    options = {"approximation": lambda name, _: "?" if name == "hidden.1" else "expand"}
+    model, loss_fn, optimizer, new = grown(**options)
+    before = everything_of(model, optimizer)
+    with pytest.raises(ValueError, match=r"approximation is '\?' for layer 'hidden\.1'"):
+        optimizer.add_param_group({"params": list(new.parameters())})
+    assert_same(before, everything_of(model, optimizer))
+    new.requires_grad_(False)
+    train(model, loss_fn, optimizer, 2, start=3)
+    assert set(optimizer.factors()) == {"attention.in_proj", "attention.out_proj", "hidden", "head"}
+
+
+def test_a_bias_with_another_damping_than_its_weight_is_refused():
+    model, loss_fn, optimizer = make()
+    model.hidden.bias.requires_grad_(False)
+    groups = [{"params": [p for p in model.parameters() if p is not model.hidden.bias]}]
+    optimizer = kfac_tn.KFAC(model, loss_fn, params=groups, **EAGER)
+    train(model, loss_fn, optimizer, 3)
+    before = everything_of(model, optimizer)
+    model.hidden.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="different damping"):
+        optimizer.add_param_group({"params": [model.hidden.bias], "damping": 0.5})
+    assert_same(before, everything_of(model, optimizer))
+    model.hidden.bias.requires_grad_(False)
+    train(model, loss_fn, optimizer, 2, start=3)
+    assert optimizer.factors()["hidden"].input.shape[-1] == 4
