@@ -233,7 +233,7 @@ class Capture:
             return
         x = block.family.input_of(module, args, kwargs)
         if output.numel() == 0:
-            remember(edge, self._key, Call(block, module, output.shape, None, 0, 0))
+            remember(edge, self._key, Call(block, module, output.shape, None, 0, 0), x)
             return
         counts = block.family.batch_and_positions(module, output)
         with plain(output.device):
@@ -241,7 +241,7 @@ class Capture:
         call = Call(block, module, output.shape, statistic, *counts)
         if self._basis(block) is not None:
             call.keep(x)
-        remember(edge, self._key, call)
+        remember(edge, self._key, call, x)
 
     def _before_attention(self, module: Module, args: tuple) -> None:
         """Make its projections visible; in backward passes too, where checkpointing repeats it."""

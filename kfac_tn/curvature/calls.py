@@ -166,7 +166,7 @@ class Calls:
             return
         x = family.input_of(module, args, kwargs)
         version = None if x.is_inference() else x._version
-        remember(edge, self._key, Call(module, family, x.detach(), version, output.shape))
+        remember(edge, self._key, Call(module, family, x.detach(), version, output.shape), x)
 
     def _at_copies(self, parameter: Parameter, copies: Tensor) -> None:
         if copies.requires_grad:
