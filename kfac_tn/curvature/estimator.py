@@ -257,6 +257,9 @@ class CurvatureEstimator:
             block = self._own[parameter]
             named = {block.name: diagonal}
             statistics.moments[block] = self._layouts[block][0].to_matrix(named)
+        for block in statistics.bypassed:  # whose gradients aren't those of its calls alone
+            self._moving_of[block].forget(block)
+            self._renewed.pop(block.name, None)
         for moving in self._moving:
             moving.update(
                 {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
@@ -282,7 +285,7 @@ class CurvatureEstimator:
         tensors += [*statistics.moments.values(), *statistics.diagonals.values()]
         if tensors and not all_finite(tensors):
             self.warn("The curvature of a batch isn't finite (NaN or inf); it was left out.")
-            return Statistics({}, {}, {})
+            return Statistics({}, {}, {}, bypassed=statistics.bypassed)
         return statistics
 
     def room(self, parameters: Sequence[Parameter]) -> Room:

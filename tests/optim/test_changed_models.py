@@ -299,3 +299,93 @@ def test_a_bias_with_another_damping_than_its_weight_is_refused():
     model.hidden.bias.requires_grad_(False)
     train(model, loss_fn, optimizer, 2, start=3)
     assert optimizer.factors()["hidden"].input.shape[-1] == 4
+
+
+class Switched(nn.Module):
+    """A layer that is called, used without a call, or both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.head, self.use = nn.Linear(4, 5), nn.Linear(5, 3), "call"
+        self.double()
+
+    def forward(self, x):
+        x, weight = x.mean(1), self.hidden.weight
+        if self.use == "call":
+            h = self.hidden(x)
+        elif self.use == "function":
+            h = nn.functional.linear(x, weight, self.hidden.bias)
+        elif self.use == "both":
+            h = self.hidden(x) + nn.functional.linear(x, weight)
+        else:
+            h = self.hidden(x + (weight @ x.mT).mT[:, :4])
+        return self.head(h.tanh())
+
+
+WITHOUT_A_CALL = "'hidden'.* without calling the module"
+
+
+@pytest.mark.parametrize("use", ["function", "both", "input"])
+@pytest.mark.parametrize(
+    ("curvature", "split"), [("kfac", "pi"), ("kfac", "exact"), ("ekfac", "pi"), ("diagonal", "pi")]
+)
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+def test_layers_used_without_a_call_lose_their_curvature(use, curvature, split, fisher):
+    """They take Adam's steps, until they are only called again: then they begin anew."""
+    options = {"betas": (0.0, 0.0), "lr": 0.01, "factor_decay": 0.9, "step_rule": "graft"}
+    options |= {"curvature": curvature, "damping_split": split, "fisher": fisher}
+    model, loss_fn = Switched(), nn.CrossEntropyLoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, **{**EAGER, **options})
+    train(model, loss_fn, optimizer, 3)
+    model.use = use
+    for step in (3, 4):
+        before = values(model.hidden)
+        if step == 3:
+            with pytest.warns(RuntimeWarning, match=WITHOUT_A_CALL):
+                train(model, loss_fn, optimizer, 1, start=step)
+        else:
+            train(model, loss_fn, optimizer, 1, start=step)
+        for name, p in model.hidden.named_parameters():
+            adam = before[name] - 0.01 * p.grad / (p.grad.abs() + 1e-8)
+            torch.testing.assert_close(p.detach(), adam, rtol=1e-12, atol=1e-14)
+    assert optimizer.state_dict()["curvature"]["factors"].keys() == {"head"}
+    assert optimizer.diagnostics().layers.keys() == {"head"}
+    model.use = "call"
+    fresh = kfac_tn.KFAC(copy.deepcopy(model), loss_fn, **{**EAGER, **options})
+    for each in (fresh, optimizer):
+        train(each._model, loss_fn, each, 1, start=5)
+    assert optimizer.diagnostics().layers.keys() == {"hidden", "head"}
+    for name, factors in fresh.factors().items():
+        same = torch.equal(optimizer.factors()[name].input, factors.input)
+        assert same == (name == "hidden")
+    train(model, loss_fn, optimizer, 3, start=6)
+
+
+@pytest.mark.parametrize("order", [("call", "both"), ("both", "call")])
+def test_one_micro_batch_is_enough_for_it(order):
+    model, loss_fn = Switched(), nn.CrossEntropyLoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, **EAGER)
+    train(model, loss_fn, optimizer, 2)
+    x, y = torch.rand(6, 3, 4).double(), torch.randint(3, (6,))
+    optimizer.zero_grad()
+    for model.use in order:
+        loss_fn(model(x), y).backward()
+    with pytest.warns(RuntimeWarning, match=WITHOUT_A_CALL):
+        optimizer.step()
+    assert set(optimizer.factors()) == {"head"}
+
+
+def test_the_preconditioner_leaves_gradients_of_such_layers():
+    model, loss_fn = Switched(), nn.CrossEntropyLoss()
+    preconditioner = kfac_tn.KFACPreconditioner(model, loss_fn, **EAGER)
+    x, y = torch.rand(6, 3, 4).double(), torch.randint(3, (6,))
+    for model.use in ("call", "both"):
+        model.zero_grad()
+        loss_fn(model(x), y).backward()
+        gradient = model.hidden.weight.grad.clone()
+        if model.use == "call":
+            preconditioner.step()
+    with pytest.warns(RuntimeWarning, match=WITHOUT_A_CALL):
+        preconditioner.step()
+    assert torch.equal(model.hidden.weight.grad, gradient)
