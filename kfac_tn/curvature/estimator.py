@@ -33,7 +33,8 @@ class CurvatureEstimator:
 
     It follows its model: parameters unfrozen later get blocks (``grow``), layers that are pruned or
     reparametrized lose theirs, and a change of dtype or device takes the curvature along
-    (``cast``). Layers frozen later keep what they have.
+    (``cast``). Layers frozen later keep what they have. Steps without statistics, which are to cost
+    next to nothing, don't look for changed layers.
 
     Args:
         model: The model.

@@ -27,8 +27,8 @@ class KFACPreconditioner(CurvatureUser):
     """Replaces each layer's gradient by the damped inverse curvature times it.
 
     Between ``loss.backward()`` and the step of the optimizer one has; parameters without Kronecker
-    structure keep their gradient, unless ``other_curvature`` says otherwise. For the curvature, see
-    ``KFAC``, whose arguments these are.
+    structure keep their gradient, unless ``other_curvature`` says otherwise. For the curvature, and
+    how it follows a model that is changed, see ``KFAC``, whose arguments these are.
 
     Args:
         model: The model.
