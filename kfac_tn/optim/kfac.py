@@ -303,7 +303,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             corrected=not self._rule.any_length,
         )
         lrs = self._lrs(updates)
-        fresh = 1.0 if self._rule.own_momentum else self._rule.fresh
+        fresh = 1.0 if self._rule.own_momentum else self._rule.at_once(taken)
         slopes = gradients
         if fresh != 1:
             room = self._estimator.room(list(moments))
@@ -448,9 +448,10 @@ class KFAC(CurvatureUser, GroupedOptimizer):
 
     def _last_steps(self) -> dict[Parameter, Tensor]:
         gradients = {p: p.grad for p in self._group_of if p.grad is not None}
-        fresh = self._rule.fresh  # a share in steps of gradients, which may be gone by now
+        last = self._estimator.steps - 1
+        fresh = self._rule.at_once(last)  # of gradients, which may be gone by now
         taken = [p for p in (gradients if fresh else self._group_of) if self.state[p]]
-        groups = self._averaging(self._estimator.steps - 1)
+        groups = self._averaging(last)
         moments, updates = current_updates(groups, self.state, set(taken))
         lrs = self._lrs(updates)
         if self._rule.own_momentum:
