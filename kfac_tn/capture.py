@@ -111,7 +111,6 @@ class Capture:
         self._owners: dict[Tensor, LayerBlock] = {
             p: block for block in self._blocks.values() for p in block.parameters.values()
         }
-        self.bypassed: set[LayerBlock] = set()
         one_hot = any(block.family.one_hot for block in self._blocks.values())
         self._signs = one_hot or bool(self.diagonals)  # for squares of sums over examples
         self._key = object()  # marks our records among those of other captures
@@ -156,6 +155,7 @@ class Capture:
         self._kept = []
         self._counted: dict[Call, None] = {}
         self._columns_seen = 0
+        self.bypassed: set[LayerBlock] = set()
         self.sizes: dict[LayerBlock, tuple[int, int]] = {}  # examples, and times positions
 
     @property
@@ -203,7 +203,7 @@ class Capture:
 
     def take(self) -> Statistics:
         """Return the factors of all passes since the last call, and forget them."""
-        statistics = self._passes.statistics()
+        statistics = self._passes.statistics().without(self.bypassed)
         self._reset()
         return statistics
 
@@ -233,7 +233,7 @@ class Capture:
             return
         x = block.family.input_of(module, args, kwargs)
         if output.numel() == 0:
-            remember(edge, self._key, Call(block, module, output.shape, None, 0, 0))
+            remember(edge, self._key, Call(block, module, output.shape, None, 0, 0), x)
             return
         counts = block.family.batch_and_positions(module, output)
         with plain(output.device):
@@ -241,7 +241,7 @@ class Capture:
         call = Call(block, module, output.shape, statistic, *counts)
         if self._basis(block) is not None:
             call.keep(x)
-        remember(edge, self._key, call)
+        remember(edge, self._key, call, x)
 
     def _before_attention(self, module: Module, args: tuple) -> None:
         """Make its projections visible; in backward passes too, where checkpointing repeats it."""

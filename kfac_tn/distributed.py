@@ -96,7 +96,8 @@ def average(
     """The statistics of all processes' examples together.
 
     Input factors are means over examples, everything else is over processes, as the objective is.
-    A layer that one of them didn't call has no part from there.
+    A layer that one of them didn't call has no part from there, and one that was bypassed in one of
+    them has no statistics at all.
 
     Args:
         statistics: Of this process; factors are changed.
@@ -106,7 +107,7 @@ def average(
 
     Example:
         >>> average(Statistics({}, {}, {}), Processes(None), [], {})
-        Statistics(factors={}, diagonals={}, moments={}, counts={})
+        Statistics(factors={}, diagonals={}, moments={}, counts={}, bypassed=set())
     """
     if processes.size == 1:
         return statistics
@@ -120,9 +121,11 @@ def average(
     mine.update({("diagonal", others[p]): d for p, d in statistics.diagonals.items()})
     counts = {block.name: count for block, count in statistics.counts.items()}
     forms = {key: (tuple(value.shape), value.dtype) for key, value in mine.items()}
-    everybodys = processes.gather((forms, counts))
-    found = sorted({item for theirs, _ in everybodys for item in theirs.items()}, key=str)
-    totals = {name: sum(theirs.get(name, 0) for _, theirs in everybodys) for name in by_name}
+    bypassed = {block.name for block in statistics.bypassed}
+    everybodys = processes.gather((forms, counts, bypassed))
+    found = sorted({item for theirs, _, _ in everybodys for item in theirs.items()}, key=str)
+    totals = {name: sum(theirs.get(name, 0) for _, theirs, _ in everybodys) for name in by_name}
+    bypassed = set().union(*(theirs for _, _, theirs in everybodys))
     values = []
     for (kind, name), (shape, dtype) in found:
         value = mine.get((kind, name))
@@ -140,4 +143,4 @@ def average(
         {parameters[n]: value for n, value in named.get("diagonal", {}).items()},
         {by_name[n]: value for n, value in named.get("moment", {}).items()},
         {by_name[n]: totals[n] for n in pairs},
-    )
+    ).without({by_name[name] for name in bypassed})

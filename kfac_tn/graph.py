@@ -24,12 +24,14 @@ class Found(Generic[Record]):
         node: The node that made the recorded result.
         output_nr: Which of the node's outputs that is.
         deepest: Whether the node depends on no other node with a record.
+        source: The node that made what the recorded call was given; None without a graph.
     """
 
     record: Record
     node: Node
     output_nr: int
     deepest: bool
+    source: Node | None = None
 
 
 def output_edge(output: Tensor) -> GradientEdge | None:
@@ -47,9 +49,13 @@ def output_edge(output: Tensor) -> GradientEdge | None:
     return None if output.grad_fn is None else get_gradient_edge(output)
 
 
-def remember(edge: GradientEdge, key: object, record: object) -> None:
-    """Leave a record with a node, under the finder's key; it lives as long as the node."""
-    _metadata(edge.node).setdefault(key, []).append((edge.output_nr, record))
+def remember(edge: GradientEdge, key: object, record: object, x: Tensor | None = None) -> None:
+    """Leave a record with a node, under the finder's key; it lives as long as the node.
+
+    With it goes where the call's input ``x`` came from, which the node keeps alive anyway.
+    """
+    source = get_gradient_edge(x).node if x is not None and x.requires_grad else None
+    _metadata(edge.node).setdefault(key, []).append((edge.output_nr, record, source))
 
 
 def find(outputs: Tensor, key: object) -> list[Found[Any]]:
@@ -78,7 +84,7 @@ def find(outputs: Tensor, key: object) -> list[Found[Any]]:
             continue
         records = _metadata(node).get(key, ())
         deep = any(below[child] for child in children if child is not None)
-        found.extend(Found(record, node, number, not deep) for number, record in records)
+        found.extend(Found(record, node, number, not deep, x) for number, record, x in records)
         below[node] = deep or bool(records)
     return found
 
@@ -91,8 +97,8 @@ def bypassing(
 ) -> set[Owner]:
     """Owners of leaves that outputs depend on by another way than through the owner's records.
 
-    From a leaf on, the first node with a record has to be one of its owner's. (A way that leads
-    into a call of the owner itself, as its input, isn't noticed.)
+    From a leaf on, the first node with a record has to be one of its owner's, and reached from
+    within that call: not by way of the call's input.
 
     Args:
         outputs: Whose graph it is.
@@ -101,8 +107,12 @@ def bypassing(
         owners_of: Of a record.
     """
     recorded: defaultdict[Node, set[Owner]] = defaultdict(set)
+    sources: defaultdict[Owner, set[Node]] = defaultdict(set)
     for one in found:
-        recorded[one.node].update(owners_of(one.record))
+        for owner in owners_of(one.record):
+            recorded[one.node].add(owner)
+            if one.source is not None:
+                sources[owner].add(one.source)
     users: dict[Node, list[Node]] = {}
     leaves: list[tuple[Node, Owner]] = []
     stack = [] if outputs.grad_fn is None else [outputs.grad_fn]
@@ -118,19 +128,33 @@ def bypassing(
                 if isinstance(variable, Tensor) and variable in owners:
                     leaves.append((child, owners[variable]))
             users[child].append(node)
-    return {owner for leaf, owner in leaves if not _covered(leaf, owner, users, recorded)}
+    return {
+        owner
+        for leaf, owner in leaves
+        if not _covered(leaf, owner, users, recorded, sources.get(owner, set()))
+    }
 
 
 def _covered(
-    leaf: Node, owner: Owner, users: Mapping[Node, list[Node]], recorded: Mapping[Node, set[Owner]]
+    leaf: Node,
+    owner: Owner,
+    users: Mapping[Node, list[Node]],
+    recorded: Mapping[Node, set[Owner]],
+    sources: set[Node],
 ) -> bool:
-    """Whether every way up from a leaf meets a record of its owner before any other."""
+    """Whether every way up from a leaf meets a record of its owner before all else.
+
+    That is, before another's record, the outputs, and what the owner's calls were given.
+    """
+    if leaf in sources:
+        return False
     above, seen = list(users[leaf]), {leaf}
     while above:
         node = above.pop()
+        # A node may be both where a compiler made one of a call and of what came before.
         if node in seen or owner in recorded.get(node, ()):
             continue
-        if node in recorded or node not in users:  # another's, or the outputs
+        if node in recorded or node not in users or node in sources:
             return False
         seen.add(node)
         above += users[node]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kfac_tn.functional import common
 from kfac_tn.graph import Found, differentiate
-from kfac_tn.layers import LayerBlock
+from kfac_tn.layers import LayerBlock, batch_hint
 from kfac_tn.statistics import Call
 
 
@@ -175,6 +175,12 @@ def refuse_shared(calls: Iterable[Call], outputs: Tensor) -> None:
         )
 
 
+def _without_batch(found: Iterable[Found[Call]]) -> set[str]:
+    """Layers among these that were called with a single example, whose first axis is another."""
+    inputs = {call: call.kept[0] for one in found if (call := one.record).kept is not None}
+    return {c.block.name for c, x in inputs.items() if c.block.family.lacks_batch(c.module, x)}
+
+
 def check_examples_first(
     found: Sequence[Found[Call]], outputs: Tensor, fisher: str, verified: bool
 ) -> bool:
@@ -210,6 +216,7 @@ def check_examples_first(
                 "axis of both, apart from all other axes (CrossEntropyLoss takes [N, C, T]), or "
                 "use curvature='kfac'"
                 + (f", or fisher='mc' instead of {fisher!r}." if not rows % count else ".")
+                + batch_hint(_without_batch(merged))
             )
     if not merged or verified:
         return verified

@@ -18,6 +18,7 @@ from kfac_tn.layers import LayerBlock
 from kfac_tn.tn import gemm
 
 Key = TypeVar("Key")
+T = TypeVar("T")
 Weight: TypeAlias = float | Tensor
 Sums: TypeAlias = "defaultdict[Key, WeightedSum]"
 
@@ -128,12 +129,24 @@ class Statistics:
         moments: By block: second moments of per-example gradients in its basis,
             ``[G, d_out, d_in]``, of those blocks that have one.
         counts: By block: the number of vectors its input factor is a mean over.
+        bypassed: Blocks whose weight was used without a call, too: nothing is known of their
+            curvature, and what was known isn't true any more.
     """
 
     factors: dict[LayerBlock, Factors]
     diagonals: dict[Parameter, Tensor]
     moments: dict[LayerBlock, Tensor]
     counts: dict[LayerBlock, int] = field(default_factory=dict)
+    bypassed: set[LayerBlock] = field(default_factory=set)
+
+    def without(self, bypassed: set[LayerBlock]) -> Statistics:
+        """The same, without what calls in other passes or processes say of such blocks."""
+
+        def rest(values: dict[LayerBlock, T]) -> dict[LayerBlock, T]:
+            return {block: value for block, value in values.items() if block not in bypassed}
+
+        factors, moments, counts = rest(self.factors), rest(self.moments), rest(self.counts)
+        return Statistics(factors, self.diagonals, moments, counts, bypassed)
 
 
 @dataclass(eq=False)

@@ -50,8 +50,9 @@ class Net(nn.Module):
         self.sometimes = nn.Linear(4, 4)
         self.head = nn.Linear(8, 3)
 
-    def forward(self, x: Tensor, use: bool = True) -> Tensor:
+    def forward(self, x: Tensor, use: bool = True, function: bool = False) -> Tensor:
         x = self.norm(self.conv(x).tanh().mean(2)).tanh()
+        x = nn.functional.linear(x, self.sometimes.weight) if function else x
         return self.head((self.sometimes(x) if use else x).flatten(1))
 
 
@@ -104,6 +105,7 @@ def work(rank: int, folder: str) -> None:
     results["mc"] = [train(DistributedDataParallel(net()), rank=rank, fisher="mc")[0]]
     results["mc"].append(_samples(rank))
     results["unequal"] = _unequal(rank)
+    results["bypassed"] = _bypassed(rank)
     results["preconditioner"] = _preconditioned(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.barrier()
@@ -126,6 +128,19 @@ def _unequal(rank: int) -> dict[str, Tensor]:
         optimizer.zero_grad()
         x = x[part] / (0 if step == 3 and rank == 1 else 1)
         loss_fn(model(x, use=rank == 0), y[part]).backward()
+        optimizer.step()
+    factors = {f"A of {n}": f.input for n, f in optimizer.factors().items()}
+    return factors | {n: p.detach() for n, p in model.named_parameters()}
+
+
+def _bypassed(rank: int) -> dict[str, Tensor]:
+    """A layer whose weight one process uses without a call, too, once it had factors."""
+    model, loss_fn = DistributedDataParallel(net()), nn.CrossEntropyLoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, fisher="type-2", factor_interval=1)
+    for step in range(3):
+        x, y = (each.chunk(WORLD)[rank] for each in data(step))
+        optimizer.zero_grad()
+        loss_fn(model(x, function=rank == 1 and step == 2), y).backward()
         optimizer.step()
     factors = {f"A of {n}": f.input for n, f in optimizer.factors().items()}
     return factors | {n: p.detach() for n, p in model.named_parameters()}
@@ -215,6 +230,12 @@ def test_unequal_shares_and_layers_that_one_process_calls(results):
     first = optimizer.factors()["conv"].input
     assert one["A of module.conv"].shape == first.shape
     assert "A of module.sometimes" in one
+
+
+def test_a_layer_that_one_process_uses_without_a_call_has_no_factors_in_any(results):
+    one, other = (each["bypassed"] for each in results)
+    assert_equal(one, other)
+    assert {n for n in one if n[0] == "A"} == {"A of module.conv", "A of module.head"}
 
 
 def test_the_preconditioner_averages_too(results):

@@ -535,6 +535,7 @@ class Focal(nn.CrossEntropyLoss):
         (nn.MSELoss, "It is a class: pass a loss"),
         (Focal(), r"subclass of torch.nn.CrossEntropyLoss, but may compute something else"),
         (Focal(), r"register_likelihood\(Focal, CrossEntropyLikelihood\)"),
+        (torch.compile(nn.MSELoss()), r"torch.compile.*pass the loss module.*_orig_mod"),
         (None, "no likelihood is known for None"),
     ],
 )

@@ -38,6 +38,12 @@ class Moving(ABC):
         self._slot = {block: index for index, block in enumerate(self.blocks)}
         self._forget()
 
+    def forget(self, block: LayerBlock) -> None:
+        """Begin anew with a layer: what is known of it isn't true any more."""
+        for name in self._COUNTS:
+            counts = getattr(self, name)
+            counts[self._slot[block]] = type(counts[0])()
+
     def _forget(self) -> None:
         self.updates = [0] * len(self.blocks)
         self.inverted = [False] * len(self.blocks)

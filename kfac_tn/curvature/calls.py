@@ -20,7 +20,13 @@ from kfac_tn.curvature.copies import Copies, CopiesFamily, WatchCopies
 from kfac_tn.functional import common
 from kfac_tn.graph import bypassing, differentiate, find, output_edge, remember
 from kfac_tn.hooks import plain
-from kfac_tn.layers import GradientFamily, check_parameters, gradient_family, owners_of
+from kfac_tn.layers import (
+    GradientFamily,
+    batch_hint,
+    check_parameters,
+    gradient_family,
+    owners_of,
+)
 from kfac_tn.tn.nn import RandomizedConvNd
 
 FEW = 3
@@ -54,6 +60,10 @@ class Call:
             return self.family.per_example_bias_gradient(self.module, g[examples])
         x = self.x[examples]
         return self.family.per_example_weight_gradient(self.module, x, g[examples])
+
+    def lacks_batch(self) -> bool:
+        """Whether it is a call on a single example, which has no axis of its own."""
+        return bool(self.shape.numel()) and self.family.lacks_batch(self.module, self.x)
 
     def check_unchanged(self) -> None:
         """Refuse an input that was overwritten after the call.
@@ -133,6 +143,9 @@ class Calls:
             and not one.record.x.shape[:1] == one.record.shape[:1] == outputs.shape[:1]
             for parameter in self._of(one.record)
         }
+        unbatched = {c.module for one in self._found if (c := one.record).lacks_batch()}
+        elsewhere |= {p for module in unbatched for p in _own(module)}
+        self._unbatched = [name for name, m in model.named_modules() if m in unbatched]
         elsewhere |= own - self._counts.keys()
         self.unknown = {
             name
@@ -156,7 +169,7 @@ class Calls:
             return
         x = family.input_of(module, args, kwargs)
         version = None if x.is_inference() else x._version
-        remember(edge, self._key, Call(module, family, x.detach(), version, output.shape))
+        remember(edge, self._key, Call(module, family, x.detach(), version, output.shape), x)
 
     def _at_copies(self, parameter: Parameter, copies: Tensor) -> None:
         if copies.requires_grad:
@@ -296,6 +309,7 @@ class Calls:
                 f"can't be called on one example alone ({type(error).__name__}: {error}). Masks, "
                 "offsets and whatever else has a row for each example must be part of the batch, "
                 "with the examples first. Freeze these parameters to leave them out."
+                + batch_hint(self._unbatched)
             ) from error
         expected = self.outputs[row].detach()
         if not isinstance(outputs, Tensor) or not _close(outputs.detach(), expected):
@@ -304,6 +318,7 @@ class Calls:
                 "output for one example alone differs from that in its batch: some module is "
                 "random (call model.eval() for dropout), mixes examples, or has them on another "
                 "axis than the first. Freeze these parameters to leave them out."
+                + batch_hint(self._unbatched)
             )
 
         def gradients(column: Tensor, names: Sequence[str]) -> list[Tensor]:

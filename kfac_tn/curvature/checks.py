@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -53,6 +53,24 @@ def restored_buffers(model: Module) -> Iterator[None]:
             if not expanded:  # else it can't be changed in place
                 # With the value as it was, a graph that saved it may still be differentiated.
                 buffer.data.copy_(value)
+
+
+def refuse_other_shapes(model: Module, shapes: Mapping[Parameter, torch.Size]) -> None:
+    """Refuse parameters, or gradients, that haven't the shape that all averages of them have.
+
+    Raises:
+        RuntimeError: Naming the first one.
+    """
+    for parameter, shape in shapes.items():
+        for what, tensor in (("", parameter), (" a gradient of", parameter.grad)):
+            if tensor is not None and tensor.shape != shape:
+                names = {p: name for name, p in model.named_parameters()}
+                raise RuntimeError(
+                    f"Parameter '{names.get(parameter)}' has{what} shape {list(tensor.shape)}, but "
+                    f"had shape {list(shape)} when KFAC was made, and all averages are of that "
+                    "one: put data of that shape back and reset its gradient, or make a new "
+                    "optimizer of the model as it is."
+                )
 
 
 def check_graph(outputs: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Capture
 from kfac_tn.curvature.averages import Moving
-from kfac_tn.curvature.checks import all_finite, trainable
+from kfac_tn.curvature.checks import all_finite, refuse_other_shapes, trainable
 from kfac_tn.curvature.compute import layout_of
 from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
 from kfac_tn.curvature.directions import Layouts, Room, precondition
@@ -33,7 +33,8 @@ class CurvatureEstimator:
 
     It follows its model: parameters unfrozen later get blocks (``grow``), layers that are pruned or
     reparametrized lose theirs, and a change of dtype or device takes the curvature along
-    (``cast``). Layers frozen later keep what they have.
+    (``cast``). Layers frozen later keep what they have. Steps without statistics, which are to cost
+    next to nothing, don't look for changed layers.
 
     Args:
         model: The model.
@@ -72,6 +73,7 @@ class CurvatureEstimator:
         self._damping, self._group = damping, group
         self._generators: dict[str, torch.Generator] = {}
         self._warned: set[str] = set()
+        self._shapes: dict[Parameter, torch.Size] = {}
         self.closed = False
         self._divide()
         if not self.blocks and not self.others:
@@ -92,6 +94,8 @@ class CurvatureEstimator:
         self._covered.update(other.parameter for other in self.others)
         self._layouts: Layouts = {b: (layout_of(b), b.parameters) for b in self.curved}
         self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
+        here = [p for p in self._model.parameters() if p in self._covered]
+        self._shapes = {p: self._shapes.get(p, p.shape) for p in here}
         self._stack()
 
     def _stack(self) -> None:
@@ -142,6 +146,18 @@ class CurvatureEstimator:
         """Whether layers were changed such that their blocks aren't theirs; for the statistics."""
         return self.capture.armed and not all(block.holds() for block in self.blocks)
 
+    def check_shapes(self) -> None:
+        """Refuse parameters whose data was replaced by some of another shape.
+
+        Raises:
+            RuntimeError: Naming one, for it has averages of the shape that it had.
+        """
+        try:
+            refuse_other_shapes(self._model, self._shapes)
+        except RuntimeError:
+            self.capture.discard()  # such statistics can't be added to others
+            raise
+
     def close(self) -> None:
         """Remove the hooks; the curvature stays as it is."""
         self.closed = True
@@ -153,15 +169,20 @@ class CurvatureEstimator:
         """Divide the model anew if there are new parameters or changed layers; true if it was.
 
         What is known of the other layers stays. A layer whose bias was unfrozen starts anew: its
-        input factor has a further row.
+        input factor has a further row. If the model as it is is refused, all stays as it was.
         """
         new = any(p.requires_grad for p in self.uncovered())
         if self.closed or not (new or self.outdated()):
             return False
-        state = self._factors_state()
-        # Layers frozen in the meantime keep their place: they may return.
-        with trainable(self._covered):
-            self._divide()
+        self.check_shapes()
+        state, before = self._factors_state(), dict(vars(self))
+        try:
+            # Layers frozen in the meantime keep their place: they may return.
+            with trainable(self._covered):
+                self._divide()
+        except BaseException:
+            vars(self).update(before)  # dividing makes everything new, and changes nothing
+            raise
         for moving in self._moving:
             moving.load_state_dict(
                 {n: entry for n, entry in state.items() if moving.fits(n, entry)}
@@ -237,6 +258,9 @@ class CurvatureEstimator:
             block = self._own[parameter]
             named = {block.name: diagonal}
             statistics.moments[block] = self._layouts[block][0].to_matrix(named)
+        for block in statistics.bypassed:  # whose gradients aren't those of its calls alone
+            self._moving_of[block].forget(block)
+            self._renewed.pop(block.name, None)
         for moving in self._moving:
             moving.update(
                 {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
@@ -262,7 +286,7 @@ class CurvatureEstimator:
         tensors += [*statistics.moments.values(), *statistics.diagonals.values()]
         if tensors and not all_finite(tensors):
             self.warn("The curvature of a batch isn't finite (NaN or inf); it was left out.")
-            return Statistics({}, {}, {})
+            return Statistics({}, {}, {}, bypassed=statistics.bypassed)
         return statistics
 
     def room(self, parameters: Sequence[Parameter]) -> Room:

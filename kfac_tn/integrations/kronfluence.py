@@ -27,17 +27,24 @@ def save_factors(curvature: Curvature, folder: str | PathLike[str]) -> None:
     products with (curvature + damping I)^-1, with the ``damping_factor`` of its ``ScoreArguments``
     (by default a tenth of each layer's mean eigenvalue).
 
+    The gradients in these scores are kronfluence's own, and 1.0.1 computes wrong ones, in silence,
+    for convolutions with another ``padding_mode`` than zeros, and for layers that are called more
+    than once. Rows of ``compute_per_example_gradients`` and products of these with
+    ``curvature.inverse(damping)`` are right for every model.
+
     Args:
         curvature: Of ``compute_ekfac`` or ``compute_kfac`` with ``bias="joint"``, of the layers
-            that the analyzer tracks: linear ones and 2-d convolutions without groups. Kronfluence's
-            own is that of the mean loss over the training examples.
+            that the analyzer tracks: linear ones and 2-d convolutions without groups, by the names
+            that they have there, with their biases (not frozen). Others are ignored, and
+            kronfluence fails where one is missing. Its own curvature is that of the mean loss over
+            the training examples.
         folder: ``analyzer.factors_output_dir("mine")``; it is made if need be, and files in it are
             overwritten.
 
     Raises:
         TypeError: If it is no ``Curvature``.
-        ValueError: For what kronfluence can't express, naming it: groups, transposed, 1-d and 3-d
-            convolutions, a separate bias, parameters without Kronecker structure, sums.
+        ValueError: For what kronfluence can't express, naming it: embeddings, groups, transposed,
+            1-d and 3-d convolutions, a separate bias, parameters without Kronecker structure, sums.
 
     Example:
         >>> import pathlib, tempfile, torch, kfac_tn

@@ -51,8 +51,8 @@ def as_pmat(curvature: Curvature) -> Any:
     Raises:
         TypeError: If it is no ``Curvature``.
         ValueError: For what nngeometry can't express, naming it: groups (it would need a matrix for
-            each), transposed and 3-d convolutions, a separate bias, parameters without Kronecker
-            structure, sums, and blocks of different kinds.
+            each), embeddings, transposed and 3-d convolutions, a separate bias, parameters without
+            Kronecker structure, sums, and blocks of different kinds.
 
     Example:
         >>> import torch, kfac_tn

@@ -1,7 +1,7 @@
 """Families of layers: what their inputs and output gradients mean for their parameters."""
 
 from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
-from kfac_tn.layers.checks import check_model, check_parameters
+from kfac_tn.layers.checks import batch_hint, check_model, check_parameters
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.embedding import EmbeddingFamily
 from kfac_tn.layers.linear import LinearFamily
@@ -32,6 +32,7 @@ __all__ = [
     "LayerFamily",
     "LinearFamily",
     "OtherParameter",
+    "batch_hint",
     "check_model",
     "check_parameters",
     "gradient_family",

@@ -32,6 +32,10 @@ class GradientFamily(ABC):  # noqa: B024 (what a family lacks, it says when aske
         """
         return args[0] if args else kwargs["input"]
 
+    def lacks_batch(self, module: Module, x: Tensor) -> bool:
+        """Whether an input is a single example's, without an axis of examples. Default: no."""
+        return False
+
     def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
         """What each example alone gives the weight: ``[N, *weight.shape]``."""
         raise NotImplementedError(self._lacks("per_example_weight_gradient"))

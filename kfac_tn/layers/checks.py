@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
@@ -15,6 +17,21 @@ def check_model(model: Module) -> None:
     """
     if not isinstance(model, Module):
         raise TypeError(f"model is a {type(model).__name__}: give the torch.nn.Module itself.")
+
+
+def batch_hint(names: Collection[str]) -> str:
+    """What else to say of an error where these layers were called with single examples.
+
+    Example:
+        >>> batch_hint([])
+        ''
+    """
+    if not names:
+        return ""
+    return (
+        f" Layers {sorted(names)} were called with a single example, without an axis of examples: "
+        "give the model a batch (of one: x.unsqueeze(0), with its target)."
+    )
 
 
 def check_parameters(model: Module) -> None:

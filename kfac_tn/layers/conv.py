@@ -22,6 +22,9 @@ from kfac_tn.layers.base import LayerFamily
 class _ConvFamily(LayerFamily):
     """What all convolutions share: what is done with their output."""
 
+    def lacks_batch(self, module: Any, x: Tensor) -> bool:
+        return x.dim() == len(module.kernel_size) + 1
+
     def groups(self, module: Any) -> int:
         return module.groups
 

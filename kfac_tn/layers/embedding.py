@@ -35,6 +35,9 @@ class EmbeddingFamily(LayerFamily):
     transposed = True
     one_hot = True
 
+    def lacks_batch(self, module: Module, x: Tensor) -> bool:  # noqa: D102
+        return x.dim() == 0
+
     def lacks_block(self, module: Any) -> str | None:  # noqa: D102
         if module.scale_grad_by_freq:
             return "scale_grad_by_freq=True: its gradient isn't that of the loss"

@@ -22,6 +22,9 @@ class LinearFamily(LayerFamily):
     ``"expand"`` (which treats all leading axes alike) or put the batch first.
     """
 
+    def lacks_batch(self, module: Module, x: Tensor) -> bool:  # noqa: D102
+        return x.dim() == 1
+
     def groups(self, module: Module) -> int:  # noqa: D102
         return 1
 

@@ -20,11 +20,18 @@ class NormFamily(GradientFamily):
     Args:
         normalize: Computes ``normalize(x)`` of a module and its input.
         channels_last: Whether the parameters belong to the last axes instead of the second one.
+        axes: Of a single example, if the module takes one without a batch.
     """
 
-    def __init__(self, normalize: Callable[[Any, Tensor], Tensor], channels_last: bool) -> None:
+    def __init__(
+        self, normalize: Callable[[Any, Tensor], Tensor], channels_last: bool, axes: int = 0
+    ) -> None:
         self._normalize = normalize
         self._channels_last = channels_last
+        self._axes = axes
+
+    def lacks_batch(self, module: Any, x: Tensor) -> bool:  # noqa: D102
+        return x.dim() == (len(module.normalized_shape) if self._channels_last else self._axes)
 
     def per_example_weight_gradient(self, module: Any, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
         return self._sum(module, self._normalize(module, x).to(g.dtype) * g)
@@ -88,9 +95,9 @@ NORM_FAMILIES: dict[type[Module], GradientFamily] = {
     torch.nn.BatchNorm1d: NormFamily(_batch_norm, False),
     torch.nn.BatchNorm2d: NormFamily(_batch_norm, False),
     torch.nn.BatchNorm3d: NormFamily(_batch_norm, False),
-    torch.nn.InstanceNorm1d: NormFamily(_instance_norm, False),
-    torch.nn.InstanceNorm2d: NormFamily(_instance_norm, False),
-    torch.nn.InstanceNorm3d: NormFamily(_instance_norm, False),
+    torch.nn.InstanceNorm1d: NormFamily(_instance_norm, False, 2),
+    torch.nn.InstanceNorm2d: NormFamily(_instance_norm, False, 3),
+    torch.nn.InstanceNorm3d: NormFamily(_instance_norm, False, 4),
     torch.nn.GroupNorm: NormFamily(_group_norm, False),
     torch.nn.LayerNorm: NormFamily(_layer_norm, True),
     torch.nn.RMSNorm: NormFamily(_rms_norm, True),

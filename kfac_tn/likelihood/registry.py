@@ -152,6 +152,11 @@ def _remedy(loss_fn: object) -> str:
             f"compute the loss with it or call optimizer.observe(outputs, targets) before "
             f"loss.backward()"
         )
+    if isinstance(getattr(loss_fn, "_orig_mod", None), nn.Module):
+        return (
+            "It was made by torch.compile, which hides what it is: pass the loss module that was "
+            "compiled (loss_fn._orig_mod); the compiled one may be called all the same"
+        )
     missing = _missing_members(loss_fn)
     if any(name not in missing for name in _METHODS):
         return f"It seems meant to be a likelihood, but has no {', '.join(missing)}"

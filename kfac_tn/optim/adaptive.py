@@ -13,7 +13,7 @@ from torch import Tensor
 from kfac_tn.curvature.intervals import is_due
 from kfac_tn.optim.step_rules import Proposal, Scaling
 
-_LOOKS = 5  # steps between looks at whether one goes uphill, which wait for the device
+_LOOKS = 5  # steps between looks at how far one goes and where, which wait for the device
 
 
 class Adaptive(Scaling):
@@ -54,15 +54,22 @@ class Adaptive(Scaling):
     That averages noise away as iterates' averages do, without a second copy of the parameters and
     without knowing when training ends (steps along an average of gradients are those of an average
     of iterates: Defazio 2020, arXiv 2010.00406), and where there is no noise and curvature differs
-    by direction it is Nesterov's growing momentum (1983). Of a gradient only a share ``fresh`` is
-    used at once, and the rest spread over as many later steps as m reaches back; so the ``share``
-    of alpha grows with R, until what is used at once makes steps of alpha. (Each gradient then has
-    the same weight in all steps together, as with momentum that is a sum, not an average.)
+    by direction it is Nesterov's growing momentum (1983). Each gradient is spread over as many
+    steps as m reaches back; so the share of alpha grows with R, to 1 / fresh times what it was.
+    (As long as it grows, each has the same weight in all steps together, as with momentum that is a
+    sum, not an average.) What is used at once doesn't: with l for t in units of share alpha, the
+    mean of all parameters' in the last step that was looked at, every fifth,
+
+    .. math::
+        n = (1 - \nu) m + \nu g, \quad \nu = \frac{\text{fresh}}{\max(1, l)}
+
+    so that noise has no more of alpha than at the beginning. Where the trust region, not curvature,
+    limits steps, l remains small, and nu as large as it was.
 
     Old gradients outlive a loss that falls exponentially. Steps then go uphill, by the gradient of
     their own batch; where noise decides, they don't, for they have a share of that. So when one
-    does, m begins anew as the next gradient, and t as 1 (the restarts of O'Donoghue & Candes 2015,
-    arXiv 1204.3982).
+    does, m begins anew as the next gradient (the restarts of O'Donoghue & Candes 2015, arXiv
+    1204.3982), and all else with it: t is counted from there.
 
     Args:
         share: Of alpha, at the default learning rate and with m as ``betas`` say.
@@ -71,9 +78,10 @@ class Adaptive(Scaling):
             for each layer (1), or between: radii are weighted geometric means of both.
         interval: Steps between measurements; more often at the beginning.
         decay: Of their moving average.
-        fresh: Share of the step's own gradient (quasi-hyperbolic momentum, Ma & Yarats 2019, arXiv
-            1810.06801; Nesterov's is 1 - beta1). An average alone lags behind: where steps are as
-            large as curvature allows, it swings from one side of a valley to the other.
+        fresh: Share of the step's own gradient, at most (quasi-hyperbolic momentum, Ma & Yarats
+            2019, arXiv 1810.06801; Nesterov's is 1 - beta1). An average alone lags behind: where
+            steps are as large as curvature allows, it swings from one side of a valley to the
+            other.
         horizon: Share of the steps since m began over which it reaches back, if that is further
             than ``betas`` say; 0: always as they say. Not of parameters that take Adam's steps, nor
             where beta1 is 0.
@@ -115,6 +123,8 @@ class Adaptive(Scaling):
         self.interval, self.decay = interval, decay
         self.excess = torch.tensor(torch.nan)  # d^T G d / d^T F d; NaN: never measured
         self.begun = 0  # the step whose gradient m began with
+        self.length = self._length = 0.0  # t over share alpha, when last looked at, and before
+        self._looked = 0  # the step that came next
 
     def wants_batch(self, step: int) -> bool:  # noqa: D102
         return is_due(step, self.interval)
@@ -123,6 +133,9 @@ class Adaptive(Scaling):
         if not self.horizon or step < self.begun:
             return 1.0
         return 0.0 if step == self.begun > 0 else self.horizon * (step - self.begun + 1)
+
+    def at_once(self, step: int) -> float:  # noqa: D102
+        return self.fresh / max(1.0, self.length if step >= self._looked else self._length)
 
     def factors(self, proposal: Proposal) -> Tensor:  # noqa: D102
         if not proposal.directions:
@@ -135,7 +148,7 @@ class Adaptive(Scaling):
         seen = norms if weights is None else norms * weights
         layers = [proposal.estimator.layer_of[p] for p in parameters]
         bound = _ratios(seen, layers, self.spread).mul_(self.radius)
-        best = self._growth(proposal, given) / self.lr
+        best: float | Tensor = self.share / self.lr
         if weights is not None or proposal.replay is not None:
             slopes = torch._foreach_mul(directions, [proposal.gradients[p] for p in parameters])
             sums = torch.stack([product.sum() for product in slopes])
@@ -150,30 +163,36 @@ class Adaptive(Scaling):
                 )
                 self._average(form / (bound * bounds * sums).sum())
         excess = self.excess.to(given)
-        reach = torch.minimum(bound, excess.reciprocal() * best)
+        alpha = excess.reciprocal() * best
+        reach = torch.minimum(bound, alpha * self._growth(proposal, given))
         scales = torch.where(excess.isnan(), adam / given, reach)
         scales = scales.nan_to_num(0.0, 0.0, 0.0)  # of directions that are zero
-        self._look_back(proposal, scales if weights is None else scales * weights)
+        self._look(proposal, scales, alpha, weights)
         return scales
 
     def _growth(self, proposal: Proposal, like: Tensor) -> float | Tensor:
-        """Alphas to take: one number, or one for each direction."""
+        """By how much the share of alpha has grown: one number, or one for each direction."""
         most = 1 / self.fresh if self.fresh else math.inf
         growths = [min(proposal.reaches.get(p, 1.0), most) for p in proposal.directions]
-        if min(growths) == max(growths):
-            return self.share * growths[0]
-        return self.share * torch.tensor(growths).to(like)
+        return growths[0] if min(growths) == max(growths) else torch.tensor(growths).to(like)
 
-    def _look_back(self, proposal: Proposal, scales: Tensor) -> None:
-        """Have averages begin anew if the step goes uphill."""
+    def _look(
+        self, proposal: Proposal, scales: Tensor, alpha: Tensor, weights: Tensor | None
+    ) -> None:
+        """See how far the step goes, and have averages begin anew if that is uphill."""
         step = proposal.estimator.steps  # the next one
         old = proposal.reaches or self.begun
         if proposal.current is None or not old or step % _LOOKS:
             return
         current = [proposal.current[p] for p in proposal.directions]
-        slopes = torch._foreach_mul(list(proposal.directions.values()), current)
-        if (torch.stack([slope.sum() for slope in slopes]) * scales).sum() < 0:
-            self.begun = step
+        products = torch._foreach_mul(list(proposal.directions.values()), current)
+        slopes = torch.stack([product.sum() for product in products]) * scales
+        slope = (slopes if weights is None else slopes * weights).sum()
+        length = (scales / alpha).mean().nan_to_num(0.0)
+        downhill, found = torch.stack([slope, length]).tolist()
+        self._length, self._looked, self.length = self.length, step, found
+        if downhill < 0:
+            self.begun, self.length = step, 0.0
 
     def _average(self, measured: Tensor) -> None:
         """Take a measurement in, unless it makes no sense."""
@@ -183,10 +202,11 @@ class Adaptive(Scaling):
         self.excess = torch.where(good, after, before)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"excess": self.excess, "begun": self.begun}
+        return {"excess": self.excess, "begun": self.begun, "length": self.length}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
         self.excess, self.begun = state["excess"].clone(), state["begun"]
+        self.length = self._length = state["length"]
 
 
 def _weights(lrs: list[float], like: Tensor) -> Tensor | None:

@@ -183,8 +183,12 @@ def check_damping(damping: float) -> float:
     """The damping, or an error.
 
     Raises:
-        ValueError: If it isn't positive and finite.
+        ValueError: If it isn't positive and finite, or no number.
     """
-    if not 0 < damping < float("inf"):
+    try:
+        good = 0 < damping < float("inf")
+    except TypeError:  # such as a function: the optimizer may have one, but not a group of it
+        good = False
+    if not good:
         raise ValueError(f"damping is {damping}: it must be positive.")
     return damping

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,11 +61,21 @@ def check_options(group: Mapping[str, Any]) -> None:
         ValueError: Naming the option.
     """
     for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= group[name] < float("inf"):
+        if not _within(group[name], float("inf")):
             raise ValueError(f"{name} is {group[name]}: it must be in [0, inf).")
     check_damping(group["damping"])
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas are {group['betas']}: two are needed, both in [0, 1).")
+    betas = group["betas"]
+    two = isinstance(betas, Sequence) and len(betas) == 2
+    if not two or not all(_within(beta, 1) for beta in betas):
+        raise ValueError(f"betas are {betas}: two are needed, both in [0, 1).")
+
+
+def _within(value: Any, limit: float) -> bool:
+    """Whether something is a number in [0, limit)."""
+    try:
+        return bool(0 <= value < limit)
+    except TypeError:
+        return False
 
 
 class GroupedOptimizer(Optimizer):
@@ -76,27 +86,36 @@ class GroupedOptimizer(Optimizer):
 
     def __init__(self, params: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
         self._following: list[int] = []  # groups that have no damping of their own
+        self._group_of: dict[Parameter, int] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train further parameters of the model: those that a group of ``params`` left out, frozen.
 
+        All that is trainable must have a place then: freeze what is to be in a further group until
+        that is added.
+
         Raises:
-            ValueError: For a parameter of another model, or options out of range; no group is added
-                then.
+            TypeError: For what is no group of parameters; the optimizer is as before then, as for
+                the next two.
+            ValueError: For a parameter of another model, options out of range, a trainable
+                parameter that is still without a group, or a layer in groups of different damping.
+            RuntimeError: For a parameter of another shape than before.
         """
-        follows = "damping" not in param_group
-        super().add_param_group(param_group)
+        before = list(self.param_groups), list(self._following), self._group_of
         try:
+            follows = "damping" not in param_group  # which torch gives it then
+            super().add_param_group(param_group)
             check_group(self.param_groups[-1], self.defaults, self._model)
-        except ValueError:
-            self.param_groups.pop()
+            if follows:
+                self._following.append(len(self.param_groups) - 1)
+            if hasattr(self, "_estimator"):
+                self._index_groups()
+                self._estimator.uncovered(anew=True)
+                self._grow()
+        except BaseException:
+            self.param_groups[:], self._following, self._group_of = before
             raise
-        if follows:
-            self._following.append(len(self.param_groups) - 1)
-        if hasattr(self, "_estimator"):
-            self._index_groups()
-            self._grow()
 
     def _index_groups(self) -> None:
         """Note who is where.
@@ -104,8 +123,7 @@ class GroupedOptimizer(Optimizer):
         Raises:
             ValueError: If a trainable parameter is nowhere.
         """
-        self._given = 0  # parameters that had a gradient in the last step
-        self._group_of = {
+        group_of = {
             parameter: index
             for index, group in enumerate(self.param_groups)
             for parameter in group["params"]
@@ -113,13 +131,15 @@ class GroupedOptimizer(Optimizer):
         missing = [
             name
             for name, p in self._model.named_parameters()
-            if p.requires_grad and p not in self._group_of
+            if p.requires_grad and p not in group_of
         ]
         if missing:
             raise ValueError(
                 f"The parameter groups miss trainable parameters {missing}: add them, or freeze "
                 "them with requires_grad_(False)."
             )
+        self._group_of = group_of
+        self._given = 0  # parameters that had a gradient in the last step
 
     def _following_groups(self) -> list[dict[str, Any]]:
         return [self.param_groups[index] for index in self._following]

@@ -69,6 +69,11 @@ class KFAC(CurvatureUser, GroupedOptimizer):
     taken), by extra backward passes that start when ``backward()`` reaches the loss; other steps
     cost two matrix products per layer more than Adam's.
 
+    Layers that are pruned, reparametrized or given another ``forward``, or whose weight is used
+    without calling the layer, lose their curvature, and frozen ones that are unfrozen get one: with
+    the next statistics, since other steps don't look at the model. Until then, up to
+    ``factor_interval`` steps, a layer is trained with the curvature that it had.
+
     Hooks of your own on activations (``register_hook``, ``retain_grad``, full backward hooks) see
     the extra passes too: autograd has no way to leave them out. Parameters' gradients don't.
 
@@ -269,12 +274,14 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             The closure's loss.
 
         Raises:
-            RuntimeError: If the loss module was never called, or a gradient is sparse.
+            RuntimeError: If the loss module was never called, a gradient is sparse, or a parameter
+                has another shape than before.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._estimator.check_shapes()
         if not self._estimator.closed and self._estimator.outdated():
             self._grow()
         gradients = self._gradients()
@@ -296,7 +303,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             corrected=not self._rule.any_length,
         )
         lrs = self._lrs(updates)
-        fresh = 1.0 if self._rule.own_momentum else self._rule.fresh
+        fresh = 1.0 if self._rule.own_momentum else self._rule.at_once(taken)
         slopes = gradients
         if fresh != 1:
             room = self._estimator.room(list(moments))
@@ -441,9 +448,10 @@ class KFAC(CurvatureUser, GroupedOptimizer):
 
     def _last_steps(self) -> dict[Parameter, Tensor]:
         gradients = {p: p.grad for p in self._group_of if p.grad is not None}
-        fresh = self._rule.fresh  # a share in steps of gradients, which may be gone by now
+        last = self._estimator.steps - 1
+        fresh = self._rule.at_once(last)  # of gradients, which may be gone by now
         taken = [p for p in (gradients if fresh else self._group_of) if self.state[p]]
-        groups = self._averaging(self._estimator.steps - 1)
+        groups = self._averaging(last)
         moments, updates = current_updates(groups, self.state, set(taken))
         lrs = self._lrs(updates)
         if self._rule.own_momentum:

@@ -27,8 +27,8 @@ class KFACPreconditioner(CurvatureUser):
     """Replaces each layer's gradient by the damped inverse curvature times it.
 
     Between ``loss.backward()`` and the step of the optimizer one has; parameters without Kronecker
-    structure keep their gradient, unless ``other_curvature`` says otherwise. For the curvature, see
-    ``KFAC``, whose arguments these are.
+    structure keep their gradient, unless ``other_curvature`` says otherwise. For the curvature, and
+    how it follows a model that is changed, see ``KFAC``, whose arguments these are.
 
     Args:
         model: The model.
@@ -154,8 +154,10 @@ class KFACPreconditioner(CurvatureUser):
             the optimizer's step then, as ``torch.amp.GradScaler`` does by itself.
 
         Raises:
-            RuntimeError: If the loss module was never called.
+            RuntimeError: If the loss module was never called, or a parameter has another shape than
+                before.
         """
+        self._estimator.check_shapes()
         if not self._estimator.closed and self._estimator.outdated():
             self._estimator.grow()
         # Sparse gradients, of embeddings, are the optimizer's business.

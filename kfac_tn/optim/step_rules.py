@@ -73,7 +73,6 @@ class StepRule(ABC):
         natural: Whether it wants learning rates that aren't Adam's, so that parameters without
             curvature need one of their own.
         own_momentum: Whether directions are of the gradient as it is, not of its moving average.
-        fresh: Share of the gradient as it is in what directions are of, besides the average.
         needs_batch: Whether it ever computes with the batch.
         any_length: Whether it gives directions a length that theirs has no part in, so that they,
             and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
@@ -83,7 +82,6 @@ class StepRule(ABC):
     lr = 1e-2
     natural = True
     own_momentum = False
-    fresh = 0.0
     needs_batch = False
     any_length = False
     without_batch = ""
@@ -98,11 +96,15 @@ class StepRule(ABC):
         return False
 
     def reach(self, step: int) -> float:
-        """Over how many steps that average reaches back in this one, where ``betas`` say less.
+        """Over how many steps the moving average of gradients reaches back, if ``betas`` say less.
 
         0: it begins anew, as this step's gradient.
         """
         return 1.0
+
+    def at_once(self, step: int) -> float:
+        """Share of this step's own gradient in what directions are of, besides that average."""
+        return 0.0
 
     @abstractmethod
     def scale(self, proposal: Proposal) -> Tensor:

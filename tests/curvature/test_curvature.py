@@ -423,6 +423,70 @@ def test_weights_used_without_their_module_are_refused_or_right(compute, called)
         assert set(curvature.blocks) == {"layer.weight", "layer.bias", "head"}
 
 
+class IntoItself(nn.Module):
+    """What is made with a layer's weight alone is an input of the layer's very call."""
+
+    def __init__(self, kind: str, always: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.kind, self.always = kind, always
+        self.double()
+
+    def forward(self, x):
+        if not self.always and not (x > 0).all():
+            return self.head(self.layer(x).tanh())
+        if self.kind == "at once":
+            h = nn.functional.linear(x, self.layer.weight)
+        elif self.kind == "bias":
+            h = x + self.layer.bias
+        elif self.kind == "twice":
+            h = self.layer(nn.functional.linear(x, self.layer.weight).tanh()).tanh()
+        elif self.kind == "positions":
+            h = torch.stack([nn.functional.linear(x, self.layer.weight), x], 1).cos()
+            return self.head(self.layer(h).tanh().sum(1))
+        else:
+            return self.head(x * self.layer(self.layer.weight).sum())
+        return self.head(self.layer(h).tanh())
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("kind", ["at once", "bias", "twice", "positions", "itself"])
+def test_weights_used_for_the_input_of_their_own_call_are_refused_or_right(compute, kind):
+    """In the second batch only: the first is what tells which calls say all."""
+    model, loss_fn = IntoItself(kind, always=False), nn.MSELoss()
+    x, y = torch.rand(5, 3).double(), torch.rand(5, 2).double()
+    batches = [(x - 0.5, y), (x, y)]
+    if "kfac" in compute:
+        with pytest.raises(ValueError, match=r"layers \['layer'\] are used by other ways"):
+            COMPUTE[compute](model, loss_fn, batches)
+        return
+    if compute == "diagonal":
+        expected = sum(testing.dense_ggn(model, loss_fn, *batch).diagonal() for batch in batches)
+        result = flat(COMPUTE[compute](model, loss_fn, batches))
+        torch.testing.assert_close(result, expected / 2, **CLOSE)
+
+
+def test_recurrent_layers_are_no_input_of_themselves():
+    """Their own outputs, transformed in between, are an input like any other."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            h = x.requires_grad_()
+            for _ in range(3):
+                h = torch.cat([self.layer(h).tanh(), h[:, :0]], 1) + x
+            return self.head(self.layer(h.sin()))
+
+    torch.manual_seed(0)
+    model, batch = Recurrent().double(), (torch.rand(5, 3).double(), torch.rand(5, 2).double())
+    curvature = kfac_tn.compute_kfac(model, nn.MSELoss(), [batch])
+    assert set(curvature.blocks) == {"layer", "head"}
+
+
 def test_hooks_are_removed_after_an_error_in_the_loader():
     model, loss_fn, data = problem()
 

@@ -656,6 +656,74 @@ def test_models_that_cannot_be_called_on_one_example_are_told_what_to_do():
             compute(Masked())
 
 
+class OneByOne(nn.Module):
+    """Layers that are called with single examples, and with what belongs to none."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.convolution, self.linear = nn.Conv1d(channels, 3, 2), nn.Linear(3, 3)
+        self.norm, self.shared = nn.LayerNorm(3), nn.Linear(3, 3)
+        self.table = nn.Embedding(2, 3)
+        self.register_buffer("vector", torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [self.norm(self.linear(self.convolution(each).mean(1))).tanh() for each in x]
+        table = self.table(torch.tensor(1))
+        return torch.stack(rows) * self.shared(self.vector) + table
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3, 5])
+@pytest.mark.parametrize("channels", [2, 3])
+def test_layers_called_without_a_batch(examples, channels):
+    """Also where another of their axes is as long as that of the examples."""
+    torch.manual_seed(0)
+    model, loss_fn = OneByOne(channels).double(), nn.MSELoss()
+    x, y = torch.rand(examples, channels, 4).double(), torch.rand(examples, 3).double()
+    diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
+    expected = dense_ggn(model, loss_fn, x, y).diagonal()
+    assert relative_error(flat(diagonal, model), expected) < TOLERANCE
+    rows = kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+    loss_fn(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(rows[name].sum(0), parameter.grad)
+
+
+UNBATCHED = {
+    "linear": (lambda: nn.Linear(4, 3), (4,), "''"),
+    "square": (lambda: nn.Linear(4, 4), (4,), "''"),
+    "layer norm": (lambda: nn.LayerNorm(4), (4,), "''"),
+    "rms norm": (lambda: nn.Sequential(nn.RMSNorm(4), nn.Linear(4, 3)), (4,), "'0', '1'"),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.Flatten(0), nn.Linear(16, 4)),
+        (4, 6),
+        "'0', '2'",
+    ),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten(0)),
+        (2, 2, 2),
+        "'0'",
+    ),
+    "instance norm": (
+        lambda: nn.Sequential(nn.InstanceNorm1d(4, affine=True), nn.Flatten(0)),
+        (4, 6),
+        "'0'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNBATCHED)
+def test_models_called_without_a_batch_are_told_so(case):
+    make, shape, names = UNBATCHED[case]
+    torch.manual_seed(0)
+    model, loss_fn, x = make().double(), nn.MSELoss(), torch.rand(shape).double()
+    y = torch.rand_like(model(x))
+    message = rf"Layers \[{names}\] were called with a single example.*unsqueeze\(0\)"
+    with pytest.raises(ValueError, match=message):
+        kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+    with pytest.raises(ValueError, match=message):
+        kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
+
+
 def test_leaves_no_trace():
     model, x = problem("normalizations")
     loss_fn, y = loss_and_targets("mse", model(x))

@@ -355,6 +355,15 @@ def test_what_has_no_exact_answer_is_refused(options, data, message):
     assert not any(module._forward_hooks for module in [loss_fn, *model.modules()])
 
 
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+def test_models_called_without_a_batch_are_told_so(fisher):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(0), nn.Linear(12, 3))
+    batch = torch.rand(2, 4, 4), torch.rand(3)
+    message = r"Layers \['0', '2'\] were called with a single example.*unsqueeze\(0\)"
+    with pytest.raises(ValueError, match=message):
+        kfac_tn.compute_ekfac(model, nn.MSELoss(), [batch], fisher=fisher)
+
+
 class Careless(nn.Module):
     """Changes the input of its first layer after the call."""
 

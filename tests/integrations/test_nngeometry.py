@@ -134,6 +134,18 @@ def norm():
     return nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), (2,)
 
 
+def embedding():
+    layers = nn.Flatten(), nn.Linear(4, 3)
+    model = nn.Sequential(nn.Embedding(5, 2), *layers).double()
+    return model, TensorDataset(torch.randint(5, (6, 2)), torch.randint(3, (6,)))
+
+
+def of_embedding(kind, approximation):
+    model, data = embedding()
+    loss_fn, options = nn.CrossEntropyLoss(), {"approximation": approximation, "bias": "joint"}
+    return COMPUTE[kind](model, loss_fn, [data.tensors], **options)
+
+
 def mixed():
     kfac, ekfac = (compute(mlp, kind) for kind in COMPUTE)
     return kfac_tn.Curvature({**kfac.blocks, "2": ekfac.blocks["2"]}, kfac.shapes)
@@ -149,6 +161,10 @@ def mixed():
         (lambda: compute(mlp, bias="separate"), "'0' has a bias of its own.*bias='joint'"),
         (lambda: compute(mlp) + compute(mlp), r"made of \['SumBlock'\]"),
         (mixed, "EigenBlock', 'KroneckerBlock"),
+        (lambda: of_embedding("kfac", "expand"), "'0' is an embedding.*submatrix"),
+        (lambda: of_embedding("ekfac", "reduce"), "'0' is an embedding.*submatrix"),
+        (lambda: compute(mlp).submatrix(["0.bias"]), "'0' is here without its weight"),
+        (lambda: kfac_tn.Curvature({}, {}), "no layer"),
     ],
 )
 def test_what_it_can_not_express_is_refused(make, message):

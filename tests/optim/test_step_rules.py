@@ -506,6 +506,35 @@ def test_directions_are_of_an_average_and_the_steps_own_gradient(fresh, least, h
                 torch.testing.assert_close(seen["slopes"][p], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("radius", [1e-3, 1e9])
+def test_at_once_no_more_of_alpha_is_used_than_at_the_beginning(radius):
+    """(1 - nu) m + nu g with nu = fresh / max(1, t / alpha), where curvature limits t.
+
+    From two looks, before steps 5 and 10: alpha was taken 0.9 * 5 * 0.5 times, and 1 / 0.3 times.
+    """
+    model, loss_fn = smooth(), nn.MSELoss()
+    rule = Adaptive(radius=radius, horizon=0.9, fresh=0.3)
+    optimizer = kfac_tn.KFAC(model, loss_fn, betas=(0.5, 0.95), step_rule=rule, **EAGER)
+    seen, average = spied(optimizer), 0.0
+    for step in range(13):
+        x, _ = batch(step)
+        before = [p.detach().clone() for p in model[0].parameters()]
+        optimizer.zero_grad()
+        loss_fn(model(x), x).backward()
+        optimizer.step()
+        told = optimizer.diagnostics().layers["0"].update_norm
+        g = flat(p.grad for p in model.parameters())
+        beta = max(0.5, 1 - 1 / (0.9 * (step + 1)))
+        average = beta * average + (1 - beta) * g
+        length = 1.0 if radius < 1 or step < 5 else 2.25 if step < 10 else 1 / 0.3
+        nu = 0.3 / length
+        expected = (1 - nu) * average / (1 - beta ** (step + 1)) + nu * g
+        slopes = flat(seen["slopes"][p] for p in model.parameters())
+        torch.testing.assert_close(slopes, expected, rtol=1e-6, atol=1e-12)
+        moved = flat(p - old for p, old in zip(model[0].parameters(), before, strict=True))
+        assert told == pytest.approx(float(moved.detach().norm()), rel=1e-6)
+
+
 @pytest.mark.parametrize("fresh", [0.0, 0.1])
 @pytest.mark.parametrize("horizon", [0.0, 0.2])
 def test_averages_begin_anew_where_steps_go_uphill(horizon, fresh):
