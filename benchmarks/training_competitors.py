@@ -48,6 +48,8 @@ def muon(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
     others = _without(model, chosen)
     if sum(p.numel() for p in chosen) < sum(p.numel() for p in others):
         raise NotImplementedError("most parameters aren't 2-d weights of linear layers")
+    if not hasattr(torch.optim, "Muon"):
+        raise NotImplementedError(f"torch {torch.__version__} has no Muon: install 2.9 or newer")
     made = torch.optim.Muon(chosen, lr=lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     return [made, *_adamw(others, lr)]
 

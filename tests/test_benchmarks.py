@@ -204,6 +204,10 @@ def test_competitors_train_everything(training, task, name):
         with pytest.raises(NotImplementedError, match="2-d weights"):
             training.Run(made, setting, 0, 1.0)
         return
+    if name == "Muon" and not hasattr(torch.optim, "Muon"):
+        with pytest.raises(NotImplementedError, match=r"install 2\.9"):
+            training.Run(made, setting, 0, 1.0)
+        return
     run = training.Run(made, setting, 0, 1.0)
     trained = [
         p for optimizer in run.optimizers for g in optimizer.param_groups for p in g["params"]
