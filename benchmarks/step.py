@@ -5,9 +5,10 @@
 The problems of `training.py`, at its batch sizes, and a small ViT and GPT (`model_zoo.py`, batches
 of 8, random data). AdamW is torch's default (on the CPU a loop over the parameters); its fused form
 stands beside it. Each optimizer trains its own copy of a model in one process, a few steps at a
-time, in turn: whatever else the machine does meets all alike. KFAC's steps are of four kinds, and
+time, in turn: whatever else the machine does meets all alike. KFAC's steps are of five kinds, and
 each is measured: those that renew nothing, those with statistics, those in which the step rule
-measures the curvature along its direction, those with inverses. Amortized is the first plus what
+measures the curvature along its direction, those in which it looks where the step goes, those with
+inverses. Amortized is the first plus what
 the others take more, divided by their intervals. (The first steps, in which curvature is renewed
 more often, are not in it: their share depends on the length of a training.)
 The bound is what no arrangement of KFAC's exact float32 products could beat on the machine at hand:
@@ -34,6 +35,7 @@ from training_problems import TASKS
 import kfac_tn
 from kfac_tn.layers import partition
 from kfac_tn.optim import Adaptive
+from kfac_tn.optim.adaptive import LOOKS
 from kfac_tn.tn.gemm import multiply
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, nn.Module], Optimizer]] = {
@@ -44,8 +46,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, nn.Module], Optimizer]] = {
     "KFAC-expand": lambda model, loss_fn: kfac_tn.KFAC(model, loss_fn, approximation="expand"),
     "KFAC-reduce": lambda model, loss_fn: kfac_tn.KFAC(model, loss_fn, approximation="reduce"),
 }
-KINDS = ("idle", "statistics", "measurement", "inverses")
+KINDS = ("idle", "statistics", "measurement", "look", "inverses")
 NEVER = 10**9
+LATE = 200  # steps after which is measured, as far as it matters
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,11 @@ class Training:
 
     @property
     def intervals(self) -> tuple[int, ...]:
-        """Steps between statistics, between measurements, and between inverses."""
+        """Steps between those of each kind but the first."""
         if not isinstance(self.optimizer, kfac_tn.KFAC):
-            return (1, 1, 1)
+            return (1, 1, 1, 1)
         statistics, inverses = self.optimizer.diagnostics().intervals
-        return statistics, Adaptive().interval, inverses
+        return statistics, Adaptive().interval, LOOKS, inverses
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -125,7 +128,8 @@ class Training:
         assert isinstance(rule, Adaptive)
         assert replay is not None
         late = 1000 * estimator.intervals[1]
-        estimator.steps = late if kind == "inverses" else late + 1
+        estimator.steps = late + {"inverses": 0, "look": LOOKS - 1}.get(kind, 1)
+        rule.begun = late - LATE  # as far as averages reach then
         estimator.capture.armed = kind == "statistics"
         rule.interval = 1 if kind == "measurement" else NEVER
         replay.armed = kind == "measurement"
@@ -218,8 +222,8 @@ def table(rows: list[dict]) -> str:
     """The numbers, AdamW's intervals left out."""
     head = [
         "problem", "optimizer", "ms per step", "ratio to AdamW", "bound", "idle, ms",
-        "of it in step()", "statistics, ms", "measurement, ms", "inverses, ms", "intervals",
-        "state, in parameters",
+        "of it in step()", "statistics, ms", "measurement, ms", "look, ms", "inverses, ms",
+        "intervals", "state, in parameters",
     ]  # fmt: skip
 
     def cell(row: dict, name: str) -> object:

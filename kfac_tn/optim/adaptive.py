@@ -13,7 +13,7 @@ from torch import Tensor
 from kfac_tn.curvature.intervals import is_due
 from kfac_tn.optim.step_rules import Proposal, Scaling
 
-_LOOKS = 5  # steps between looks at how far one goes and where, which wait for the device
+LOOKS = 5  # steps between looks at how far one goes and where, which wait for the device
 
 
 class Adaptive(Scaling):
@@ -36,9 +36,12 @@ class Adaptive(Scaling):
 
     d^T G d is measured in steps that ``interval`` tells, by central differences: two forward passes
     without gradients on the batch of the step, a learning rate like that of no other method needs.
-    In between, and averaged over measurements, its ratio to d^T F d is kept. Where the batch isn't
-    to be had (a loss that no module computes, or not of what the model returns), and until the
-    first measurement, steps have the lengths of ``graft``'s.
+    In between, and averaged over measurements, its ratio to d^T F d is kept, which counts as 1
+    where it is less: where a model that fits all is saturated, the curvature on a batch all but
+    vanishes, and returns a few steps away; that of F, averaged over steps, is the better guide.
+
+    Where the batch isn't to be had (a loss that no module computes, or not of what the model
+    returns), and until the first measurement, steps have the lengths of ``graft``'s.
 
     Nothing anneals alpha. Where the noise of batches dominates, the gradient after a step tells
     that half of it or less would have gained more; but training on such steps ends at a higher
@@ -82,9 +85,9 @@ class Adaptive(Scaling):
             2019, arXiv 1810.06801; Nesterov's is 1 - beta1). An average alone lags behind: where
             steps are as large as curvature allows, it swings from one side of a valley to the
             other.
-        horizon: Share of the steps since m began over which it reaches back, if that is further
-            than ``betas`` say; 0: always as they say. Not of parameters that take Adam's steps, nor
-            where beta1 is 0.
+        horizon: Share of the steps since m began, or a parameter joined, over which it reaches
+            back, if that is further than ``betas`` say; 0: always as they say. Not of parameters
+            that take Adam's steps, nor where beta1 is 0.
 
     Raises:
         ValueError: For values out of range.
@@ -122,7 +125,7 @@ class Adaptive(Scaling):
         self.fresh, self.horizon = fresh, horizon
         self.interval, self.decay = interval, decay
         self.excess = torch.tensor(torch.nan)  # d^T G d / d^T F d; NaN: never measured
-        self.begun = 0  # the step whose gradient m began with
+        self.begun, self.anew = 0, -1  # the step that t is counted from; where m begins anew
         self.length = self._length = 0.0  # t over share alpha, when last looked at, and before
         self._looked = 0  # the step that came next
 
@@ -130,9 +133,12 @@ class Adaptive(Scaling):
         return is_due(step, self.interval)
 
     def reach(self, step: int) -> float:  # noqa: D102
-        if not self.horizon or step < self.begun:
-            return 1.0
-        return 0.0 if step == self.begun > 0 else self.horizon * (step - self.begun + 1)
+        if step == self.anew:
+            return 0.0
+        return max(1.0, self.horizon * (step - self.begun + 1))
+
+    def join(self, step: int) -> None:  # noqa: D102
+        self.begun, self.length = step, 0.0
 
     def at_once(self, step: int) -> float:  # noqa: D102
         return self.fresh / max(1.0, self.length if step >= self._looked else self._length)
@@ -182,7 +188,7 @@ class Adaptive(Scaling):
         """See how far the step goes, and have averages begin anew if that is uphill."""
         step = proposal.estimator.steps  # the next one
         old = proposal.reaches or self.begun
-        if proposal.current is None or not old or step % _LOOKS:
+        if proposal.current is None or not old or step % LOOKS:
             return
         current = [proposal.current[p] for p in proposal.directions]
         products = torch._foreach_mul(list(proposal.directions.values()), current)
@@ -192,20 +198,24 @@ class Adaptive(Scaling):
         downhill, found = torch.stack([slope, length]).tolist()
         self._length, self._looked, self.length = self.length, step, found
         if downhill < 0:
-            self.begun, self.length = step, 0.0
+            self.join(step)
+            self.anew = step
 
     def _average(self, measured: Tensor) -> None:
-        """Take a measurement in, unless it makes no sense."""
+        """Take a measurement in, unless it makes no sense; F is never too large."""
+        good = measured.isfinite() & (measured > 0)
+        measured = measured.clamp(min=1.0)
         before = self.excess.to(measured)
         after = torch.where(before.isnan(), measured, before.lerp(measured, 1 - self.decay))
-        good = measured.isfinite() & (measured > 0)
         self.excess = torch.where(good, after, before)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"excess": self.excess, "begun": self.begun, "length": self.length}
+        counts = {"begun": self.begun, "anew": self.anew, "length": self.length}
+        return {"excess": self.excess, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        self.excess, self.begun = state["excess"].clone(), state["begun"]
+        self.excess = state["excess"].clone()
+        self.begun, self.anew = state["begun"], state["anew"]
         self.length = self._length = state["length"]
 
 

@@ -296,6 +296,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         measured = self._damping_rule.wants_ratio(taken)
         before = {p: p.clone() for p in gradients} if measured else None
         self._estimator.advance()
+        if taken and not all(self.state[p] for p in gradients):
+            self._rule.join(taken)
         moments, updates = adam_updates(
             self._averaging(taken),
             self.state,

@@ -102,6 +102,9 @@ class StepRule(ABC):
         """
         return 1.0
 
+    def join(self, step: int) -> None:  # noqa: B027
+        """Parameters take their first step that hadn't been there: nothing is known of them."""
+
     def at_once(self, step: int) -> float:
         """Share of this step's own gradient in what directions are of, besides that average."""
         return 0.0

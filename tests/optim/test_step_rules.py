@@ -470,7 +470,7 @@ def test_steps_minimize_the_quadratic_model_within_the_trust_region(lr, spread, 
             bound += [radius * layer**spread * whole ** (1 - spread)] * 2
         trial = flat([b * each for b, each in zip(bound, d, strict=True)])
         metric = sum(b**2 * (each * g).sum() for b, each, g in zip(bound, d, m, strict=True))
-        measured = trial @ ggn @ trial / metric
+        measured = (trial @ ggn @ trial / metric).clamp(min=1)
         excess = measured if excess is None else decay * excess + (1 - decay) * measured
         alpha = 1 / excess  # d^T m / (excess d^T F d), and F d = m
         growth = min(reach * (1 - beta1), 1 / fresh)
@@ -504,6 +504,14 @@ def test_directions_are_of_an_average_and_the_steps_own_gradient(fresh, least, h
                 averages[p] = beta * averages[p] + (1 - beta) * p.grad
                 expected = (1 - fresh) * averages[p] / (1 - beta**step) + fresh * p.grad
                 torch.testing.assert_close(seen["slopes"][p], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_factors_curvature_is_never_too_large():
+    """Where the measured curvature is below it, as where a model is saturated, it stands."""
+    rule = Adaptive(decay=0.5)
+    for measured, expected in ((0.1, 1.0), (3.0, 2.0), (0.0, 2.0), (float("nan"), 2.0), (0.5, 1.5)):
+        rule._average(torch.tensor(measured))
+        assert rule.excess == expected
 
 
 @pytest.mark.parametrize("radius", [1e-3, 1e9])
@@ -558,6 +566,29 @@ def test_averages_begin_anew_where_steps_go_uphill(horizon, fresh):
         assert all(slope < 0 for slope in [*slopes[:14], *slopes[15:]])
         assert slopes[14] > 0
     assert anew == ([0, 15] if horizon else [0])
+
+
+def test_averages_reach_no_further_than_the_youngest_parameters():
+    """A layer unfrozen late has no average that reached back before; the others keep theirs."""
+    model, loss_fn = smooth(), nn.MSELoss()
+    model[0].requires_grad_(False)
+    rule = Adaptive(fresh=0.0)
+    optimizer = kfac_tn.KFAC(model, loss_fn, betas=(0.5, 0.9), step_rule=rule, **EAGER)
+    seen, average = spied(optimizer), 0.0
+    for step in range(42):
+        if step == 30:
+            model[0].requires_grad_(True)
+        x, _ = batch(step)
+        optimizer.zero_grad()
+        loss_fn(model(x), x).backward()
+        optimizer.step()
+        beta = max(0.5, 1 - 1 / (0.2 * (step % 30 + 1)))
+        average = beta * average + (1 - beta) * model[4].weight.grad
+        if step > 12 and rule.anew < 0:
+            expected = average / (1 - beta ** (step + 1))
+            torch.testing.assert_close(seen["slopes"][model[4].weight], expected)
+    assert rule.begun == 30
+    assert rule.anew == -1
 
 
 def test_averages_begin_anew_in_the_same_step_after_a_checkpoint():
