@@ -187,7 +187,8 @@ class Adaptive(Scaling):
     ) -> None:
         """See how far the step goes, and have averages begin anew if that is uphill."""
         step = proposal.estimator.steps  # the next one
-        old = proposal.reaches or self.begun
+        # Of young averages there is nothing to forget; their start is corrected for, besides.
+        old = proposal.reaches or self.anew == self.begun
         if proposal.current is None or not old or step % LOOKS:
             return
         current = [proposal.current[p] for p in proposal.directions]

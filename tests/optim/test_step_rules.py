@@ -591,6 +591,26 @@ def test_averages_reach_no_further_than_the_youngest_parameters():
     assert rule.anew == -1
 
 
+def test_without_a_horizon_averages_never_begin_anew():
+    """Also where a layer joins late: all is by the formula, uphill or not."""
+    model, loss_fn = smooth(), nn.MSELoss()
+    model[0].requires_grad_(False)
+    options = {"step_rule": Adaptive(fresh=0.1, horizon=0.0), "lr": 1e-5, **EAGER}
+    optimizer = kfac_tn.KFAC(model, loss_fn, betas=(0.9, 0.9), **options)
+    seen, average = spied(optimizer), 0.0
+    x, _ = batch(0)
+    for step in range(30):
+        if step == 8:
+            model[0].requires_grad_(True)
+        optimizer.zero_grad()
+        (loss_fn(model(x), x) * (-1 if step >= 14 else 1)).backward()
+        optimizer.step()
+        g = model[4].weight.grad
+        average = 0.9 * average + 0.1 * g
+        expected = 0.9 * average / (1 - 0.9 ** (step + 1)) + 0.1 * g
+        torch.testing.assert_close(seen["slopes"][model[4].weight], expected)
+
+
 def test_averages_begin_anew_in_the_same_step_after_a_checkpoint():
     """With the step's number, and how far averages reach by then."""
     results = []
