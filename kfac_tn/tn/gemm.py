@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from kfac_tn.tn.pages import on_huge_pages
+from kfac_tn.tn.unwatched import unwatched
 
 LEAST_PRODUCT = 5 * 2**18
 """Multiplications for each thread, that are worth the longer call.
@@ -29,8 +28,6 @@ LEAST_COPY = 96
 
 CACHED = 2**20
 """Elements of a product that are still in a cache when they are put where they belong."""
-
-PLAIN = (Tensor, Parameter)
 
 
 def _find() -> object:
@@ -149,15 +146,9 @@ def _able(*tensors: Tensor) -> bool:
 
 def _plain(*tensors: Tensor) -> bool:
     return (
-        all(
-            type(t) in PLAIN and t.device.type == "cpu" and t.dtype is torch.float32
-            for t in tensors
-        )
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        unwatched(*tensors)
+        and all(t.device.type == "cpu" and t.dtype is torch.float32 for t in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_mkldnn_enabled()
     )
 

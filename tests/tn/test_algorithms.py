@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -14,6 +14,8 @@ from kfac_tn.tn.steps import Convolve, ConvolveBackward, ConvolveTransposed
 from tests.tn.test_operations import ANY, ANY_4D, BUILDERS
 
 torch.set_num_threads(1)
+MORE_BEHIND = tn.ConvSpec((1, 1, 3), (1, 1, 1), dilation=3, transposed=True, output_padding=2)
+"""A transposed pointwise convolution: its dilation only allows for further positions."""
 CONVOLUTIONS = (Convolve, ConvolveTransposed, ConvolveBackward)
 
 
@@ -27,6 +29,7 @@ def operands_of(network, dtype=torch.float64):
 
 @pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: builder.__name__)
 @settings(max_examples=25)
+@example(spec=MORE_BEHIND, simplified=False)
 @given(spec=st.one_of(ANY, ANY_4D), simplified=st.booleans())
 def test_every_algorithm_gives_the_same(builder, spec, simplified):
     network = builder(spec)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
 from kfac_tn.tn.gram.windows import JointCell, Windows
 from kfac_tn.tn.pages import on_huge_pages
+from kfac_tn.tn.transpose import transposed
 
 CACHE = 2**19
 """Elements that stay in a processor's cache while they are laid out, and occupy several threads."""
@@ -89,11 +90,12 @@ def assemble(
         # Each is transposed once, into memory that its blocks share.
         if mirrored:
             each = dict.fromkeys(mirrored.values())
-            turned = dict(zip(each, torch.stack([g[:, :, some].mT for g in each]), strict=True))
+            columns = transposed(torch.stack([gram[:, :, some] for gram in each]))
+            turned = dict(zip(each, columns, strict=True))
             laid_out |= {block: turned[gram] for block, gram in mirrored.items()}
         for at, k in enumerate(positions):
             side_by_side = [laid_out.get((k, other), zero[:, some]) for other in positions]
-            result[:, some, at] = torch.stack(side_by_side).movedim(0, -1)
+            result[:, some, at] = transposed(torch.stack(side_by_side, 2))
     return result.view(shared, channels * len(positions), channels * len(positions))
 
 

@@ -26,9 +26,12 @@ LAID_OUT, LAID_OUT_FRESH = 0.4, 2.5
 
 
 def _dilation(dilation: Sizes, kernel_size: Sizes, tensor: Tensor) -> Sizes:
-    """Any dilation, where kernels have just one position: on one thread it leads to oneDNN."""
+    """More than one, which kernels of one position ignore: on one thread, it leads to oneDNN.
+
+    Not less than given: it allows a transposed convolution as many further positions.
+    """
     if tensor.device.type == "cpu" and all(size == 1 for size in kernel_size):
-        return (2,) * len(dilation)
+        return tuple(max(2, each) for each in dilation)
     return dilation
 
 
