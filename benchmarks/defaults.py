@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Adaptive(share=0.5, radius=2, fresh=0)": {
         "step_rule": partial(Adaptive, share=0.5, radius=2.0, fresh=0.0)
     },
-    "Adaptive(interval=5)": {"step_rule": partial(Adaptive, interval=5)},
+    "Adaptive(interval=10)": {"step_rule": partial(Adaptive, interval=10)},
     "Adaptive(fresh=0)": {"step_rule": partial(Adaptive, fresh=0.0)},
     "Adaptive(fresh=0.1)": {"step_rule": partial(Adaptive, fresh=0.1)},
     "Adaptive(fresh=0.3)": {"step_rule": partial(Adaptive, fresh=0.3)},
@@ -84,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relative_damping=False": {"relative_damping": False},
     "factor_decay=0.5": {"factor_decay": 0.5},
     "factor_decay=0.98": {"factor_decay": 0.98},
-    "factor_interval=5": {"factor_interval": 5},
+    "factor_interval=20": {"factor_interval": 20},
     "factor_interval=100": {"factor_interval": 100},
     "inverse_interval=20": {"inverse_interval": 20},
     "inverse_interval=500": {"inverse_interval": 500},

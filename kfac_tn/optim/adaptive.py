@@ -102,7 +102,7 @@ class Adaptive(Scaling):
         share: float = 1.0,
         radius: float = 4.0,
         spread: float = 0.5,
-        interval: int = 20,
+        interval: int = 50,
         decay: float = 0.7,
         fresh: float = 0.2,
         horizon: float = 0.2,

@@ -184,7 +184,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         relative_damping: bool = True,
         damping_split: Split = "pi",
         factor_decay: float = 0.9,
-        factor_interval: Interval = 20,
+        factor_interval: Interval = 50,
         inverse_interval: Interval = 100,
         overhead: float = 0.25,
         step_rule: StepRuleName | StepRule = "adaptive",

@@ -96,7 +96,7 @@ class KFACPreconditioner(CurvatureUser):
         relative_damping: bool = True,
         damping_split: Split = "pi",
         factor_decay: float = 0.9,
-        factor_interval: Interval = 20,
+        factor_interval: Interval = 50,
         inverse_interval: Interval = 100,
         overhead: float = 0.25,
         seed: int = 0,
