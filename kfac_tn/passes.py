@@ -24,6 +24,7 @@ from kfac_tn.statistics import (
     WeightedSum,
     add_grad_outputs,
     add_inputs,
+    representative,
 )
 
 _ONE = torch.ones(())
@@ -118,8 +119,9 @@ class Passes:
                 continue
             a = inputs.result(self._input_counts[block])
             if self._inputs_only:
-                like = a.rows if isinstance(a, Gram) else a
-                ones = split_rows(like.new_ones(block.grad_output_dim), block.grad_output_pieces)
+                ones = split_rows(
+                    representative(a).new_ones(block.grad_output_dim), block.grad_output_pieces
+                )
                 factors[block] = Factors(a, torch.diag_embed(ones).repeat(block.groups, 1, 1))
             else:
                 factors[block] = Factors(a, self._grad_outputs[block].result(total))

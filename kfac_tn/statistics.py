@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import Module, Parameter
 from kfac_tn import functional
 from kfac_tn.functional import common
 from kfac_tn.functional.blocks import block_gram, split_rows
+from kfac_tn.hooks import plain
 from kfac_tn.layers import LayerBlock
 from kfac_tn.tn import gemm
 
@@ -21,6 +22,9 @@ Key = TypeVar("Key")
 T = TypeVar("T")
 Weight: TypeAlias = float | Tensor
 Sums: TypeAlias = "defaultdict[Key, WeightedSum]"
+
+LARGE = 2**18
+"""Elements of a factor that may be worth to be computed later."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,64 @@ class Gram:
         gemm.add_product(total, rows.permute(1, 2, 0), rows.transpose(0, 1), share)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """An input factor that is computed when it is wanted: its input, kept until then, is smaller.
+
+    A convolution's factor has ``(C K)^2`` elements: where there are many channels and few
+    positions, that of one layer is larger than what the model's whole graph holds. When a step
+    averages factors, the graph is gone, and it needs memory for one at a time.
+
+    Attributes:
+        block: The layer.
+        module: Its module that was called.
+        x: With what; a copy.
+        vectors: Of how many vectors the factor is a mean.
+        bias: Whether these have a trailing 1.
+        weight: What the factor is multiplied by.
+    """
+
+    block: LayerBlock
+    module: Module
+    x: Tensor
+    vectors: int
+    bias: bool
+    weight: Weight = 1.0
+
+    def weighted(self, weight: Weight) -> Pending:
+        """A multiple."""
+        return replace(self, weight=self.weight * weight)
+
+    def matrix(self) -> Tensor:
+        """Compute it, ``[G, d, d]``."""
+        with plain(self.x.device):
+            factor = self.block.family.input_factor(self.module, self.x, self.bias)
+        whole = not isinstance(self.weight, Tensor) and self.weight == 1
+        return factor if whole else factor.mul_(self.weight)
+
+    def add_into(self, total: Tensor, share: float = 1.0) -> None:
+        """Add it to ``share * total``, in place."""
+        torch.add(self.matrix().to(total.dtype), total, alpha=share, out=total)
+
+    def witness(self) -> Tensor:
+        """The sum of a factor's diagonal over channels, about: not finite where that isn't."""
+        return (self.x.norm(dtype=common.accumulation_dtype(self.x)) / self.vectors**0.5).square()
+
+
+AnyFactor: TypeAlias = Tensor | Gram | Pending
+
+
+def representative(factor: AnyFactor) -> Tensor:
+    """A tensor of the dtype and device that a factor has."""
+    if isinstance(factor, Gram):
+        return factor.rows
+    return (
+        factor.x.new_empty(0, dtype=common.accumulation_dtype(factor.x))
+        if isinstance(factor, Pending)
+        else factor
+    )
+
+
 class Factors:
     """The two Kronecker factors of one block, of one step.
 
@@ -61,7 +123,7 @@ class Factors:
         grad_output: B, ``[G, d_out, d_out]``, or blocks of it.
     """
 
-    def __init__(self, input: Tensor | Gram, grad_output: Tensor | Gram) -> None:
+    def __init__(self, input: AnyFactor, grad_output: AnyFactor) -> None:
         self._both = [input, grad_output]
 
     @property
@@ -76,28 +138,26 @@ class Factors:
 
     def _matrix(self, which: int) -> Tensor:
         factor = self._both[which]
-        if isinstance(factor, Gram):
+        if not isinstance(factor, Tensor):
             factor = self._both[which] = factor.matrix()
         return factor
 
-    def diagonals(self) -> list[Tensor]:
-        """The diagonals of A and B; a factor is finite where they are: |F_ij|^2 <= F_ii F_jj."""
-        return [
-            factor.rows.square().sum(0)
-            if isinstance(factor, Gram)
-            else factor.diagonal(dim1=-2, dim2=-1)
-            for factor in self._both
-        ]
+    @property
+    def like(self) -> Tensor:
+        """A tensor of their dtype and device."""
+        return representative(self._both[0])
 
-    def new_zeros(self, count: int) -> tuple[Tensor, Tensor]:
-        """Buffers for ``count`` factors of this shape, ``[count, G, d, d]``: for A and for B."""
-
-        def zeros(factor: Tensor | Gram) -> Tensor:
-            like = factor.rows if isinstance(factor, Gram) else factor
-            groups, size = like.shape[-2:] if isinstance(factor, Gram) else like.shape[:2]
-            return like.new_zeros(count, groups, size, size)
-
-        return zeros(self._both[0]), zeros(self._both[1])
+    def witnesses(self) -> list[Tensor]:
+        """What is finite where A and B are; mostly diagonals, since |F_ij|^2 <= F_ii F_jj."""
+        found = []
+        for factor in self._both:
+            if isinstance(factor, Pending):
+                found.append(factor.witness())
+            elif isinstance(factor, Gram):
+                found.append(factor.rows.square().sum(0))
+            else:
+                found.append(factor.diagonal(dim1=-2, dim2=-1))
+        return found
 
     def average_into(self, input: Tensor, grad_output: Tensor, share: float) -> None:
         """Move averages ``[G, d, d]`` by a share of the way to these factors, in place.
@@ -116,7 +176,8 @@ class Factors:
             if isinstance(factor, Gram):
                 factor.weighted(share).add_into(average, 1 - share)
             else:
-                average.lerp_(factor.to(average.dtype), share)
+                matrix = factor.matrix() if isinstance(factor, Pending) else factor
+                average.lerp_(matrix.to(average.dtype), share)
 
 
 @dataclass(frozen=True)
@@ -153,17 +214,17 @@ class Statistics:
 class Call:
     """One call of one module, kept by the autograd node that made its output.
 
-    ``input`` is the mean of a a^T (expand), also as rows, or one average row per example (reduce);
-    None once it is counted, since a loss that the user keeps for its value keeps this too. ``kept``
-    is the very input, where each example's gradient will be asked for, with its version. ``shared``
-    is whether its first axis is found not to be that of the examples; ``ignored``, whether it has
-    no examples, or tells only a part of its layer's curvature.
+    ``input`` is the mean of a a^T (expand), also as rows or pending, or one average row per example
+    (reduce); None once it is counted, since a loss that the user keeps for its value keeps this
+    too. ``kept`` is the very input, where each example's gradient will be asked for, with its
+    version. ``shared`` is whether its first axis is found not to be that of the examples;
+    ``ignored``, whether it has no examples, or tells only a part of its layer's curvature.
     """
 
     block: LayerBlock
     module: Module
     output_shape: torch.Size
-    input: Tensor | Gram | None
+    input: AnyFactor | None
     examples: int
     positions: int
     keeps: bool = False
@@ -243,14 +304,14 @@ class WeightedSum:
     """
 
     def __init__(self) -> None:
-        self._first: tuple[Tensor | Gram, Weight] | None = None
+        self._first: tuple[AnyFactor, Weight] | None = None
         self._buffer: Tensor | None = None
 
-    def add(self, value: Tensor | Gram, weight: Weight) -> None:
+    def add(self, value: AnyFactor, weight: Weight) -> None:
         """Add a term.
 
         Args:
-            value: A matrix (or another tensor), or the rows of one.
+            value: A matrix (or another tensor), or what one can be made of.
             weight: Not negative; a scalar tensor where a number would cost a synchronization.
         """
         if self._buffer is None and self._first is None:
@@ -258,19 +319,19 @@ class WeightedSum:
             return
         if self._first is not None:
             (first, of_first), self._first = self._first, None
-            if isinstance(first, Gram):
-                self._buffer = first.weighted(of_first).matrix()
-            else:
+            if isinstance(first, Tensor):
                 self._buffer = first.mul_(of_first)
+            else:
+                self._buffer = first.weighted(of_first).matrix()
         assert self._buffer is not None
-        if isinstance(value, Gram):
+        if not isinstance(value, Tensor):
             value.weighted(weight).add_into(self._buffer)
         elif isinstance(weight, Tensor):
             self._buffer.addcmul_(value, weight)
         else:
             self._buffer.add_(value, alpha=weight)
 
-    def result(self, total: Weight) -> Tensor | Gram:
+    def result(self, total: Weight) -> AnyFactor:
         """The sum divided by ``total``. It ends here: it can't be added to any more."""
         if self._buffer is not None:
             return self._buffer.div_(total)
@@ -279,7 +340,7 @@ class WeightedSum:
         if isinstance(weight, int) and isinstance(total, int) and weight == total:
             return value
         weight = weight / total
-        return value.weighted(weight) if isinstance(value, Gram) else value.mul_(weight)
+        return value.mul_(weight) if isinstance(value, Tensor) else value.weighted(weight)
 
 
 # Combining the calls of a module: to its weight they are further shared positions
@@ -294,7 +355,7 @@ def add_inputs(
         statistic, call.input = call.input, None
         if statistic is None:
             continue
-        if isinstance(statistic, Gram) or call.block.approximation == "expand":
+        if not isinstance(statistic, Tensor) or call.block.approximation == "expand":
             count = call.examples * call.positions
             sums[call.block].add(statistic, 1 if isinstance(statistic, Gram) else count)
             counts[call.block] = counts.get(call.block, 0) + count
@@ -331,7 +392,7 @@ def _version(x: Tensor) -> int | None:
 
 def input_statistic(
     block: LayerBlock, module: Module, x: Tensor, counts: tuple[int, int], joint: bool = True
-) -> Tensor | Gram | None:
+) -> AnyFactor | None:
     """The mean of a a^T of a call (expand), also as rows, or one average row per example (reduce).
 
     Args:
@@ -343,8 +404,9 @@ def input_statistic(
 
     Returns:
         Matrices; rows ``[N, G, d]`` for reduce. With expand, rows whose outer products are summed
-        (and to be divided by their number) where these are fewer numbers than the matrix. None for
-        a layer that has no factors.
+        (and to be divided by their number) where these are fewer numbers than the matrix; or large
+        matrices to be computed later, where the input is smaller. None for a layer that has no
+        factors.
     """
     if not block.has_factors:
         return None
@@ -355,6 +417,8 @@ def input_statistic(
     if few or block.approximation == "reduce":
         rows = _cut(_own(family.average_input(module, x, bias), x), pieces)
         return rows if block.approximation == "reduce" else Gram(rows)
+    if pieces == 1 and not block.has_diagonal_inputs and _smaller(x, block, bias):
+        return Pending(block, module, x.clone(), examples * positions, bias)
     if pieces == 1 or block.has_diagonal_inputs:
         return _own(family.input_factor(module, x, bias), x)
     parts = _chunks(x, examples, block.groups * positions * (block.input_dim + bias))
@@ -368,6 +432,12 @@ def _few_rows(examples: int, positions: int, size: int) -> bool:
     Then to average (or sum) over positions gives the very rows of KFAC-expand.
     """
     return positions == 1 and examples < size
+
+
+def _smaller(x: Tensor, block: LayerBlock, bias: bool) -> bool:
+    """Whether an input takes less memory than its factor, which is large."""
+    factor = block.groups * (block.input_dim + bias) ** 2
+    return factor >= LARGE and x.nbytes < factor * common.accumulation_dtype(x).itemsize
 
 
 def _own(statistic: Tensor, x: Tensor) -> Tensor:

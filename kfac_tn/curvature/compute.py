@@ -135,7 +135,7 @@ def compute_kfac(
             computed |= _diagonals(block, statistics.moments.get(block))
             continue
         factors = statistics.factors.get(block) or _zero(block, joint)
-        check_finite(block.name, *factors.diagonals())
+        check_finite(block.name, *factors.witnesses())
         matrices = factors.input.contiguous(), factors.grad_output.contiguous()
         computed[block.name] = KroneckerBlock(matrix_layout(block), *matrices, bias)
     for other in others:

@@ -282,7 +282,7 @@ class CurvatureEstimator:
 
     def finite(self, statistics: Statistics) -> Statistics:
         """The statistics, or none at all if any of them isn't finite."""
-        tensors = [d for factors in statistics.factors.values() for d in factors.diagonals()]
+        tensors = [d for factors in statistics.factors.values() for d in factors.witnesses()]
         tensors += [*statistics.moments.values(), *statistics.diagonals.values()]
         if tensors and not all_finite(tensors):
             self.warn("The curvature of a batch isn't finite (NaN or inf); it was left out.")

@@ -43,7 +43,7 @@ class KroneckerMoving(Moving):
     def update(self, factors: Mapping[LayerBlock, Factors]) -> None:  # noqa: D102
         for block, new in factors.items():
             if not any(self.updates):
-                self._allocate(new.diagonals()[0])
+                self._allocate(new.like)
             slot = self._slot[block]
             self.updates[slot] += 1
             share = self._share(self.updates[slot])

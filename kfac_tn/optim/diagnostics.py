@@ -61,7 +61,8 @@ class Diagnostics:
         intervals: Steps between statistics and between inversions, as they are now.
         layers: By name, for layers that have curvature.
         seconds: Since the optimizer was made, by phase: ``"statistics"`` (in the hooks),
-            ``"averages and inverses"``, ``"products"``. On a GPU this is the time to launch.
+            ``"averages and inverses"`` (with the large factors that are only computed then),
+            ``"products"``. On a GPU this is the time to launch.
         memory: Bytes of all averages, inverses and eigenvectors.
     """
 
