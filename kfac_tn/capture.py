@@ -20,6 +20,7 @@ from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
+from kfac_tn.factors import Gram
 from kfac_tn.functional import common
 from kfac_tn.graph import Found, bypassing, differentiate, find, output_edge, remember
 from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
@@ -34,7 +35,7 @@ from kfac_tn.moments import (
     refuse_shared,
 )
 from kfac_tn.passes import Passes
-from kfac_tn.statistics import Call, Gram, Statistics, input_statistic
+from kfac_tn.statistics import Call, Statistics, input_statistic
 
 Fisher: TypeAlias = Literal["mc", "type-2", "empirical", "forward-only"]
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfac_tn.factors import Factors
 from kfac_tn.layers import LayerBlock
-from kfac_tn.statistics import Factors, Statistics
+from kfac_tn.statistics import Statistics
 
 ProcessGroup: TypeAlias = "dist.ProcessGroup | Literal['all'] | None"
 

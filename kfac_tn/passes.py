@@ -11,21 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfac_tn.factors import Factors, Gram, WeightedSum, representative
 from kfac_tn.functional.blocks import split_rows
 from kfac_tn.graph import Found
 from kfac_tn.layers import LayerBlock
 from kfac_tn.moments import MomentCollector
-from kfac_tn.statistics import (
-    Call,
-    Factors,
-    Gram,
-    Statistics,
-    Sums,
-    WeightedSum,
-    add_grad_outputs,
-    add_inputs,
-    representative,
-)
+from kfac_tn.statistics import Call, Statistics, Sums, add_grad_outputs, add_inputs
 
 _ONE = torch.ones(())
 Received = list[tuple[Call, Tensor | Gram]]

@@ -10,8 +10,8 @@ from torch import nn
 
 import kfac_tn
 from kfac_tn import statistics
+from kfac_tn.factors import Pending
 from kfac_tn.optim import Adaptive
-from kfac_tn.statistics import Pending
 from tests.test_capture import assert_same, factors, watch
 
 NEVER, ALWAYS = 2**62, 1

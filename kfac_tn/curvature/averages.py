@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from kfac_tn.factors import Factors
 from kfac_tn.layers import LayerBlock
 from kfac_tn.moments import Basis
-from kfac_tn.statistics import Factors
 
 Columns: TypeAlias = "tuple[Tensor, ...]"
 

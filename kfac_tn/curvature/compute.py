@@ -24,11 +24,11 @@ from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.layout import Layout
+from kfac_tn.factors import Factors
 from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.moments import Basis
-from kfac_tn.statistics import Factors
 
 LARGEST = 16384
 """Largest dimension of a factor by default."""

@@ -21,11 +21,12 @@ from kfac_tn.curvature.intervals import intervals, is_due, model_work
 from kfac_tn.curvature.moving import KroneckerMoving, MovingFactors
 from kfac_tn.curvature.options import CurvatureOptions
 from kfac_tn.distributed import Processes, average
+from kfac_tn.factors import Factors
 from kfac_tn.hooks import timed
 from kfac_tn.layers import LayerBlock, partition
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.moments import Basis
-from kfac_tn.statistics import Factors, Statistics
+from kfac_tn.statistics import Statistics
 
 
 class CurvatureEstimator:

@@ -12,9 +12,9 @@ from torch import Tensor
 from kfac_tn.curvature.averages import Columns, Moving, joined, or_one
 from kfac_tn.curvature.inverse import damped_inverses
 from kfac_tn.curvature.kronecker import pi_shares
+from kfac_tn.factors import Factors
 from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
-from kfac_tn.statistics import Factors
 from kfac_tn.tn.gemm import LEAST_PRODUCT, multiply
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.curvature.estimator import CurvatureEstimator
+from kfac_tn.factors import Factors
 from kfac_tn.optim.coverage import Coverage, coverage
 from kfac_tn.optim.diagnostics import Diagnostics, diagnose
 from kfac_tn.optim.replay import Replay
-from kfac_tn.statistics import Factors
 
 
 class CurvatureUser:

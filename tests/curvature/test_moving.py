@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kfac_tn.curvature.moving import MovingFactors, invert
+from kfac_tn.factors import Factors
 from kfac_tn.layers import partition
-from kfac_tn.statistics import Factors
 
 
 def make_blocks(count: int = 3, dtype=torch.float64):

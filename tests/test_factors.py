@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from kfac_tn.factors import Factors, Gram, Pending, WeightedSum
 from kfac_tn.layers import partition
-from kfac_tn.statistics import Factors, Gram, Pending, WeightedSum
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
