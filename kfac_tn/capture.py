@@ -46,7 +46,8 @@ class Capture:
     checkpointing runs layers again), in transforms of ``torch.func``, or after ``close()``. The
     hooks don't keep this object alive, and copies of the model don't report to it. Layers whose
     weight a loss depends on by other ways, too, are left out, and named in ``bypassed``: what their
-    calls tell isn't all of their curvature.
+    calls tell isn't all of their curvature. ``called`` is whether any layer was since the last
+    ``take`` or ``discard``: the loss of that call may be still to come.
 
     Scale (curvature is that of the loss as the user computes it): input factors are means over
     the examples of all passes. Output-gradient factors of several losses in one ``backward()`` add
@@ -155,6 +156,7 @@ class Capture:
         self._kept = []
         self._counted: dict[Call, None] = {}
         self._columns_seen = 0
+        self.called = False
         self.bypassed: set[LayerBlock] = set()
         self.sizes: dict[LayerBlock, tuple[int, int]] = {}  # examples, and times positions
 
@@ -231,6 +233,7 @@ class Capture:
         edge = output_edge(output)
         if edge is None:
             return
+        self.called = True
         x = block.family.input_of(module, args, kwargs)
         if output.numel() == 0:
             remember(edge, self._key, Call(block, module, output.shape, None, 0, 0), x)

@@ -329,10 +329,13 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         but between ``observe`` and ``backward()``.
         """
         super().zero_grad(set_to_none)
+        # New hooks wouldn't know of calls whose loss is still to come: the step takes up changes.
+        waiting = self._estimator.capture.called
         self._estimator.capture.discard()
         if self._replay is not None:
             self._replay.discard_gradients()
-        self._grow()
+        if not waiting:
+            self._grow()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.coverage()!r}"

@@ -333,6 +333,39 @@ def test_layers_unfrozen_later_are_trained_with_curvature_and_the_others_keep_th
     assert treatments["4.bias"] == "none"
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("place", ["before the loss", "before the backward pass"])
+@pytest.mark.parametrize("interval", [1, 20])
+def test_gradients_may_be_reset_between_the_calls_of_what_was_unfrozen_and_their_loss(
+    place, interval
+):
+    """The other layers' statistics of that step aren't lost, and the step after has all."""
+
+    def run(reset):
+        model = make_model()
+        model[0].requires_grad_(False)
+        model, loss_fn, optimizer = make(model, factor_interval=interval)
+        known = []
+        for step in range(7):
+            if step == 4:
+                model[0].requires_grad_(True)
+            x, y = make_data(step)
+            outputs = model(x)
+            if place == "before the loss":
+                reset(model, optimizer)
+            loss = loss_fn(outputs, y)
+            if place == "before the backward pass":
+                reset(model, optimizer)
+            loss.backward()
+            optimizer.step()
+            known.append(set(optimizer.factors()))
+        return known, values(model)
+
+    known, weights = run(lambda model, optimizer: optimizer.zero_grad())
+    assert known == 5 * [{"4"}] + 2 * [{"0", "4"}]
+    assert same(weights, run(lambda model, optimizer: model.zero_grad())[1])
+
+
 def test_unfreezing_equals_having_been_trainable():
     """Once all is trainable, steps are those of an optimizer that had the state."""
     model = make_model()
