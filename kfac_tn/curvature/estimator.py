@@ -86,8 +86,9 @@ class CurvatureEstimator:
         kinds = options.approximation, options.curvature, options.max_dim, options.large_factors
         self.blocks, self.others = partition(self._model, *kinds)
         options.check(self.blocks)
-        own = self.others if options.other_curvature == "diagonal" else []
-        self._own = {other.parameter: other.block() for other in own}
+        diagonal = options.other_curvature == "diagonal"
+        self._measured = [o for o in self.others if diagonal and o.parameter.numel()]
+        self._own = {other.parameter: other.block() for other in self._measured}
         self.curved = [*self.blocks, *self._own.values()]  # all that may have curvature
         self.layer_of = {p: i for i, b in enumerate(self.curved) for p in b.parameters.values()}
         self._covered = set(self.layer_of)
@@ -122,7 +123,7 @@ class CurvatureEstimator:
             self._loss_fn,
             fisher,
             samples,
-            self.others if self._own else (),
+            self._measured,
             self._generator,
             self._basis,
         )
