@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.functional import common
-from kfac_tn.graph import Found, bypassing, differentiate, find, output_edge, remember
+from kfac_tn.graph import Found, bypassing, concerns, differentiate, find, output_edge, remember
 from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.attention import Projection, ProjectionsApart
@@ -43,7 +43,8 @@ class Capture:
     """Watches a model and a loss, and turns what they do into Kronecker factors.
 
     Nothing happens while ``armed`` is false, under ``torch.no_grad()``, in backward passes (where
-    checkpointing runs layers again), in transforms of ``torch.func``, or after ``close()``. The
+    checkpointing runs layers again), in transforms of ``torch.func``, or after ``close()``. Nor do
+    backward passes count that have gradients of inputs alone, or calls with other weights. The
     hooks don't keep this object alive, and copies of the model don't report to it. Layers whose
     weight a loss depends on by other ways, too, are left out, and named in ``bypassed``: what their
     calls tell isn't all of their curvature. ``called`` is whether any layer was since the last
@@ -228,6 +229,8 @@ class Capture:
         block = self._blocks.get(module)
         if block is None or not block.weight.requires_grad:  # in a copy of the model, or frozen
             return
+        if not block.owned_by(module):  # what is computed from its weight isn't its weight
+            return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         edge = output_edge(output)
@@ -283,6 +286,8 @@ class Capture:
     @timed("statistics")
     def _at_loss_backward(self, outputs: Tensor, targets: Tensor, gradient: Tensor) -> None:
         """Runs inside the user's backward pass, before it enters the model."""
+        if not concerns(outputs, [*self._owners, *self.diagonals]):
+            return
         task = torch._C._current_graph_task_id()
         with plain(outputs.device):
             gradient, weight = common.cast(gradient.detach()), None

@@ -180,9 +180,10 @@ def _refuse_bypassed(bypassed: Iterable[LayerBlock]) -> None:
     if names:
         raise ValueError(
             f"The weights of layers {names} are used by other ways than calls of their modules, as "
-            "in F.linear(x, layer.weight) or under a transform of torch.func, too: Kronecker "
-            "factors would miss that. Call the module there, choose curvature='none' for the "
-            "layer, which then has a diagonal (compute_kfac), or freeze it."
+            "in F.linear(x, layer.weight), torch.func.functional_call with other weights or under "
+            "a transform of torch.func, too: Kronecker factors would miss that. Call the module "
+            "there, choose curvature='none' for the layer, which then has a diagonal "
+            "(compute_kfac), or freeze it."
         )
 
 

@@ -121,8 +121,9 @@ def precondition(
         warn(
             f"Layer '{block.name}' has a gradient, but no call of it was seen by the loss: it "
             "is trained without curvature. Was its weight used without calling the module (if "
-            "only once), is there another loss, was the batch empty or left out, or the model "
-            "compiled in an earlier call (torch._dynamo.reset() makes it see KFAC)?"
+            "only once) or replaced in the call (torch.func.functional_call), is there another "
+            "loss, was the batch empty or left out, or the model compiled in an earlier call "
+            "(torch._dynamo.reset() makes it see KFAC)?"
         )
     for block, result in results.items():
         layout, parameters = layouts[block]

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_tn.capture import Capture
 from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.distributed import Processes
+from kfac_tn.graph import concerns
 from kfac_tn.hooks import WeakHook, alone, recorded, remove, uncompiled
 from kfac_tn.likelihood import likelihood_of
 
@@ -230,14 +231,25 @@ class Replay:
             return
         values = dict(kwargs)
         outputs = args[0] if args else values.pop("input")
+        weigh = WeakHook(self, "_weigh")
         for batch in self._batches:
             if batch.output is not None and _is_view(outputs, batch.output):
                 batch.output, batch.shape = None, outputs.shape
                 batch.loss_args, batch.loss_kwargs = args[1:], values
                 batch.loss = loss.detach()
                 if loss.requires_grad:
-                    loss.register_hook(lambda gradient, batch=batch: _weigh(batch, gradient))
+                    loss.register_hook(
+                        lambda gradient, batch=batch: weigh(batch, outputs, gradient)
+                    )
                 return
+
+    def _weigh(self, batch: _Batch, outputs: Tensor, gradient: Tensor) -> None:
+        """On a loss: the factor that it has in the objective, added up over backward calls."""
+        if not concerns(outputs, self._model.parameters()):
+            return
+        accurate = torch.promote_types(gradient.dtype, torch.float32)
+        seen = gradient.detach().to(accurate).sum()
+        batch.weight = seen if batch.weight is None else batch.weight + seen
 
     # Tools -------------------------------------------------------------------------------------
 
@@ -331,13 +343,6 @@ def _set_random(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.get_device_module(device.type).set_rng_state(states[1], device)
-
-
-def _weigh(batch: _Batch, gradient: Tensor) -> None:
-    """A hook on the loss: the factor that it has in the objective, added up over backward calls."""
-    accurate = torch.promote_types(gradient.dtype, torch.float32)
-    seen = gradient.detach().to(accurate).sum()
-    batch.weight = seen if batch.weight is None else batch.weight + seen
 
 
 def _is_view(tensor: Tensor, base: Tensor) -> bool:

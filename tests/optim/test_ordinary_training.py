@@ -175,6 +175,59 @@ def test_clipping_of_gradients_acts_on_what_kfac_sees():
     assert not torch.allclose(results[0][0], results[2][0], rtol=1e-3)
 
 
+def attack(loss, x, model):
+    """Gradients of the inputs alone, as adversarial training takes them."""
+    torch.autograd.grad(loss, x)
+
+
+def attack_in_place(loss, x, model):
+    loss.backward(inputs=[x])
+
+
+def penalty(loss, x, model):
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    gradient.square().sum().item()
+
+
+def by_hand(loss, x, model):
+    gradients = torch.autograd.grad(loss, [*model.parameters()])
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+
+
+def in_two_parts(loss, x, model):
+    """The first ends within the graph, below a frozen head."""
+    (gradient,) = torch.autograd.grad(loss, model[3].features, retain_graph=True)
+    model[3].features.backward(gradient)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"step_rule": "quadratic"}, {"fisher": "empirical"}])
+@pytest.mark.parametrize("extra", [None, attack, attack_in_place, penalty])
+@pytest.mark.parametrize("way", [None, by_hand, in_two_parts])
+def test_only_passes_that_train_the_model_count(reduction, options, extra, way):
+    """Attacks on inputs see other losses than training does, and of a sum loss they'd add up."""
+    if way is in_two_parts and options.get("fisher") == "empirical":
+        pytest.skip("it takes the gradients of the pass in which the loss is")
+    results = []
+    for extra_pass, backward in ((None, None), (extra, way)):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss(reduction=reduction)
+        model[4].requires_grad_(way is not in_two_parts)
+        model[3].register_forward_hook(lambda module, args, y: setattr(module, "features", y))
+        optimizer = kfac_tn.KFAC(model, loss_fn, **{**EAGER, **options})
+        for step in range(4):
+            x, y = make_data(step)
+            optimizer.zero_grad()
+            if extra_pass is not None:
+                x_near = (x + 1).requires_grad_()
+                extra_pass(loss_fn(model(x_near), y), x_near, model)
+            loss = loss_fn(model(x), y)
+            loss.backward() if backward is None else backward(loss, x, model)
+            optimizer.step()
+        results.append(values(model))
+    assert_close(*results)
+
+
 # Accumulation, checkpointing, compilation --------------------------------------------------------
 
 
