@@ -200,6 +200,39 @@ def test_a_linear_model_is_solved_in_one_step():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+@pytest.mark.parametrize("lr", [0.0, 0.25])
+def test_the_quadratic_model_sees_learning_rates_that_differ(lr):
+    """The step is the best along the way that is really taken: there the slope has become 0."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double(), nn.MSELoss()
+    model[0].requires_grad_(False)  # so that the loss is quadratic
+    x, y = torch.rand(8, 3).double(), torch.rand(8, 2).double()
+    optimizer = kfac_tn.KFAC(
+        model,
+        loss_fn,
+        step_rule=QuadraticModel(relative_norm=None),
+        damping=1e-9,
+        params=[{"params": [model[1].bias]}, {"params": [model[1].weight], "lr": lr}],
+        **EAGER,
+    )
+    for step in range(3):
+        y = y.roll(step, 0)  # so that there is something left to do
+        before = [p.detach().clone() for p in model[1].parameters()]
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        first = [p.grad for p in model[1].parameters()]
+        optimizer.step()
+        moves = [p.detach() - b for p, b in zip(model[1].parameters(), before, strict=True)]
+        last = torch.autograd.grad(loss_fn(model(x), y), list(model[1].parameters()))
+        slopes = [
+            sum((g * v).sum() for g, v in zip(gradients, moves, strict=True))
+            for gradients in (first, last)
+        ]
+        assert slopes[0] < 0
+        assert abs(slopes[1]) < 1e-4 * abs(slopes[0])
+        assert (moves[0].norm() == 0) == (lr == 0)
+
+
 @pytest.mark.parametrize("how", [{"sizes": [1, 3, 2]}, {"scaler": 1024.0}])
 def test_micro_batches_and_scaled_gradients_change_nothing(how):
     results = []
