@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,11 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
+from kfac_tn.curvature.batches import copied
 from kfac_tn.curvature.checks import restored_buffers
 from kfac_tn.distributed import Processes
 from kfac_tn.graph import concerns
 from kfac_tn.hooks import WeakHook, alone, recorded, remove, uncompiled
 from kfac_tn.likelihood import likelihood_of
+from kfac_tn.optim.randomness import RandomState
 
 
 @dataclass
@@ -30,7 +33,7 @@ class _Batch:
     args: tuple
     kwargs: dict
     autocast: tuple[bool, torch.dtype]
-    random_states: list[Tensor]
+    random_state: RandomState
     output: Tensor | None = None  # until the loss is seen
     shape: torch.Size | None = None  # in which the loss got it
     loss_args: tuple = ()
@@ -46,6 +49,7 @@ class Replay:
     The objective is taken to be the loss (of several calls the mean or sum, as the loss reduces,
     weighted as in the user's objective). A factor of all of it cancels, be it a gradient scaler's.
     Random numbers, buffers and autocast are as in the recorded call, and afterwards as before.
+    Inputs and targets are copied.
 
     Args:
         model: The model.
@@ -152,8 +156,7 @@ class Replay:
         with torch.no_grad(), self._undisturbed(capture):
             for batch in self._batches:
                 with self._as_recorded(batch):
-                    outputs = self._model(*batch.args, **batch.kwargs).reshape(batch.shape)
-                    losses.append(self._loss_of(batch, outputs))
+                    losses.append(self._loss_of(batch, self._outputs(batch)))
         return self._total(losses)
 
     def gram(self, vectors: Sequence[Mapping[Parameter, Tensor]], capture: Capture) -> Tensor:
@@ -194,8 +197,7 @@ class Replay:
                     ends.append([])
                     for batch in self._batches:
                         with self._as_recorded(batch):
-                            outputs = self._model(*batch.args, **batch.kwargs)
-                            ends[-1].append(outputs.reshape(batch.shape).clone())
+                            ends[-1].append(self._outputs(batch).clone())
             finally:
                 torch._foreach_copy_(parameters, start)
             forms = []
@@ -212,13 +214,16 @@ class Replay:
             return
         if not any(p.requires_grad for p in module.parameters()):  # it is another model's loss
             return
+        self._begin(args, kwargs)
+
+    @torch._disable_dynamo
+    def _begin(self, args: tuple, kwargs: dict) -> None:
         device = next(self._model.parameters()).device
         kind = device.type
-        states = [torch.get_rng_state()]
-        if kind != "cpu":
-            states.append(torch.get_device_module(kind).get_rng_state(device))
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self._batches.append(_Batch(args, kwargs, autocast, states))
+        # The model may change its inputs in place, and so may whoever fills in the next batch.
+        args, kwargs = copied((args, kwargs))
+        self._batches.append(_Batch(args, kwargs, autocast, RandomState(device)))
 
     def _after(self, module: Module, args: tuple, output: Any) -> None:
         if module is not self._model or not self.armed or not recorded(self):
@@ -235,7 +240,7 @@ class Replay:
         for batch in self._batches:
             if batch.output is not None and _is_view(outputs, batch.output):
                 batch.output, batch.shape = None, outputs.shape
-                batch.loss_args, batch.loss_kwargs = args[1:], values
+                batch.loss_args, batch.loss_kwargs = copied((args[1:], values))
                 batch.loss = loss.detach()
                 if loss.requires_grad:
                     loss.register_hook(
@@ -252,6 +257,10 @@ class Replay:
         batch.weight = seen if batch.weight is None else batch.weight + seen
 
     # Tools -------------------------------------------------------------------------------------
+
+    def _outputs(self, batch: _Batch) -> Tensor:
+        args, kwargs = copied((batch.args, batch.kwargs))
+        return self._model(*args, **kwargs).reshape(batch.shape)
 
     @torch.enable_grad()
     def _loss_gram(self, batch: _Batch, outputs: Tensor, tangents: Sequence[Tensor]) -> Tensor:
@@ -284,24 +293,27 @@ class Replay:
         names = {p: name for name, p in model.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
-        def call(parameters: dict[str, Tensor]) -> Tensor:
-            _set_random(batch.random_states, next(model.parameters()).device)
+        def call(given: tuple[tuple, dict], parameters: dict[str, Tensor]) -> Tensor:
+            batch.random_state.restore()
             everything = {**{n: b.clone() for n, b in buffers.items()}, **parameters}
-            outputs = torch.func.functional_call(model, everything, batch.args, batch.kwargs)
+            outputs = torch.func.functional_call(model, everything, *given)
             return outputs.reshape(batch.shape)
+
+        def on_copies() -> Callable[[dict[str, Tensor]], Tensor]:
+            return partial(call, copied((batch.args, batch.kwargs)))
 
         at = {names[p]: p.detach() for p in vectors[0]}
         named = [{names[p]: v.to(p.dtype) for p, v in vector.items()} for vector in vectors]
         if self.forward_mode:
             try:
                 with torch.no_grad():
-                    pushed = [torch.func.jvp(call, (at,), (tangent,))[:2] for tangent in named]
+                    pushed = [torch.func.jvp(on_copies(), (at,), (t,))[:2] for t in named]
                 return pushed[0][0], [tangent for _, tangent in pushed]
             except (NotImplementedError, RuntimeError):
                 self.forward_mode = False
         with torch.enable_grad():
             primals = {name: value.clone().requires_grad_() for name, value in at.items()}
-            outputs = call(primals)
+            outputs = on_copies()(primals)
             dummy = torch.zeros_like(outputs, requires_grad=True)
             inputs = list(primals.values())
             pulled = torch.autograd.grad(
@@ -320,29 +332,21 @@ class Replay:
         """Nobody else notices: hooks off, buffers and randomness as before, nothing compiled."""
         armed, self.armed = self.armed, False
         capture_armed, capture.armed = capture.armed, False
-        device = next(self._model.parameters()).device
-        devices = [device] if device.type != "cpu" else []
-        kind = device.type if devices else "cuda"
-        fork = torch.random.fork_rng(devices, device_type=kind)
-        with restored_buffers(self._model), uncompiled(), alone(None), fork:
+        random_state = RandomState(next(self._model.parameters()).device)
+        with restored_buffers(self._model), uncompiled(), alone(None):
             try:
                 yield
             finally:
                 self.armed, capture.armed = armed, capture_armed
+                random_state.restore()
 
     @contextmanager
     def _as_recorded(self, batch: _Batch) -> Iterator[None]:
-        device = next(self._model.parameters()).device
-        _set_random(batch.random_states, device)
+        batch.random_state.restore()
         enabled, dtype = batch.autocast
-        with torch.autocast(device.type, dtype, enabled=enabled):
+        kind = next(self._model.parameters()).device.type
+        with torch.autocast(kind, dtype, enabled=enabled):
             yield
-
-
-def _set_random(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.get_device_module(device.type).set_rng_state(states[1], device)
 
 
 def _is_view(tensor: Tensor, base: Tensor) -> bool:

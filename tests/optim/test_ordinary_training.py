@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -226,6 +228,80 @@ def test_only_passes_that_train_the_model_count(reduction, options, extra, way):
             optimizer.step()
         results.append(values(model))
     assert_close(*results)
+
+
+# Batches that are used again ---------------------------------------------------------------------
+
+MEASURED = [
+    {"step_rule": "adaptive", "lr": 1.0},  # so that curvature limits steps
+    {"step_rule": "quadratic"},
+    {"damping": kfac_tn.optim.LevenbergMarquardt(interval=1)},
+]
+
+
+class Centered(nn.Module):
+    """Shifts and scales its input before all else."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.rest, self.in_place = make_model(), in_place
+
+    def forward(self, x):
+        return self.rest(x.sub_(1).mul_(3) if self.in_place else (x - 1) * 3)
+
+
+@pytest.mark.parametrize("options", MEASURED)
+@pytest.mark.parametrize("how", ["by the model", "by the loop"])
+def test_inputs_and_targets_may_be_changed_in_place(options, how):
+    results = []
+    for in_place in (False, True):
+        model, loss_fn, optimizer = make(Centered(in_place and how == "by the model"), **options)
+        x_room, y_room = make_data()
+        for step in range(4):
+            optimizer.zero_grad()
+            for x, y in (make_data(step), make_data(step + 10)):
+                if in_place and how == "by the loop":
+                    x, y = x_room.copy_(x), y_room.copy_(y)
+                (loss_fn(model(x), y) / 2).backward()
+            optimizer.step()
+        results.append(values(model))
+    assert_close(*results)
+
+
+class Deep(nn.Module):
+    """Leaves out some layers, by random numbers of a source that isn't torch's."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6)).double()
+        self.draw, self.used = draw, []
+
+    def forward(self, x):
+        self.used.append([])
+        for layer in self.layers:
+            if self.draw() < 0.5:
+                x = x + layer(x.tanh())
+                self.used[-1].append(layer)
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("options", MEASURED)
+@pytest.mark.parametrize("source", [random, numpy.random], ids=["Python", "NumPy"])
+@pytest.mark.filterwarnings("ignore:Layer.*no call of it was seen")
+def test_layers_left_out_at_random_are_left_out_again(options, source):
+    source.seed(0)
+    expected = [source.random() for _ in range(18)]
+    source.seed(0)
+    model, loss_fn, optimizer = make(Deep(source.random), **options)
+    for step in range(3):
+        x, y = make_data(step)
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        assert len(model.used) > 1
+        kept = [n for n, number in enumerate(expected[6 * step : 6 * step + 6]) if number < 0.5]
+        assert all(used == [model.layers[n] for n in kept] for used in model.used)
+        model.used.clear()
 
 
 # Accumulation, checkpointing, compilation --------------------------------------------------------
