@@ -76,7 +76,7 @@ class Replay:
         self.armed = True
         self.required = required
         self._processes = processes or Processes(None)
-        self.forward_mode = True
+        self.forward_mode, self.inner_graph = True, False
         self._model, self._loss_fn = model, loss_fn
         self._batches: list[_Batch] = []
         self._handles: list[RemovableHandle] = [
@@ -259,8 +259,20 @@ class Replay:
     # Tools -------------------------------------------------------------------------------------
 
     def _outputs(self, batch: _Batch) -> Tensor:
+        """What the model returns now; it has a graph within if it differentiates something itself.
+
+        As forces are an energy's gradient in the inputs.
+        """
         args, kwargs = copied((batch.args, batch.kwargs))
-        return self._model(*args, **kwargs).reshape(batch.shape)
+        try:
+            with torch.set_grad_enabled(self.inner_graph):
+                return self._model(*args, **kwargs).reshape(batch.shape).detach()
+        except RuntimeError:
+            if self.inner_graph:
+                raise
+        self.inner_graph = True
+        batch.random_state.restore()
+        return self._outputs(batch)
 
     @torch.enable_grad()
     def _loss_gram(self, batch: _Batch, outputs: Tensor, tangents: Sequence[Tensor]) -> Tensor:

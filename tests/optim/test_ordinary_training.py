@@ -304,6 +304,36 @@ def test_layers_left_out_at_random_are_left_out_again(options, source):
         model.used.clear()
 
 
+class Forces(nn.Module):
+    """Classifies the gradient of an energy in the inputs, taken in a way of one's own or not."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.energy, self.head = make_model(), nn.Linear(8, 3).double()
+        self.energy.requires_grad_(False)
+        self.own = own
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.own or torch.is_grad_enabled()):
+            x = x.detach().requires_grad_() if self.own else x
+            (forces,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return self.head(forces.flatten(1))
+
+
+@pytest.mark.parametrize("options", MEASURED)
+def test_models_may_differentiate_something_themselves(options):
+    results = []
+    for own in (False, True):
+        model, loss_fn, optimizer = make(Forces(own), **options)
+        for step in range(4):
+            x, y = make_data(step)
+            optimizer.zero_grad()
+            loss_fn(model(x.requires_grad_()), y).backward()
+            optimizer.step()
+        results.append(values(model))
+    assert_close(*results)
+
+
 # Accumulation, checkpointing, compilation --------------------------------------------------------
 
 
