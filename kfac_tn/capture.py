@@ -350,7 +350,8 @@ class Capture:
         task: int,
     ) -> None:
         """Back-propagate columns from the outputs to every recorded call, and accumulate."""
-        if not found and not self.diagonals:
+        parameters = [p for p in self.diagonals if p.requires_grad]  # some may be frozen by now
+        if not found and not parameters:
             return
         one_pass, calls = self._passes.begin(task, scale), self._keep_until_taken(found, outputs)
         for column in columns:
@@ -369,11 +370,11 @@ class Capture:
                     received.append((call, call.grad_output_statistic(gradient)))
                 moments.add(call, gradient)
 
-            gradients = differentiate(outputs, column, found, receive, self.diagonals)
+            gradients = differentiate(outputs, column, found, receive, parameters)
             one_pass.calls.update((call, None) for call, _ in received)
             diagonals = (
                 (parameter, (gradient.to_dense() if gradient.is_sparse else gradient).square())
-                for parameter, gradient in zip(self.diagonals, gradients, strict=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True)
                 if gradient is not None
             )
             self._passes.add(received, moments.finish(), diagonals, scale)

@@ -107,4 +107,5 @@ def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
             return part
         return change(leaf) if isinstance(leaf, Tensor) else leaf
 
-    return torch.utils._pytree.tree_map(changed, batch)
+    whole = (torch.Size,)  # for torch, tuples like others
+    return torch.utils._pytree.tree_map(changed, batch, is_leaf=lambda x: isinstance(x, whole))
