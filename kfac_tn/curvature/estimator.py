@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class CurvatureEstimator:
         damping: What is added to a layer's curvature, asked for whenever inverses are renewed.
             Layers are inverted together if their ``group`` is the same.
         group: A number for each layer; layers with one number have the same damping.
+        covered: Names of parameters that have a place even if they are frozen.
 
     Raises:
         ValueError: For a model without trainable parameters.
@@ -56,6 +57,7 @@ class CurvatureEstimator:
         options: CurvatureOptions,
         damping: Callable[[LayerBlock], float],
         group: Callable[[LayerBlock], int] = lambda block: 0,
+        covered: Collection[str] = (),
     ) -> None:
         self.options = options
         self._kinds: dict[str, type[Moving]] = {
@@ -75,7 +77,9 @@ class CurvatureEstimator:
         self._warned: set[str] = set()
         self._shapes: dict[Parameter, torch.Size] = {}
         self.closed = False
-        self._divide()
+        named = dict(model.named_parameters()) if covered else {}
+        with trainable(named[name] for name in covered):
+            self._divide()
         if not self.blocks and not self.others:
             raise ValueError("The model has no trainable parameter.")
         self.capture = self._watch()
@@ -184,10 +188,7 @@ class CurvatureEstimator:
         except BaseException:
             vars(self).update(before)  # dividing makes everything new, and changes nothing
             raise
-        for moving in self._moving:
-            moving.load_state_dict(
-                {n: entry for n, entry in state.items() if moving.fits(n, entry)}
-            )
+        self._load_factors(state)
         seen_loss = self.capture.seen_loss
         self.capture.close()
         self.capture = self._watch()
@@ -380,6 +381,13 @@ class CurvatureEstimator:
             factors.update(moving.state_dict())
         return factors
 
+    def _load_factors(self, factors: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set those that are of a layer as it is now."""
+        for moving in self._moving:
+            moving.load_state_dict(
+                {name: entry for name, entry in factors.items() if moving.fits(name, entry)}
+            )
+
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that isn't of this model.
 
@@ -399,8 +407,19 @@ class CurvatureEstimator:
             ValueError: If the state is of a model with other layers; nothing is changed then.
         """
         self.check_state_dict(state)
-        for moving in self._moving:
-            moving.load_state_dict(state["factors"])
+        self.adopt(state)
+
+    @property
+    def covered(self) -> list[str]:
+        """Names of all parameters that have a place here, also if they were frozen since."""
+        return [name for name, p in self._model.named_parameters() if p in self._covered]
+
+    def adopt(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken, of a copy: its model may have changed since.
+
+        As in ``grow``, what isn't known any more of a layer starts anew.
+        """
+        self._load_factors(state["factors"])
         self._room = None
         self.steps = state["steps"]
         for device, generator_state in state["generators"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -234,8 +234,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         super().__init__(params, defaults)
         self._prepare()
 
-    def _prepare(self) -> None:
-        """Start to watch the model."""
+    def _prepare(self, covered: Collection[str] = ()) -> None:
+        """Start to watch the model; of what is frozen, these parameters have a place, too."""
         self._index_groups()
         self._estimator = CurvatureEstimator(
             self._model,
@@ -243,6 +243,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             self._options,
             damping=lambda block: self.param_groups[self._group(block)]["damping"],
             group=self._group,
+            covered=covered,
         )
         if self._damping_rule.needs_batch or self._rule.needs_batch:
             required = self._damping_rule.needs_batch or not self._rule.without_batch
@@ -382,15 +383,16 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             **super().__getstate__(),
             **{name: getattr(self, name) for name in _COPIED},
             "_estimator": self._estimator.state_dict(),
+            "_covered": self._estimator.covered,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the model of the copy; also how torch sets what ``load_state_dict`` read."""
-        curvature = state.pop("_estimator", None)
+        curvature, covered = state.pop("_estimator", None), state.pop("_covered", ())
         super().__setstate__(state)
         if curvature is not None:
-            self._prepare()
-            self._estimator.load_state_dict(curvature)
+            self._prepare(covered)
+            self._estimator.adopt(curvature)
             self._arm_replay()
 
     # The parts of a step -----------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -136,9 +136,13 @@ class KFACPreconditioner(CurvatureUser):
         )
         self._prepare()
 
-    def _prepare(self) -> None:
+    def _prepare(self, covered: Collection[str] = ()) -> None:
         self._estimator = CurvatureEstimator(
-            self._model, self._loss_fn, self._options, damping=lambda block: self.damping
+            self._model,
+            self._loss_fn,
+            self._options,
+            damping=lambda block: self.damping,
+            covered=covered,
         )
 
     @torch.no_grad()
@@ -202,12 +206,14 @@ class KFACPreconditioner(CurvatureUser):
 
     def __getstate__(self) -> dict[str, Any]:
         """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""
-        return {**self.__dict__, "_estimator": self._estimator.state_dict()}
+        estimator = self._estimator
+        return {**vars(self), "_estimator": estimator.state_dict(), "_covered": estimator.covered}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepare()
-        self._estimator.load_state_dict(state["_estimator"])
+        covered, curvature = state.pop("_covered"), state.pop("_estimator")
+        vars(self).update(state)
+        self._prepare(covered)
+        self._estimator.adopt(curvature)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n{self.coverage()!r}\n)"

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import kfac_tn
@@ -676,6 +677,59 @@ def test_copies_of_model_loss_and_optimizer_train_on_their_own(copy_it, fisher, 
     assert not same(before, values(twin))
     train(model, loss_fn, optimizer, 4, start=steps)
     assert same(values(model), values(twin))
+
+
+def frozen(model):
+    model[0].requires_grad_(False)
+
+
+def frozen_in_part(model):
+    model[4].bias.requires_grad_(False)
+
+
+def pruned(model):
+    prune.l1_unstructured(model[4], "weight", 2)
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "preconditioner"])
+@pytest.mark.parametrize("change", [frozen, frozen_in_part, pruned])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_copies_are_possible_once_the_model_was_changed(kind, change, steps):
+    """Layers frozen later keep their curvature, in copies, too; they may return."""
+    model, loss_fn, optimizer = make(**({} if kind == "optimizer" else {"step_rule": "graft"}))
+    if kind == "preconditioner":
+        optimizer.close()
+        preconditioner = kfac_tn.KFACPreconditioner(model, loss_fn, **EAGER)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(model, loss_fn, optimizers, seed):
+        x, y = make_data(seed)
+        model.zero_grad()
+        loss_fn(model(x), y).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a layer whose bias alone is frozen
+            for each in optimizers:
+                each.step()
+
+    trio = model, loss_fn, [optimizer] if kind == "optimizer" else [preconditioner, sgd]
+    for seed in range(2):
+        step(*trio, seed)
+    change(model)
+    for seed in range(2, 2 + steps):
+        step(*trio, seed)
+    if change is pruned:  # else torch can't copy the product with the mask
+        model[4].weight = model[4].weight.detach()
+    twins = [copy.deepcopy(trio), pickle.loads(pickle.dumps(trio))]
+    for each in (trio, *twins):
+        step(*each, 5)
+        if change is not pruned:
+            each[0].requires_grad_(True)
+        step(*each, 6)
+        step(*each, 7)
+    for twin in twins:
+        if steps:  # else the copies know of the change already when their next loss is computed
+            assert same(values(model), values(twin[0]))
+        assert trio[2][0].factors().keys() == twin[2][0].factors().keys()
 
 
 def test_a_copied_optimizer_alone_has_a_copy_of_its_model():
