@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
 from kfac_tn.curvature.batches import copied
-from kfac_tn.curvature.checks import restored_buffers
+from kfac_tn.curvature.checks import restored
 from kfac_tn.distributed import Processes
 from kfac_tn.graph import concerns
 from kfac_tn.hooks import WeakHook, alone, recorded, remove, uncompiled
@@ -264,9 +264,11 @@ class Replay:
         As forces are an energy's gradient in the inputs.
         """
         args, kwargs = copied((batch.args, batch.kwargs))
+        model = self._model
+        apart = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
         try:
-            with torch.set_grad_enabled(self.inner_graph):
-                return self._model(*args, **kwargs).reshape(batch.shape).detach()
+            with torch.set_grad_enabled(self.inner_graph), apart:
+                return model(*args, **kwargs).reshape(batch.shape).detach()
         except RuntimeError:
             if self.inner_graph:
                 raise
@@ -341,11 +343,11 @@ class Replay:
 
     @contextmanager
     def _undisturbed(self, capture: Capture) -> Iterator[None]:
-        """Nobody else notices: hooks off, buffers and randomness as before, nothing compiled."""
+        """Nobody else notices: hooks off, modules and randomness as before, nothing compiled."""
         armed, self.armed = self.armed, False
         capture_armed, capture.armed = capture.armed, False
         random_state = RandomState(next(self._model.parameters()).device)
-        with restored_buffers(self._model), uncompiled(), alone(None):
+        with restored(self._model), uncompiled(), alone(None):
             try:
                 yield
             finally:

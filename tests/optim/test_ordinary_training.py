@@ -305,6 +305,43 @@ def test_layers_left_out_at_random_are_left_out_again(options, source):
         model.used.clear()
 
 
+class Remembering(nn.Module):
+    """Counts its calls, as schedules do, and keeps its features, as for a picture of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.rest, self.calls = make_model(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.features = self.rest[:4](x)
+        return self.rest[4](self.features)
+
+
+@pytest.mark.parametrize("options", MEASURED)
+def test_what_a_model_keeps_is_of_the_users_own_calls(options):
+    model, loss_fn, optimizer = make(Remembering(), **options)
+    for step in range(3):
+        x, y = make_data(step)
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        kept = model.features
+        optimizer.step()
+        assert model.features is kept
+        assert model.calls == step + 1
+    for compute in (
+        kfac_tn.compute_kfac,
+        kfac_tn.compute_ekfac,
+        kfac_tn.compute_ggn_diagonal,
+        lambda model, loss_fn, loader: kfac_tn.compute_per_example_gradients(
+            model, loss_fn, *loader[0]
+        ),
+    ):
+        compute(model, loss_fn, [(x, y)])
+        assert model.features is kept
+        assert model.calls == 3
+
+
 class Forces(nn.Module):
     """Classifies the gradient of an energy in the inputs, taken in a way of one's own or not."""
 
