@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -222,6 +222,18 @@ def concerns(outputs: Tensor, leaves: Iterable[Tensor]) -> bool:
     if any(_executes(get_gradient_edge(leaf).node) for leaf in leaves if leaf.requires_grad):
         return True
     return not any(_executes(leaf) for leaf in _leaves_below(outputs))
+
+
+def depends(x: Tensor, leaves: Collection[Tensor]) -> bool:
+    """Whether a tensor was computed from any of these leaves.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones((), requires_grad=True)
+        >>> depends(2 * w, {w}), depends(w.detach(), {w})
+        (True, False)
+    """
+    return any(getattr(node, "variable", None) in leaves for node in _leaves_below(x))
 
 
 def _executes(node: Node) -> bool:

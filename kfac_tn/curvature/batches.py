@@ -97,6 +97,18 @@ def copied(batch: Any) -> Any:
     return _changed(batch, copy_of)
 
 
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch of any structure."""
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    _changed(batch, note)
+    return found
+
+
 def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A batch of the same structure, with every tensor changed."""
 

@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
-from kfac_tn.curvature.batches import copied
+from kfac_tn.curvature.batches import copied, tensors_of
 from kfac_tn.curvature.checks import restored
 from kfac_tn.distributed import Processes
-from kfac_tn.graph import concerns
+from kfac_tn.graph import concerns, depends
 from kfac_tn.hooks import WeakHook, alone, recorded, remove, uncompiled
 from kfac_tn.likelihood import likelihood_of
 from kfac_tn.optim.randomness import RandomState
@@ -40,6 +40,7 @@ class _Batch:
     loss_kwargs: Mapping[str, Any] | None = None
     loss: Tensor | None = None
     weight: Tensor | None = None
+    chained: bool = False  # whether inputs are the work of the model itself, in an earlier call
     passed_over: bool = False  # whether gradients were reset while it waited for its backward pass
 
 
@@ -130,10 +131,11 @@ class Replay:
         """Whether there is a batch.
 
         Raises:
-            RuntimeError: If the loss was computed from something else than the model's output, and
-                a batch is required.
+            RuntimeError: If the loss was computed from something else than the output of one call
+                of the model, and a batch is required.
         """
-        self._keep_only([batch for batch in self._batches if batch.weight is not None])
+        seen = [batch for batch in self._batches if batch.weight is not None]
+        self._keep_only([] if any(batch.chained for batch in seen) else seen)
         if self.required and not self._batches:
             raise RuntimeError(without_batch("the rule that needs it can't go on"))
         return bool(self._batches)
@@ -222,8 +224,11 @@ class Replay:
         kind = device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         # The model may change its inputs in place, and so may whoever fills in the next batch.
+        own = set(self._model.parameters())
+        chained = any(depends(x, own) for x in tensors_of((args, kwargs)) if x.grad_fn is not None)
         args, kwargs = copied((args, kwargs))
-        self._batches.append(_Batch(args, kwargs, autocast, RandomState(device)))
+        batch = _Batch(args, kwargs, autocast, RandomState(device), chained=chained)
+        self._batches.append(batch)
 
     def _after(self, module: Module, args: tuple, output: Any) -> None:
         if module is not self._model or not self.armed or not recorded(self):
@@ -375,7 +380,7 @@ def without_batch(consequence: str) -> str:
     """What the user is told where a rule wants the batch of a step and there is none."""
     return (
         "The batch of a step can't be recorded: the loss module wasn't called on the model's "
-        f"output itself (or a view of it with another shape), so {consequence}. Call "
-        "loss_fn(model(x), y), or choose rules that need no batch: step_rule='graft' and a fixed "
-        "damping."
+        "output itself (or a view of it with another shape), or the model was called on what it "
+        f"had returned before, so {consequence}. Call loss_fn(model(x), y) (of one model that does "
+        "all calls), or choose rules that need no batch: step_rule='graft' and a fixed damping."
     )

@@ -741,7 +741,12 @@ def of_a_part(model, x, y, optimizer):
     optimizer._loss_fn(model(x)[: len(x)] * 1.0, y).backward()
 
 
-@pytest.mark.parametrize("backward", [functional, of_a_part])
+def in_a_chain(model, x, y, optimizer):
+    """The last call alone doesn't tell how its output depends on the parameters."""
+    optimizer._loss_fn(model(model(x).tanh()), y).backward()
+
+
+@pytest.mark.parametrize("backward", [functional, of_a_part, in_a_chain])
 def test_without_a_batch_steps_are_grafted_and_the_user_is_told(backward):
     results = []
     for rule in (Adaptive(fresh=0.0), "graft"):
