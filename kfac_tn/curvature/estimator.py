@@ -149,7 +149,10 @@ class CurvatureEstimator:
 
     def outdated(self) -> bool:
         """Whether layers were changed such that their blocks aren't theirs; for the statistics."""
-        return self.capture.armed and not all(block.holds() for block in self.blocks)
+        if not self.capture.armed:
+            return False
+        held = all(block.holds() for block in self.blocks)
+        return not held or not all(other.holds(self._model) for other in self.others)
 
     def check_shapes(self) -> None:
         """Refuse parameters whose data was replaced by some of another shape.

@@ -193,6 +193,15 @@ class OtherParameter:
     parameter: Parameter
     reason: str
 
+    def holds(self, model: Module) -> bool:
+        """Whether the model still has it under its name: a layer may be one again."""
+        path, _, attribute = self.name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            return False
+        return module._parameters.get(attribute) is self.parameter
+
     def block(self) -> LayerBlock:
         """A block of its own, of which only a diagonal can be had."""
         return LayerBlock(
