@@ -352,11 +352,15 @@ class Replay:
         armed, self.armed = self.armed, False
         capture_armed, capture.armed = capture.armed, False
         random_state = RandomState(next(self._model.parameters()).device)
+        # Attention has another way without gradients, in eval mode, that lacks forward mode.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         with restored(self._model), uncompiled(), alone(None):
             try:
                 yield
             finally:
                 self.armed, capture.armed = armed, capture_armed
+                torch.backends.mha.set_fastpath_enabled(fast)
                 random_state.restore()
 
     @contextmanager

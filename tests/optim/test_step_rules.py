@@ -313,6 +313,29 @@ class Attention(nn.Module):
         return self.head(torch.cat([q, k, mixed], -1)).flatten(0, 2)
 
 
+def test_attention_in_eval_mode_is_pushed_forward_too():
+    """Torch computes it in another way where there is no graph, unless it is told not to."""
+    steps = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        )
+        model, loss_fn = model.double().train(training), nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule="quadratic", **EAGER)
+        for _ in range(2):
+            x, y = torch.rand(5, 2, 4).double(), torch.randint(3, (5,))
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+        assert optimizer._replay.forward_mode
+        steps.append(flat(p.detach() for p in model.parameters()))
+    torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-12)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.mark.parametrize("forward_mode", [True, False])
 def test_the_quadratic_model_of_attention(forward_mode):
     torch.manual_seed(0)
