@@ -183,10 +183,20 @@ class CurvatureEstimator:
         if self.closed or not (new or self.outdated()):
             return False
         self.check_shapes()
+        self._divide_anew(self._covered)  # layers frozen in the meantime may return
+        return True
+
+    def cover(self, names: Collection[str]) -> None:
+        """Make room for parameters of these names, also if they are frozen; nothing is lost."""
+        named = [p for name, p in self._model.named_parameters() if name in names]
+        if not self._covered.issuperset(named):
+            self._divide_anew(self._covered.union(named))
+
+    def _divide_anew(self, parameters: Collection[Parameter]) -> None:
+        """Divide the model as if these were trainable; layers keep what is known of them."""
         state, before = self._factors_state(), dict(vars(self))
         try:
-            # Layers frozen in the meantime keep their place: they may return.
-            with trainable(self._covered):
+            with trainable(parameters):
                 self._divide()
         except BaseException:
             vars(self).update(before)  # dividing makes everything new, and changes nothing
@@ -196,7 +206,6 @@ class CurvatureEstimator:
         self.capture.close()
         self.capture = self._watch()
         self.capture.seen_loss = seen_loss
-        return True
 
     def cast(self) -> bool:
         """Take the curvature along when parameters changed dtype or device; true if any did."""
@@ -375,6 +384,8 @@ class CurvatureEstimator:
             "intervals": self._automatic,
             "renewed": dict(self._renewed),
             "factors": self._factors_state(),
+            "layers": {block.name: list(block.parameters) for block in self.curved},
+            "covered": [n for n, p in self._model.named_parameters() if p in self._covered],
             "generators": generators,
         }
 
@@ -400,6 +411,14 @@ class CurvatureEstimator:
         unknown = state["factors"].keys() - {block.name for block in self.curved}
         if unknown:
             raise ValueError(f"The state has factors of layers {sorted(unknown)}, unknown here.")
+        for block in self.curved:
+            mine = list(block.parameters)
+            saved = state.get("layers", {}).get(block.name, mine)
+            if block.name in state["factors"] and saved != mine:
+                raise ValueError(
+                    f"The state has layer '{block.name}' with parameters {saved}, but those that "
+                    f"are trainable here are {mine}: it is another model's."
+                )
         for moving in self._moving:
             moving.check_state_dict(state["factors"])
 
@@ -411,11 +430,6 @@ class CurvatureEstimator:
         """
         self.check_state_dict(state)
         self.adopt(state)
-
-    @property
-    def covered(self) -> list[str]:
-        """Names of all parameters that have a place here, also if they were frozen since."""
-        return [name for name, p in self._model.named_parameters() if p in self._covered]
 
     def adopt(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken, of a copy: its model may have changed since.

@@ -364,6 +364,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         if "curvature" not in state_dict:
             raise ValueError("The state has no 'curvature': it isn't one of KFAC.")
         curvature = state_dict["curvature"]
+        named = self._model.named_parameters()
+        placed = {name for name, p in named if p in self._group_of}
+        self._estimator.cover(placed.intersection(curvature.get("covered", ())))
         self._estimator.check_state_dict(curvature)
         self._rule.check_state_dict(state_dict["rule"])
         entries = self._saved_moments(state_dict)
@@ -383,15 +386,14 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             **super().__getstate__(),
             **{name: getattr(self, name) for name in _COPIED},
             "_estimator": self._estimator.state_dict(),
-            "_covered": self._estimator.covered,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the model of the copy; also how torch sets what ``load_state_dict`` read."""
-        curvature, covered = state.pop("_estimator", None), state.pop("_covered", ())
+        curvature = state.pop("_estimator", None)
         super().__setstate__(state)
         if curvature is not None:
-            self._prepare(covered)
+            self._prepare(curvature["covered"])
             self._estimator.adopt(curvature)
             self._arm_replay()
 

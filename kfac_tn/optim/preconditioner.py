@@ -201,18 +201,18 @@ class KFACPreconditioner(CurvatureUser):
         """
         if "damping" not in state_dict:
             raise ValueError("The state has no 'damping': it isn't one of KFACPreconditioner.")
+        self._estimator.cover(state_dict.get("covered", ()))
         self._estimator.load_state_dict(state_dict)
         self.damping = state_dict["damping"]
 
     def __getstate__(self) -> dict[str, Any]:
         """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""
-        estimator = self._estimator
-        return {**vars(self), "_estimator": estimator.state_dict(), "_covered": estimator.covered}
+        return {**vars(self), "_estimator": self._estimator.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        covered, curvature = state.pop("_covered"), state.pop("_estimator")
+        curvature = state.pop("_estimator")
         vars(self).update(state)
-        self._prepare(covered)
+        self._prepare(curvature["covered"])
         self._estimator.adopt(curvature)
 
     def __repr__(self) -> str:

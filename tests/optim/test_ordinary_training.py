@@ -628,6 +628,54 @@ def test_a_run_continues_from_a_checkpoint_after_unfreezing():
     assert all(same(run(), run(cut)) for cut in (4, 5, 8))
 
 
+@pytest.mark.parametrize("max_dim", [8192, 4])
+@pytest.mark.parametrize("layer", [0, 4])
+def test_a_run_continues_from_a_checkpoint_after_freezing(layer, max_dim):
+    """Layers keep their curvature, of which the new optimizer can't know before it has the state.
+
+    With the first a whole layer, with the last a bias: its row is where others of the same size
+    have zeros.
+    """
+
+    def run(cut=None):
+        options = {"fisher": "mc", "factor_interval": 5, "max_dim": max_dim}
+        model, loss_fn, optimizer = make(**options)
+        for step in range(12):
+            part = model[0] if layer == 0 else model[4].bias
+            if step == 4:
+                part.requires_grad_(False)
+            if step == cut:
+                state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+                model = copy.deepcopy(model)
+                model, loss_fn, optimizer = make(model, **options)
+                optimizer.load_state_dict(state)
+                part = model[0] if layer == 0 else model[4].bias
+            if step == 9:
+                part.requires_grad_(True)
+            x, y = make_data(step)
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a layer whose bias alone is frozen
+                optimizer.step()
+        return values(model)
+
+    assert all(same(run(), run(cut)) for cut in (4, 5, 8, 10))
+
+
+def test_a_state_with_a_bias_is_none_of_a_layer_without():
+    """Even where factors are of one size: cut in pieces, they are filled up with zeros."""
+    options = {"max_dim": 4, "step_rule": "graft"}
+    model, loss_fn, optimizer = make(**options)
+    train(model, loss_fn, optimizer, 1)
+    other = make_model()
+    other[0].bias = None
+    _, _, fresh = make(other, **options)
+    state = optimizer.state_dict()["curvature"]
+    with pytest.raises(ValueError, match=r"layer '0' with parameters.*trainable here are"):
+        fresh._estimator.check_state_dict(state)
+
+
 def test_the_preconditioner_follows_too():
     model = make_model()
     model[0].requires_grad_(False)
