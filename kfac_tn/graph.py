@@ -216,12 +216,15 @@ def differentiate(
 def concerns(outputs: Tensor, leaves: Iterable[Tensor]) -> bool:
     """Whether the backward pass that is running, from outputs on, may train these leaves.
 
-    It doesn't if other leaves alone get gradients, as in ``torch.autograd.grad(loss, x)`` for an
-    attack on the inputs. One that ends within the graph may be continued from there.
+    It doesn't if they are there, but others alone get gradients, as in
+    ``torch.autograd.grad(loss, x)`` for an attack on the inputs. One that ends within the graph may
+    be continued from there.
     """
-    if any(_executes(get_gradient_edge(leaf).node) for leaf in leaves if leaf.requires_grad):
+    ours = [get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad]
+    if any(_executes(node) for node in ours):
         return True
-    return not any(_executes(leaf) for leaf in _leaves_below(outputs))
+    below = set(_leaves_below(outputs))
+    return below.isdisjoint(ours) or not any(_executes(node) for node in below)
 
 
 def depends(x: Tensor, leaves: Collection[Tensor]) -> bool:

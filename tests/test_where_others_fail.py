@@ -712,6 +712,18 @@ def test_reentrant_checkpointing_is_refused_rather_than_wrong(fisher):
     assert optimizer.factors() == {}
 
 
+@pytest.mark.parametrize("fisher", [*EXACT, "mc"])
+def test_reentrant_checkpointing_of_the_whole_model_is_refused_too(fisher):
+    """Where gradients of the input are all that the graph shows."""
+    model, loss_fn = nn.Linear(4, 3).double(), nn.CrossEntropyLoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, fisher=fisher)
+    x = torch.rand(6, 4, dtype=torch.float64, requires_grad=True)
+    loss = loss_fn(checkpoint(model, x, use_reentrant=True), torch.randint(3, (6,)))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        loss.backward()
+    assert optimizer.factors() == {}
+
+
 @pytest.fixture
 def process_group(tmp_path):
     torch.distributed.init_process_group(
