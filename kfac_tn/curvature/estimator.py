@@ -384,8 +384,10 @@ class CurvatureEstimator:
             "intervals": self._automatic,
             "renewed": dict(self._renewed),
             "factors": self._factors_state(),
-            "layers": {block.name: list(block.parameters) for block in self.curved},
-            "covered": [n for n, p in self._model.named_parameters() if p in self._covered],
+            "layers": {block.name: _sizes(block.parameters) for block in self.curved},
+            "covered": _sizes(
+                {n: p for n, p in self._model.named_parameters() if p in self._covered}
+            ),
             "generators": generators,
         }
 
@@ -412,12 +414,12 @@ class CurvatureEstimator:
         if unknown:
             raise ValueError(f"The state has factors of layers {sorted(unknown)}, unknown here.")
         for block in self.curved:
-            mine = list(block.parameters)
+            mine = block.parameters.keys()
             saved = state.get("layers", {}).get(block.name, mine)
-            if block.name in state["factors"] and saved != mine:
+            if block.name in state["factors"] and set(saved) != set(mine):
                 raise ValueError(
-                    f"The state has layer '{block.name}' with parameters {saved}, but those that "
-                    f"are trainable here are {mine}: it is another model's."
+                    f"The state has layer '{block.name}' with parameters {list(saved)}, but those "
+                    f"that are trainable here are {list(mine)}: it is another model's."
                 )
         for moving in self._moving:
             moving.check_state_dict(state["factors"])
@@ -473,3 +475,8 @@ class CurvatureEstimator:
             seed = int(self.options.seed) + self.processes.rank  # samples of one's own
             self._generators[key] = torch.Generator(device).manual_seed(seed)
         return self._generators[key]
+
+
+def _sizes(parameters: Mapping[str, Parameter]) -> dict[str, int]:
+    """Names in the form of plain numbers by name: all that a state consists of."""
+    return {name: parameter.numel() for name, parameter in parameters.items()}
