@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.factors import Gram
 from kfac_tn.functional import common
-from kfac_tn.graph import Found, bypassing, differentiate, find, output_edge, remember
+from kfac_tn.graph import Found, bypassing, concerns, differentiate, find, output_edge, remember
 from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.attention import Projection, ProjectionsApart
@@ -44,10 +44,12 @@ class Capture:
     """Watches a model and a loss, and turns what they do into Kronecker factors.
 
     Nothing happens while ``armed`` is false, under ``torch.no_grad()``, in backward passes (where
-    checkpointing runs layers again), in transforms of ``torch.func``, or after ``close()``. The
+    checkpointing runs layers again), in transforms of ``torch.func``, or after ``close()``. Nor do
+    backward passes count that have gradients of inputs alone, or calls with other weights. The
     hooks don't keep this object alive, and copies of the model don't report to it. Layers whose
     weight a loss depends on by other ways, too, are left out, and named in ``bypassed``: what their
-    calls tell isn't all of their curvature.
+    calls tell isn't all of their curvature. ``called`` is whether any layer was since the last
+    ``take`` or ``discard``: the loss of that call may be still to come.
 
     Scale (curvature is that of the loss as the user computes it): input factors are means over
     the examples of all passes. Output-gradient factors of several losses in one ``backward()`` add
@@ -156,6 +158,7 @@ class Capture:
         self._kept = []
         self._counted: dict[Call, None] = {}
         self._columns_seen = 0
+        self.called = False
         self.bypassed: set[LayerBlock] = set()
         self.sizes: dict[LayerBlock, tuple[int, int]] = {}  # examples, and times positions
 
@@ -227,11 +230,14 @@ class Capture:
         block = self._blocks.get(module)
         if block is None or not block.weight.requires_grad:  # in a copy of the model, or frozen
             return
+        if not block.owned_by(module):  # what is computed from its weight isn't its weight
+            return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         edge = output_edge(output)
         if edge is None:
             return
+        self.called = True
         x = block.family.input_of(module, args, kwargs)
         if output.numel() == 0:
             remember(edge, self._key, Call(block, module, output.shape, None, 0, 0), x)
@@ -281,6 +287,8 @@ class Capture:
     @timed("statistics")
     def _at_loss_backward(self, outputs: Tensor, targets: Tensor, gradient: Tensor) -> None:
         """Runs inside the user's backward pass, before it enters the model."""
+        if not concerns(outputs, [*self._owners, *self.diagonals]):
+            return
         task = torch._C._current_graph_task_id()
         with plain(outputs.device):
             gradient, weight = common.cast(gradient.detach()), None
@@ -343,7 +351,8 @@ class Capture:
         task: int,
     ) -> None:
         """Back-propagate columns from the outputs to every recorded call, and accumulate."""
-        if not found and not self.diagonals:
+        parameters = [p for p in self.diagonals if p.requires_grad]  # some may be frozen by now
+        if not found and not parameters:
             return
         one_pass, calls = self._passes.begin(task, scale), self._keep_until_taken(found, outputs)
         for column in columns:
@@ -362,11 +371,11 @@ class Capture:
                     received.append((call, call.grad_output_statistic(gradient)))
                 moments.add(call, gradient)
 
-            gradients = differentiate(outputs, column, found, receive, self.diagonals)
+            gradients = differentiate(outputs, column, found, receive, parameters)
             one_pass.calls.update((call, None) for call, _ in received)
             diagonals = (
                 (parameter, (gradient.to_dense() if gradient.is_sparse else gradient).square())
-                for parameter, gradient in zip(self.diagonals, gradients, strict=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True)
                 if gradient is not None
             )
             self._passes.add(received, moments.finish(), diagonals, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -211,6 +211,53 @@ def differentiate(
         if gradient is not None:
             receive(one.record, gradient)
     return gradients[len(deepest) :]
+
+
+def concerns(outputs: Tensor, leaves: Iterable[Tensor]) -> bool:
+    """Whether the backward pass that is running, from outputs on, may train these leaves.
+
+    It doesn't if they are there, but others alone get gradients, as in
+    ``torch.autograd.grad(loss, x)`` for an attack on the inputs. One that ends within the graph may
+    be continued from there.
+    """
+    ours = [get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad]
+    if any(_executes(node) for node in ours):
+        return True
+    below = set(_leaves_below(outputs))
+    return below.isdisjoint(ours) or not any(_executes(node) for node in below)
+
+
+def depends(x: Tensor, leaves: Collection[Tensor]) -> bool:
+    """Whether a tensor was computed from any of these leaves.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones((), requires_grad=True)
+        >>> depends(2 * w, {w}), depends(w.detach(), {w})
+        (True, False)
+    """
+    return any(getattr(node, "variable", None) in leaves for node in _leaves_below(x))
+
+
+def _executes(node: Node) -> bool:
+    """Whether the backward pass that is running gets to a node."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf's, whose gradient is returned instead of accumulated
+        return True
+
+
+def _leaves_below(outputs: Tensor) -> Iterator[Node]:
+    """The nodes of the leaves that outputs depend on."""
+    stack = [] if outputs.grad_fn is None else [outputs.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if not node.next_functions:
+            yield node
+        children = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= children
+        stack += children
 
 
 def _metadata(node: Node) -> dict[Any, Any]:

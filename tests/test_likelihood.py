@@ -457,7 +457,9 @@ def test_targets_that_would_broadcast_are_refused(loss_class):
         likelihood.sample(torch.zeros(3, 1), torch.zeros(3))
 
 
-@pytest.mark.parametrize("targets", [torch.zeros(3), torch.zeros(2, 3).long(), torch.zeros(2, 4)])
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(3), torch.zeros(2, 3).long(), torch.zeros(2, 4), torch.rand(2)]
+)
 def test_targets_that_are_neither_labels_nor_probabilities_are_refused(targets):
     likelihood = likelihood_of(nn.CrossEntropyLoss())
     for method in (likelihood.columns, likelihood.sample, likelihood.num_terms):
@@ -473,8 +475,10 @@ def test_labels_that_the_loss_refuses_are_refused(labels, reduction):
     """Negative ones aren't counted from the end."""
     loss_fn, outputs = nn.CrossEntropyLoss(torch.rand(3), reduction=reduction), torch.zeros(2, 3)
     likelihood = likelihood_of(loss_fn)
-    for method in (loss_fn, likelihood.columns, likelihood.sample):
-        with pytest.raises(IndexError):
+    with pytest.raises(IndexError):
+        loss_fn(outputs, labels)
+    for method in (likelihood.columns, likelihood.sample):
+        with pytest.raises(IndexError, match=r"must be in \[0, 3\), or ignore_index=-100"):
             method(outputs, labels)
 
 

@@ -317,6 +317,31 @@ def test_weights_that_are_used_without_their_module_too_have_no_part_of_a_curvat
         assert list(optimizers[0].factors()) == ["last"]
 
 
+@pytest.mark.parametrize("fisher", [*EXACT, "mc"])
+def test_weights_replaced_for_a_call_are_not_those_of_the_layer(fisher):
+    """torch.func.functional_call with twice the weights: the layer's calls tell of those."""
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    results = []
+    for curvature in ("kfac", {"0": "none", "2": "kfac"}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        loss_fn = nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, curvature=curvature, fisher=fisher, **EAGER)
+
+        def call(x, model=model):
+            twice = {"0.weight": 2 * model[0].weight, "0.bias": 2 * model[0].bias}
+            return torch.func.functional_call(model, twice, x)
+
+        if curvature == "kfac":
+            with pytest.warns(RuntimeWarning, match="'0'.*functional_call"):
+                train(call, loss_fn, optimizer, x, y)
+        else:
+            train(call, loss_fn, optimizer, x, y)
+        assert list(optimizer.factors()) == ["2"]
+        results.append({"all": values(model).values()})
+    assert_same(*results)
+
+
 # Losses ------------------------------------------------------------------------------------------
 
 LOSSES = {
@@ -682,6 +707,18 @@ def test_reentrant_checkpointing_is_refused_rather_than_wrong(fisher):
     model, loss_fn = Checkpointed(reentrant=True), nn.CrossEntropyLoss()
     optimizer = kfac_tn.KFAC(model, loss_fn, fisher=fisher)
     loss = loss_fn(model(torch.rand(6, 4).double()), torch.randint(3, (6,)))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        loss.backward()
+    assert optimizer.factors() == {}
+
+
+@pytest.mark.parametrize("fisher", [*EXACT, "mc"])
+def test_reentrant_checkpointing_of_the_whole_model_is_refused_too(fisher):
+    """Where gradients of the input are all that the graph shows."""
+    model, loss_fn = nn.Linear(4, 3).double(), nn.CrossEntropyLoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, fisher=fisher)
+    x = torch.rand(6, 4, dtype=torch.float64, requires_grad=True)
+    loss = loss_fn(checkpoint(model, x, use_reentrant=True), torch.randint(3, (6,)))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         loss.backward()
     assert optimizer.factors() == {}

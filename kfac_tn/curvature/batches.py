@@ -82,13 +82,42 @@ def with_progress(loader: Iterable, title: str, progress_bar: bool) -> Iterable:
 
 def rows_of(batch: Any, rows: slice | Tensor, count: int) -> Any:
     """A batch of some examples, of the same structure: tensors that have ``count`` rows are cut."""
+    return _changed(batch, lambda x: x[rows] if x.shape[:1] == (count,) else x)
 
-    def cut(leaf: Any) -> Any:
+
+def copied(batch: Any) -> Any:
+    """A batch whose tensors stay as they are now; what is one tensor twice is one copy twice."""
+    copies: dict[Tensor, Tensor] = {}
+
+    def copy_of(x: Tensor) -> Tensor:
+        if x not in copies:
+            copies[x] = x.detach().clone().requires_grad_(x.requires_grad)
+        return copies[x]
+
+    return _changed(batch, copy_of)
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch of any structure."""
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    _changed(batch, note)
+    return found
+
+
+def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A batch of the same structure, with every tensor changed."""
+
+    def changed(leaf: Any) -> Any:
         if isinstance(leaf, UserDict):  # transformers' batches; no structure that torch knows
             part = copy(leaf)
-            part.data = {key: rows_of(value, rows, count) for key, value in leaf.data.items()}
+            part.data = {key: _changed(value, change) for key, value in leaf.data.items()}
             return part
-        batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)
-        return leaf[rows] if batched else leaf
+        return change(leaf) if isinstance(leaf, Tensor) else leaf
 
-    return torch.utils._pytree.tree_map(cut, batch)
+    whole = (torch.Size,)  # for torch, tuples like others
+    return torch.utils._pytree.tree_map(changed, batch, is_leaf=lambda x: isinstance(x, whole))

@@ -25,17 +25,21 @@ def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def restored_buffers(model: Module) -> Iterator[None]:
-    """Put back what calls in training mode change, such as statistics of batch normalization.
+def restored(model: Module) -> Iterator[None]:
+    """Put back what calls change: statistics of batch normalization, features that a module keeps.
+
+    That is, buffers and attributes; of objects that are changed themselves, such as lists, no more
+    is known.
 
     Example:
         >>> import torch
         >>> norm = torch.nn.BatchNorm1d(2)
-        >>> with restored_buffers(norm):
+        >>> with restored(norm):
         ...     _ = norm(torch.rand(4, 2))
         >>> norm.running_mean
         tensor([0., 0.])
     """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
     before = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -45,6 +49,10 @@ def restored_buffers(model: Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for module, kept in attributes:
+            for new in vars(module).keys() - kept.keys():
+                del vars(module)[new]
+            vars(module).update(kept)
         for module, name, buffer, value in before:
             module._buffers[name] = buffer
             expanded = any(

@@ -19,7 +19,7 @@ from kfac_tn.curvature.batches import (
     with_progress,
 )
 from kfac_tn.curvature.block import Block, DiagonalBlock
-from kfac_tn.curvature.checks import check_graph, refuse_scaled_gradients, restored_buffers
+from kfac_tn.curvature.checks import check_graph, refuse_scaled_gradients, restored
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
@@ -151,7 +151,7 @@ def compute_kfac(
 def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: Forward) -> None:
     """Show a capture all batches, each with its weight in the loss on the whole set."""
     batches = 0
-    with restored_buffers(model), uncompiled(), alone(capture):
+    with restored(model), uncompiled(), alone(capture):
         for batch in loader:
             with torch.inference_mode(False), torch.enable_grad():
                 outputs, targets = outputs_and_targets(forward, model, batch)
@@ -180,9 +180,10 @@ def _refuse_bypassed(bypassed: Iterable[LayerBlock]) -> None:
     if names:
         raise ValueError(
             f"The weights of layers {names} are used by other ways than calls of their modules, as "
-            "in F.linear(x, layer.weight) or under a transform of torch.func, too: Kronecker "
-            "factors would miss that. Call the module there, choose curvature='none' for the "
-            "layer, which then has a diagonal (compute_kfac), or freeze it."
+            "in F.linear(x, layer.weight), torch.func.functional_call with other weights or under "
+            "a transform of torch.func, too: Kronecker factors would miss that. Call the module "
+            "there, choose curvature='none' for the layer, which then has a diagonal "
+            "(compute_kfac), or freeze it."
         )
 
 

@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
 from kfac_tn.curvature.calls import Call, Calls, Contributions, sum_of_squares
-from kfac_tn.curvature.checks import restored_buffers
+from kfac_tn.curvature.checks import restored
 from kfac_tn.curvature.compute import check_finite
 from kfac_tn.functional import common
 from kfac_tn.functional.common import cast
@@ -115,7 +115,7 @@ def compute_ggn_diagonal(
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            restored_buffers(model),
+            restored(model),
             uncompiled(),
             alone(None),
         ):

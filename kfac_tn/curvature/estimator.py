@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class CurvatureEstimator:
         damping: What is added to a layer's curvature, asked for whenever inverses are renewed.
             Layers are inverted together if their ``group`` is the same.
         group: A number for each layer; layers with one number have the same damping.
+        covered: Names of parameters that have a place even if they are frozen.
 
     Raises:
         ValueError: For a model without trainable parameters.
@@ -57,6 +58,7 @@ class CurvatureEstimator:
         options: CurvatureOptions,
         damping: Callable[[LayerBlock], float],
         group: Callable[[LayerBlock], int] = lambda block: 0,
+        covered: Collection[str] = (),
     ) -> None:
         self.options = options
         self._kinds: dict[str, type[Moving]] = {
@@ -76,7 +78,9 @@ class CurvatureEstimator:
         self._warned: set[str] = set()
         self._shapes: dict[Parameter, torch.Size] = {}
         self.closed = False
-        self._divide()
+        named = dict(model.named_parameters()) if covered else {}
+        with trainable(named[name] for name in covered):
+            self._divide()
         if not self.blocks and not self.others:
             raise ValueError("The model has no trainable parameter.")
         self.capture = self._watch()
@@ -87,8 +91,9 @@ class CurvatureEstimator:
         kinds = options.approximation, options.curvature, options.max_dim, options.large_factors
         self.blocks, self.others = partition(self._model, *kinds)
         options.check(self.blocks)
-        own = self.others if options.other_curvature == "diagonal" else []
-        self._own = {other.parameter: other.block() for other in own}
+        diagonal = options.other_curvature == "diagonal"
+        self._measured = [o for o in self.others if diagonal and o.parameter.numel()]
+        self._own = {other.parameter: other.block() for other in self._measured}
         self.curved = [*self.blocks, *self._own.values()]  # all that may have curvature
         self.layer_of = {p: i for i, b in enumerate(self.curved) for p in b.parameters.values()}
         self._covered = set(self.layer_of)
@@ -123,7 +128,7 @@ class CurvatureEstimator:
             self._loss_fn,
             fisher,
             samples,
-            self.others if self._own else (),
+            self._measured,
             self._generator,
             self._basis,
         )
@@ -145,7 +150,10 @@ class CurvatureEstimator:
 
     def outdated(self) -> bool:
         """Whether layers were changed such that their blocks aren't theirs; for the statistics."""
-        return self.capture.armed and not all(block.holds() for block in self.blocks)
+        if not self.capture.armed:
+            return False
+        held = all(block.holds() for block in self.blocks)
+        return not held or not all(other.holds(self._model) for other in self.others)
 
     def check_shapes(self) -> None:
         """Refuse parameters whose data was replaced by some of another shape.
@@ -176,23 +184,29 @@ class CurvatureEstimator:
         if self.closed or not (new or self.outdated()):
             return False
         self.check_shapes()
+        self._divide_anew(self._covered)  # layers frozen in the meantime may return
+        return True
+
+    def cover(self, names: Collection[str]) -> None:
+        """Make room for parameters of these names, also if they are frozen; nothing is lost."""
+        named = [p for name, p in self._model.named_parameters() if name in names]
+        if not self._covered.issuperset(named):
+            self._divide_anew(self._covered.union(named))
+
+    def _divide_anew(self, parameters: Collection[Parameter]) -> None:
+        """Divide the model as if these were trainable; layers keep what is known of them."""
         state, before = self._factors_state(), dict(vars(self))
         try:
-            # Layers frozen in the meantime keep their place: they may return.
-            with trainable(self._covered):
+            with trainable(parameters):
                 self._divide()
         except BaseException:
             vars(self).update(before)  # dividing makes everything new, and changes nothing
             raise
-        for moving in self._moving:
-            moving.load_state_dict(
-                {n: entry for n, entry in state.items() if moving.fits(n, entry)}
-            )
+        self._load_factors(state)
         seen_loss = self.capture.seen_loss
         self.capture.close()
         self.capture = self._watch()
         self.capture.seen_loss = seen_loss
-        return True
 
     def cast(self) -> bool:
         """Take the curvature along when parameters changed dtype or device; true if any did."""
@@ -371,6 +385,10 @@ class CurvatureEstimator:
             "intervals": self._automatic,
             "renewed": dict(self._renewed),
             "factors": self._factors_state(),
+            "layers": {block.name: _sizes(block.parameters) for block in self.curved},
+            "covered": _sizes(
+                {n: p for n, p in self._model.named_parameters() if p in self._covered}
+            ),
             "generators": generators,
         }
 
@@ -379,6 +397,13 @@ class CurvatureEstimator:
         for moving in self._moving:
             factors.update(moving.state_dict())
         return factors
+
+    def _load_factors(self, factors: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set those that are of a layer as it is now."""
+        for moving in self._moving:
+            moving.load_state_dict(
+                {name: entry for name, entry in factors.items() if moving.fits(name, entry)}
+            )
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that isn't of this model.
@@ -389,6 +414,14 @@ class CurvatureEstimator:
         unknown = state["factors"].keys() - {block.name for block in self.curved}
         if unknown:
             raise ValueError(f"The state has factors of layers {sorted(unknown)}, unknown here.")
+        for block in self.curved:
+            mine = block.parameters.keys()
+            saved = state.get("layers", {}).get(block.name, mine)
+            if block.name in state["factors"] and set(saved) != set(mine):
+                raise ValueError(
+                    f"The state has layer '{block.name}' with parameters {list(saved)}, but those "
+                    f"that are trainable here are {list(mine)}: it is another model's."
+                )
         for moving in self._moving:
             moving.check_state_dict(state["factors"])
 
@@ -399,8 +432,14 @@ class CurvatureEstimator:
             ValueError: If the state is of a model with other layers; nothing is changed then.
         """
         self.check_state_dict(state)
-        for moving in self._moving:
-            moving.load_state_dict(state["factors"])
+        self.adopt(state)
+
+    def adopt(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken, of a copy: its model may have changed since.
+
+        As in ``grow``, what isn't known any more of a layer starts anew.
+        """
+        self._load_factors(state["factors"])
         self._room = None
         self.steps = state["steps"]
         for device, generator_state in state["generators"].items():
@@ -437,3 +476,8 @@ class CurvatureEstimator:
             seed = int(self.options.seed) + self.processes.rank  # samples of one's own
             self._generators[key] = torch.Generator(device).manual_seed(seed)
         return self._generators[key]
+
+
+def _sizes(parameters: Mapping[str, Parameter]) -> dict[str, int]:
+    """Names in the form of plain numbers by name: all that a state consists of."""
+    return {name: parameter.numel() for name, parameter in parameters.items()}

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.curvature.calls import Calls, Contributions, per_example
-from kfac_tn.curvature.checks import restored_buffers
+from kfac_tn.curvature.checks import restored
 from kfac_tn.functional.common import cast
 from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import check_parameters
@@ -71,7 +71,7 @@ def compute_per_example_gradients(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        restored_buffers(model),
+        restored(model),
         uncompiled(),
         alone(None),
     ):

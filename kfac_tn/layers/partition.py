@@ -162,16 +162,19 @@ class LayerBlock:
         Layers that are pruned, reparametrized or changed otherwise don't; frozen ones do.
         """
         for module in self.modules:
-            own = module._parameters
-            if own.get("weight") is not self.weight or "forward" in vars(module):
-                return False
-            if self.bias is not None and own.get("bias") is not self.bias:
+            if not self.owned_by(module) or "forward" in vars(module):
                 return False
             if _FAMILIES.get(type(module)) is not self.family:
                 return False
             if isinstance(module, Projection) and not module.holds():
                 return False
         return True
+
+    def owned_by(self, module: Module) -> bool:
+        """Whether a module has these very parameters now; in ``functional_call`` it has others."""
+        own = module._parameters
+        same_bias = self.bias is None or own.get("bias") is self.bias
+        return own.get("weight") is self.weight and same_bias
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -189,6 +192,15 @@ class OtherParameter:
     name: str
     parameter: Parameter
     reason: str
+
+    def holds(self, model: Module) -> bool:
+        """Whether the model still has it under its name: a layer may be one again."""
+        path, _, attribute = self.name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            return False
+        return module._parameters.get(attribute) is self.parameter
 
     def block(self) -> LayerBlock:
         """A block of its own, of which only a diagonal can be had."""

@@ -95,7 +95,7 @@ class CrossEntropyLikelihood(NaturalParameterLikelihood):
             coefficient = (1 - smoothing) * target_weight + smoothing * class_weight.mean()
             return coefficient, target_weight.numel()
 
-        if targets.shape != positions:
+        if targets.shape != positions or targets.is_floating_point():
             raise ValueError(
                 f"for outputs of shape {tuple(outputs.shape)}, targets must be class indices of "
                 f"shape {tuple(positions)} or floating-point probabilities of the shape of the "
@@ -106,7 +106,14 @@ class CrossEntropyLikelihood(NaturalParameterLikelihood):
         # ignore_index may lie outside of the classes (-100, 255): look up any class instead.
         # (index_select: other negative labels are an error, as in the loss, not counted from the
         # end; and indexing with a scalar tensor would fetch it to the host.)
-        looked_up = class_weight.index_select(0, labels.masked_fill(~counts, 0).flatten())
+        try:
+            looked_up = class_weight.index_select(0, labels.masked_fill(~counts, 0).flatten())
+        except IndexError as error:
+            raise IndexError(
+                f"for outputs of shape {tuple(outputs.shape)}, targets must be in [0, "
+                f"{num_classes}), or ignore_index={self.loss.ignore_index}, but are from "
+                f"{int(labels[counts].min())} to {int(labels[counts].max())}"
+            ) from error
         target_weight = looked_up.view(labels.shape) * counts
         coefficient = (1 - smoothing) * target_weight + smoothing * class_weight.mean() * counts
         return coefficient, target_weight.sum()

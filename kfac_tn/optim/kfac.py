@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -234,8 +234,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         super().__init__(params, defaults)
         self._prepare()
 
-    def _prepare(self) -> None:
-        """Start to watch the model."""
+    def _prepare(self, covered: Collection[str] = ()) -> None:
+        """Start to watch the model; of what is frozen, these parameters have a place, too."""
         self._index_groups()
         self._estimator = CurvatureEstimator(
             self._model,
@@ -243,6 +243,7 @@ class KFAC(CurvatureUser, GroupedOptimizer):
             self._options,
             damping=lambda block: self.param_groups[self._group(block)]["damping"],
             group=self._group,
+            covered=covered,
         )
         if self._damping_rule.needs_batch or self._rule.needs_batch:
             required = self._damping_rule.needs_batch or not self._rule.without_batch
@@ -329,10 +330,13 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         but between ``observe`` and ``backward()``.
         """
         super().zero_grad(set_to_none)
+        # New hooks wouldn't know of calls whose loss is still to come: the step takes up changes.
+        waiting = self._estimator.capture.called
         self._estimator.capture.discard()
         if self._replay is not None:
             self._replay.discard_gradients()
-        self._grow()
+        if not waiting:
+            self._grow()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.coverage()!r}"
@@ -360,6 +364,9 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         if "curvature" not in state_dict:
             raise ValueError("The state has no 'curvature': it isn't one of KFAC.")
         curvature = state_dict["curvature"]
+        named = self._model.named_parameters()
+        placed = {name for name, p in named if p in self._group_of}
+        self._estimator.cover(placed.intersection(curvature.get("covered", ())))
         self._estimator.check_state_dict(curvature)
         self._rule.check_state_dict(state_dict["rule"])
         entries = self._saved_moments(state_dict)
@@ -386,8 +393,8 @@ class KFAC(CurvatureUser, GroupedOptimizer):
         curvature = state.pop("_estimator", None)
         super().__setstate__(state)
         if curvature is not None:
-            self._prepare()
-            self._estimator.load_state_dict(curvature)
+            self._prepare(curvature["covered"])
+            self._estimator.adopt(curvature)
             self._arm_replay()
 
     # The parts of a step -----------------------------------------------------------------------

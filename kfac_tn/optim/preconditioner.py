@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -136,9 +136,13 @@ class KFACPreconditioner(CurvatureUser):
         )
         self._prepare()
 
-    def _prepare(self) -> None:
+    def _prepare(self, covered: Collection[str] = ()) -> None:
         self._estimator = CurvatureEstimator(
-            self._model, self._loss_fn, self._options, damping=lambda block: self.damping
+            self._model,
+            self._loss_fn,
+            self._options,
+            damping=lambda block: self.damping,
+            covered=covered,
         )
 
     @torch.no_grad()
@@ -197,17 +201,19 @@ class KFACPreconditioner(CurvatureUser):
         """
         if "damping" not in state_dict:
             raise ValueError("The state has no 'damping': it isn't one of KFACPreconditioner.")
+        self._estimator.cover(state_dict.get("covered", ()))
         self._estimator.load_state_dict(state_dict)
         self.damping = state_dict["damping"]
 
     def __getstate__(self) -> dict[str, Any]:
         """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""
-        return {**self.__dict__, "_estimator": self._estimator.state_dict()}
+        return {**vars(self), "_estimator": self._estimator.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepare()
-        self._estimator.load_state_dict(state["_estimator"])
+        curvature = state.pop("_estimator")
+        vars(self).update(state)
+        self._prepare(curvature["covered"])
+        self._estimator.adopt(curvature)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n{self.coverage()!r}\n)"

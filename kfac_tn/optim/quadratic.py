@@ -22,7 +22,8 @@ class QuadraticModel(StepRule):
     The step is minus u = alpha d + mu u', with d the direction and u' the step before; alpha and mu
     minimize -g^T u + u^T (G + lambda I) u / 2, G the exact GGN on the batch and lambda the damping
     (Martens & Grosse 2015, Section 7). The learning rate of the group is a factor on top: the model
-    is that of one batch, so where batches are small, take 0.1 or less.
+    is that of one batch, so where batches are small, take 0.1 or less. Of learning rates that
+    differ by group, the model sees the ratios.
 
     Args:
         interval: Steps between computations of alpha and mu, which take two products with the
@@ -63,7 +64,7 @@ class QuadraticModel(StepRule):
             for p, d in directions.items()
         }
         if proposal.replay is not None:
-            vectors = [directions, before]
+            vectors = [_in_proportion(each, proposal.lrs) for each in (directions, before)]
             gram = proposal.replay.gram(vectors, proposal.estimator.capture).double()
             gram = gram + damping_gram(vectors, proposal.estimator.dampings()).double()
             slopes = [
@@ -85,6 +86,16 @@ class QuadraticModel(StepRule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
         self.coefficients = state["coefficients"].clone()
+
+
+def _in_proportion(
+    vector: dict[Parameter, Tensor], lrs: Mapping[Parameter, float]
+) -> dict[Parameter, Tensor]:
+    """A vector as it is stepped along, but for the largest learning rate of its parameters."""
+    largest = max(lrs[p] for p in vector)
+    if not largest:
+        return vector
+    return {p: v if lrs[p] == largest else v * (lrs[p] / largest) for p, v in vector.items()}
 
 
 def damping_gram(

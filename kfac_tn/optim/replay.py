@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,10 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
-from kfac_tn.curvature.checks import restored_buffers
+from kfac_tn.curvature.batches import copied, tensors_of
+from kfac_tn.curvature.checks import restored
 from kfac_tn.distributed import Processes
+from kfac_tn.graph import concerns, depends
 from kfac_tn.hooks import WeakHook, alone, recorded, remove, uncompiled
 from kfac_tn.likelihood import likelihood_of
+from kfac_tn.optim.randomness import RandomState
 
 
 @dataclass
@@ -29,13 +33,14 @@ class _Batch:
     args: tuple
     kwargs: dict
     autocast: tuple[bool, torch.dtype]
-    random_states: list[Tensor]
+    random_state: RandomState
     output: Tensor | None = None  # until the loss is seen
     shape: torch.Size | None = None  # in which the loss got it
     loss_args: tuple = ()
     loss_kwargs: Mapping[str, Any] | None = None
     loss: Tensor | None = None
     weight: Tensor | None = None
+    chained: bool = False  # whether inputs are the work of the model itself, in an earlier call
     passed_over: bool = False  # whether gradients were reset while it waited for its backward pass
 
 
@@ -45,6 +50,7 @@ class Replay:
     The objective is taken to be the loss (of several calls the mean or sum, as the loss reduces,
     weighted as in the user's objective). A factor of all of it cancels, be it a gradient scaler's.
     Random numbers, buffers and autocast are as in the recorded call, and afterwards as before.
+    Inputs and targets are copied.
 
     Args:
         model: The model.
@@ -71,7 +77,7 @@ class Replay:
         self.armed = True
         self.required = required
         self._processes = processes or Processes(None)
-        self.forward_mode = True
+        self.forward_mode, self.inner_graph = True, False
         self._model, self._loss_fn = model, loss_fn
         self._batches: list[_Batch] = []
         self._handles: list[RemovableHandle] = [
@@ -125,10 +131,11 @@ class Replay:
         """Whether there is a batch.
 
         Raises:
-            RuntimeError: If the loss was computed from something else than the model's output, and
-                a batch is required.
+            RuntimeError: If the loss was computed from something else than the output of one call
+                of the model, and a batch is required.
         """
-        self._keep_only([batch for batch in self._batches if batch.weight is not None])
+        seen = [batch for batch in self._batches if batch.weight is not None]
+        self._keep_only([] if any(batch.chained for batch in seen) else seen)
         if self.required and not self._batches:
             raise RuntimeError(without_batch("the rule that needs it can't go on"))
         return bool(self._batches)
@@ -151,8 +158,7 @@ class Replay:
         with torch.no_grad(), self._undisturbed(capture):
             for batch in self._batches:
                 with self._as_recorded(batch):
-                    outputs = self._model(*batch.args, **batch.kwargs).reshape(batch.shape)
-                    losses.append(self._loss_of(batch, outputs))
+                    losses.append(self._loss_of(batch, self._outputs(batch)))
         return self._total(losses)
 
     def gram(self, vectors: Sequence[Mapping[Parameter, Tensor]], capture: Capture) -> Tensor:
@@ -193,8 +199,7 @@ class Replay:
                     ends.append([])
                     for batch in self._batches:
                         with self._as_recorded(batch):
-                            outputs = self._model(*batch.args, **batch.kwargs)
-                            ends[-1].append(outputs.reshape(batch.shape).clone())
+                            ends[-1].append(self._outputs(batch).clone())
             finally:
                 torch._foreach_copy_(parameters, start)
             forms = []
@@ -211,13 +216,19 @@ class Replay:
             return
         if not any(p.requires_grad for p in module.parameters()):  # it is another model's loss
             return
+        self._begin(args, kwargs)
+
+    @torch._disable_dynamo
+    def _begin(self, args: tuple, kwargs: dict) -> None:
         device = next(self._model.parameters()).device
         kind = device.type
-        states = [torch.get_rng_state()]
-        if kind != "cpu":
-            states.append(torch.get_device_module(kind).get_rng_state(device))
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self._batches.append(_Batch(args, kwargs, autocast, states))
+        # The model may change its inputs in place, and so may whoever fills in the next batch.
+        own = set(self._model.parameters())
+        chained = any(depends(x, own) for x in tensors_of((args, kwargs)) if x.grad_fn is not None)
+        args, kwargs = copied((args, kwargs))
+        batch = _Batch(args, kwargs, autocast, RandomState(device), chained=chained)
+        self._batches.append(batch)
 
     def _after(self, module: Module, args: tuple, output: Any) -> None:
         if module is not self._model or not self.armed or not recorded(self):
@@ -230,16 +241,45 @@ class Replay:
             return
         values = dict(kwargs)
         outputs = args[0] if args else values.pop("input")
+        weigh = WeakHook(self, "_weigh")
         for batch in self._batches:
             if batch.output is not None and _is_view(outputs, batch.output):
                 batch.output, batch.shape = None, outputs.shape
-                batch.loss_args, batch.loss_kwargs = args[1:], values
+                batch.loss_args, batch.loss_kwargs = copied((args[1:], values))
                 batch.loss = loss.detach()
                 if loss.requires_grad:
-                    loss.register_hook(lambda gradient, batch=batch: _weigh(batch, gradient))
+                    loss.register_hook(
+                        lambda gradient, batch=batch: weigh(batch, outputs, gradient)
+                    )
                 return
 
+    def _weigh(self, batch: _Batch, outputs: Tensor, gradient: Tensor) -> None:
+        """On a loss: the factor that it has in the objective, added up over backward calls."""
+        if not concerns(outputs, self._model.parameters()):
+            return
+        accurate = torch.promote_types(gradient.dtype, torch.float32)
+        seen = gradient.detach().to(accurate).sum()
+        batch.weight = seen if batch.weight is None else batch.weight + seen
+
     # Tools -------------------------------------------------------------------------------------
+
+    def _outputs(self, batch: _Batch) -> Tensor:
+        """What the model returns now; it has a graph within if it differentiates something itself.
+
+        As forces are an energy's gradient in the inputs.
+        """
+        args, kwargs = copied((batch.args, batch.kwargs))
+        model = self._model
+        apart = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+        try:
+            with torch.set_grad_enabled(self.inner_graph), apart:
+                return model(*args, **kwargs).reshape(batch.shape).detach()
+        except RuntimeError:
+            if self.inner_graph:
+                raise
+        self.inner_graph = True
+        batch.random_state.restore()
+        return self._outputs(batch)
 
     @torch.enable_grad()
     def _loss_gram(self, batch: _Batch, outputs: Tensor, tangents: Sequence[Tensor]) -> Tensor:
@@ -272,24 +312,27 @@ class Replay:
         names = {p: name for name, p in model.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
-        def call(parameters: dict[str, Tensor]) -> Tensor:
-            _set_random(batch.random_states, next(model.parameters()).device)
+        def call(given: tuple[tuple, dict], parameters: dict[str, Tensor]) -> Tensor:
+            batch.random_state.restore()
             everything = {**{n: b.clone() for n, b in buffers.items()}, **parameters}
-            outputs = torch.func.functional_call(model, everything, batch.args, batch.kwargs)
+            outputs = torch.func.functional_call(model, everything, *given)
             return outputs.reshape(batch.shape)
+
+        def on_copies() -> Callable[[dict[str, Tensor]], Tensor]:
+            return partial(call, copied((batch.args, batch.kwargs)))
 
         at = {names[p]: p.detach() for p in vectors[0]}
         named = [{names[p]: v.to(p.dtype) for p, v in vector.items()} for vector in vectors]
         if self.forward_mode:
             try:
                 with torch.no_grad():
-                    pushed = [torch.func.jvp(call, (at,), (tangent,))[:2] for tangent in named]
+                    pushed = [torch.func.jvp(on_copies(), (at,), (t,))[:2] for t in named]
                 return pushed[0][0], [tangent for _, tangent in pushed]
             except (NotImplementedError, RuntimeError):
                 self.forward_mode = False
         with torch.enable_grad():
             primals = {name: value.clone().requires_grad_() for name, value in at.items()}
-            outputs = call(primals)
+            outputs = on_copies()(primals)
             dummy = torch.zeros_like(outputs, requires_grad=True)
             inputs = list(primals.values())
             pulled = torch.autograd.grad(
@@ -305,39 +348,28 @@ class Replay:
 
     @contextmanager
     def _undisturbed(self, capture: Capture) -> Iterator[None]:
-        """Nobody else notices: hooks off, buffers and randomness as before, nothing compiled."""
+        """Nobody else notices: hooks off, modules and randomness as before, nothing compiled."""
         armed, self.armed = self.armed, False
         capture_armed, capture.armed = capture.armed, False
-        device = next(self._model.parameters()).device
-        devices = [device] if device.type != "cpu" else []
-        kind = device.type if devices else "cuda"
-        fork = torch.random.fork_rng(devices, device_type=kind)
-        with restored_buffers(self._model), uncompiled(), alone(None), fork:
+        random_state = RandomState(next(self._model.parameters()).device)
+        # Attention has another way without gradients, in eval mode, that lacks forward mode.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with restored(self._model), uncompiled(), alone(None):
             try:
                 yield
             finally:
                 self.armed, capture.armed = armed, capture_armed
+                torch.backends.mha.set_fastpath_enabled(fast)
+                random_state.restore()
 
     @contextmanager
     def _as_recorded(self, batch: _Batch) -> Iterator[None]:
-        device = next(self._model.parameters()).device
-        _set_random(batch.random_states, device)
+        batch.random_state.restore()
         enabled, dtype = batch.autocast
-        with torch.autocast(device.type, dtype, enabled=enabled):
+        kind = next(self._model.parameters()).device.type
+        with torch.autocast(kind, dtype, enabled=enabled):
             yield
-
-
-def _set_random(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.get_device_module(device.type).set_rng_state(states[1], device)
-
-
-def _weigh(batch: _Batch, gradient: Tensor) -> None:
-    """A hook on the loss: the factor that it has in the objective, added up over backward calls."""
-    accurate = torch.promote_types(gradient.dtype, torch.float32)
-    seen = gradient.detach().to(accurate).sum()
-    batch.weight = seen if batch.weight is None else batch.weight + seen
 
 
 def _is_view(tensor: Tensor, base: Tensor) -> bool:
@@ -352,7 +384,7 @@ def without_batch(consequence: str) -> str:
     """What the user is told where a rule wants the batch of a step and there is none."""
     return (
         "The batch of a step can't be recorded: the loss module wasn't called on the model's "
-        f"output itself (or a view of it with another shape), so {consequence}. Call "
-        "loss_fn(model(x), y), or choose rules that need no batch: step_rule='graft' and a fixed "
-        "damping."
+        "output itself (or a view of it with another shape), or the model was called on what it "
+        f"had returned before, so {consequence}. Call loss_fn(model(x), y) (of one model that does "
+        "all calls), or choose rules that need no batch: step_rule='graft' and a fixed damping."
     )

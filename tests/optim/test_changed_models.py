@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import kfac_tn
 
@@ -79,6 +79,33 @@ def test_changed_layers_are_treated_as_by_a_new_optimizer(change):
         torch.manual_seed(1)  # of power iterations
         CHANGES[change](each)
     fresh = kfac_tn.KFAC(twin, loss_fn, **EAGER, **options)
+    train(model, loss_fn, optimizer, 2, start=3)
+    train(twin, loss_fn, fresh, 2, start=3)
+    for name, value in values(twin).items():
+        torch.testing.assert_close(values(model)[name], value, rtol=1e-9, atol=1e-12)
+    assert str(optimizer.coverage()) == str(fresh.coverage())
+
+
+RESTORED = {
+    "pruned weight": lambda model: prune.remove(model.hidden, "weight"),
+    "pruned bias": lambda model: prune.remove(model.hidden, "bias"),
+    "spectral norm": lambda m: parametrize.remove_parametrizations(m.hidden, "weight"),
+}
+
+
+@pytest.mark.parametrize("change", RESTORED)
+@pytest.mark.parametrize("other", [None, "diagonal"])
+def test_layers_that_are_plain_again_have_factors_again(change, other):
+    options = {"betas": (0.0, 0.0), "factor_decay": 0.0, "step_rule": "graft"}
+    model, loss_fn, optimizer = make(other_curvature=other, **options)
+    CHANGES[change](model)
+    train(model, loss_fn, optimizer, 2)
+    assert any(
+        "hidden" in row.parameter and "KFAC" not in row.treatment for row in optimizer.coverage()
+    )
+    RESTORED[change](model)
+    twin = copy.deepcopy(model)
+    fresh = kfac_tn.KFAC(twin, loss_fn, other_curvature=other, **EAGER, **options)
     train(model, loss_fn, optimizer, 2, start=3)
     train(twin, loss_fn, fresh, 2, start=3)
     for name, value in values(twin).items():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import kfac_tn
@@ -175,6 +178,200 @@ def test_clipping_of_gradients_acts_on_what_kfac_sees():
     assert not torch.allclose(results[0][0], results[2][0], rtol=1e-3)
 
 
+def attack(loss, x, model):
+    """Gradients of the inputs alone, as adversarial training takes them."""
+    torch.autograd.grad(loss, x)
+
+
+def attack_in_place(loss, x, model):
+    loss.backward(inputs=[x])
+
+
+def penalty(loss, x, model):
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    gradient.square().sum().item()
+
+
+def by_hand(loss, x, model):
+    gradients = torch.autograd.grad(loss, [*model.parameters()])
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+
+
+def in_two_parts(loss, x, model):
+    """The first ends within the graph, below a frozen head."""
+    (gradient,) = torch.autograd.grad(loss, model[3].features, retain_graph=True)
+    model[3].features.backward(gradient)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"step_rule": "quadratic"}, {"fisher": "empirical"}])
+@pytest.mark.parametrize("extra", [None, attack, attack_in_place, penalty])
+@pytest.mark.parametrize("way", [None, by_hand, in_two_parts])
+def test_only_passes_that_train_the_model_count(reduction, options, extra, way):
+    """Attacks on inputs see other losses than training does, and of a sum loss they'd add up."""
+    if way is in_two_parts and options.get("fisher") == "empirical":
+        pytest.skip("it takes the gradients of the pass in which the loss is")
+    results = []
+    for extra_pass, backward in ((None, None), (extra, way)):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss(reduction=reduction)
+        model[4].requires_grad_(way is not in_two_parts)
+        model[3].register_forward_hook(lambda module, args, y: setattr(module, "features", y))
+        optimizer = kfac_tn.KFAC(model, loss_fn, **{**EAGER, **options})
+        for step in range(4):
+            x, y = make_data(step)
+            optimizer.zero_grad()
+            if extra_pass is not None:
+                x_near = (x + 1).requires_grad_()
+                extra_pass(loss_fn(model(x_near), y), x_near, model)
+            loss = loss_fn(model(x), y)
+            loss.backward() if backward is None else backward(loss, x, model)
+            optimizer.step()
+        results.append(values(model))
+    assert_close(*results)
+
+
+# Batches that are used again ---------------------------------------------------------------------
+
+MEASURED = [
+    {"step_rule": "adaptive", "lr": 1.0},  # so that curvature limits steps
+    {"step_rule": "quadratic"},
+    {"damping": kfac_tn.optim.LevenbergMarquardt(interval=1)},
+]
+
+
+class Centered(nn.Module):
+    """Shifts and scales its input before all else."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.rest, self.in_place = make_model(), in_place
+
+    def forward(self, x):
+        return self.rest(x.sub_(1).mul_(3) if self.in_place else (x - 1) * 3)
+
+
+@pytest.mark.parametrize("options", MEASURED)
+@pytest.mark.parametrize("how", ["by the model", "by the loop"])
+def test_inputs_and_targets_may_be_changed_in_place(options, how):
+    results = []
+    for in_place in (False, True):
+        model, loss_fn, optimizer = make(Centered(in_place and how == "by the model"), **options)
+        x_room, y_room = make_data()
+        for step in range(4):
+            optimizer.zero_grad()
+            for x, y in (make_data(step), make_data(step + 10)):
+                if in_place and how == "by the loop":
+                    x, y = x_room.copy_(x), y_room.copy_(y)
+                (loss_fn(model(x), y) / 2).backward()
+            optimizer.step()
+        results.append(values(model))
+    assert_close(*results)
+
+
+class Deep(nn.Module):
+    """Leaves out some layers, by random numbers of a source that isn't torch's."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6)).double()
+        self.draw, self.used = draw, []
+
+    def forward(self, x):
+        self.used.append([])
+        for layer in self.layers:
+            if self.draw() < 0.5:
+                x = x + layer(x.tanh())
+                self.used[-1].append(layer)
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("options", MEASURED)
+@pytest.mark.parametrize("source", [random, numpy.random], ids=["Python", "NumPy"])
+@pytest.mark.filterwarnings("ignore:Layer.*no call of it was seen")
+def test_layers_left_out_at_random_are_left_out_again(options, source):
+    source.seed(0)
+    expected = [source.random() for _ in range(18)]
+    source.seed(0)
+    model, loss_fn, optimizer = make(Deep(source.random), **options)
+    for step in range(3):
+        x, y = make_data(step)
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        assert len(model.used) > 1
+        kept = [n for n, number in enumerate(expected[6 * step : 6 * step + 6]) if number < 0.5]
+        assert all(used == [model.layers[n] for n in kept] for used in model.used)
+        model.used.clear()
+
+
+class Remembering(nn.Module):
+    """Counts its calls, as schedules do, and keeps its features, as for a picture of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.rest, self.calls = make_model(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.features = self.rest[:4](x)
+        return self.rest[4](self.features)
+
+
+@pytest.mark.parametrize("options", MEASURED)
+def test_what_a_model_keeps_is_of_the_users_own_calls(options):
+    model, loss_fn, optimizer = make(Remembering(), **options)
+    for step in range(3):
+        x, y = make_data(step)
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        kept = model.features
+        optimizer.step()
+        assert model.features is kept
+        assert model.calls == step + 1
+    for compute in (
+        kfac_tn.compute_kfac,
+        kfac_tn.compute_ekfac,
+        kfac_tn.compute_ggn_diagonal,
+        lambda model, loss_fn, loader: kfac_tn.compute_per_example_gradients(
+            model, loss_fn, *loader[0]
+        ),
+    ):
+        compute(model, loss_fn, [(x, y)])
+        assert model.features is kept
+        assert model.calls == 3
+
+
+class Forces(nn.Module):
+    """Classifies the gradient of an energy in the inputs, taken in a way of one's own or not."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.energy, self.head = make_model(), nn.Linear(8, 3).double()
+        self.energy.requires_grad_(False)
+        self.own = own
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.own or torch.is_grad_enabled()):
+            x = x.detach().requires_grad_() if self.own else x
+            (forces,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return self.head(forces.flatten(1))
+
+
+@pytest.mark.parametrize("options", MEASURED)
+def test_models_may_differentiate_something_themselves(options):
+    results = []
+    for own in (False, True):
+        model, loss_fn, optimizer = make(Forces(own), **options)
+        for step in range(4):
+            x, y = make_data(step)
+            optimizer.zero_grad()
+            loss_fn(model(x.requires_grad_()), y).backward()
+            optimizer.step()
+        results.append(values(model))
+    assert_close(*results)
+
+
 # Accumulation, checkpointing, compilation --------------------------------------------------------
 
 
@@ -333,6 +530,39 @@ def test_layers_unfrozen_later_are_trained_with_curvature_and_the_others_keep_th
     assert treatments["4.bias"] == "none"
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("place", ["before the loss", "before the backward pass"])
+@pytest.mark.parametrize("interval", [1, 20])
+def test_gradients_may_be_reset_between_the_calls_of_what_was_unfrozen_and_their_loss(
+    place, interval
+):
+    """The other layers' statistics of that step aren't lost, and the step after has all."""
+
+    def run(reset):
+        model = make_model()
+        model[0].requires_grad_(False)
+        model, loss_fn, optimizer = make(model, factor_interval=interval)
+        known = []
+        for step in range(7):
+            if step == 4:
+                model[0].requires_grad_(True)
+            x, y = make_data(step)
+            outputs = model(x)
+            if place == "before the loss":
+                reset(model, optimizer)
+            loss = loss_fn(outputs, y)
+            if place == "before the backward pass":
+                reset(model, optimizer)
+            loss.backward()
+            optimizer.step()
+            known.append(set(optimizer.factors()))
+        return known, values(model)
+
+    known, weights = run(lambda model, optimizer: optimizer.zero_grad())
+    assert known == 5 * [{"4"}] + 2 * [{"0", "4"}]
+    assert same(weights, run(lambda model, optimizer: model.zero_grad())[1])
+
+
 def test_unfreezing_equals_having_been_trainable():
     """Once all is trainable, steps are those of an optimizer that had the state."""
     model = make_model()
@@ -396,6 +626,54 @@ def test_a_run_continues_from_a_checkpoint_after_unfreezing():
         return values(model)
 
     assert all(same(run(), run(cut)) for cut in (4, 5, 8))
+
+
+@pytest.mark.parametrize("max_dim", [8192, 4])
+@pytest.mark.parametrize("layer", [0, 4])
+def test_a_run_continues_from_a_checkpoint_after_freezing(layer, max_dim):
+    """Layers keep their curvature, of which the new optimizer can't know before it has the state.
+
+    With the first a whole layer, with the last a bias: its row is where others of the same size
+    have zeros.
+    """
+
+    def run(cut=None):
+        options = {"fisher": "mc", "factor_interval": 5, "max_dim": max_dim}
+        model, loss_fn, optimizer = make(**options)
+        for step in range(12):
+            part = model[0] if layer == 0 else model[4].bias
+            if step == 4:
+                part.requires_grad_(False)
+            if step == cut:
+                state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+                model = copy.deepcopy(model)
+                model, loss_fn, optimizer = make(model, **options)
+                optimizer.load_state_dict(state)
+                part = model[0] if layer == 0 else model[4].bias
+            if step == 9:
+                part.requires_grad_(True)
+            x, y = make_data(step)
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a layer whose bias alone is frozen
+                optimizer.step()
+        return values(model)
+
+    assert all(same(run(), run(cut)) for cut in (4, 5, 8, 10))
+
+
+def test_a_state_with_a_bias_is_none_of_a_layer_without():
+    """Even where factors are of one size: cut in pieces, they are filled up with zeros."""
+    options = {"max_dim": 4, "step_rule": "graft"}
+    model, loss_fn, optimizer = make(**options)
+    train(model, loss_fn, optimizer, 1)
+    other = make_model()
+    other[0].bias = None
+    _, _, fresh = make(other, **options)
+    state = optimizer.state_dict()["curvature"]
+    with pytest.raises(ValueError, match=r"layer '0' with parameters.*trainable here are"):
+        fresh._estimator.check_state_dict(state)
 
 
 def test_the_preconditioner_follows_too():
@@ -484,6 +762,59 @@ def test_copies_of_model_loss_and_optimizer_train_on_their_own(copy_it, fisher, 
     assert not same(before, values(twin))
     train(model, loss_fn, optimizer, 4, start=steps)
     assert same(values(model), values(twin))
+
+
+def frozen(model):
+    model[0].requires_grad_(False)
+
+
+def frozen_in_part(model):
+    model[4].bias.requires_grad_(False)
+
+
+def pruned(model):
+    prune.l1_unstructured(model[4], "weight", 2)
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "preconditioner"])
+@pytest.mark.parametrize("change", [frozen, frozen_in_part, pruned])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_copies_are_possible_once_the_model_was_changed(kind, change, steps):
+    """Layers frozen later keep their curvature, in copies, too; they may return."""
+    model, loss_fn, optimizer = make(**({} if kind == "optimizer" else {"step_rule": "graft"}))
+    if kind == "preconditioner":
+        optimizer.close()
+        preconditioner = kfac_tn.KFACPreconditioner(model, loss_fn, **EAGER)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(model, loss_fn, optimizers, seed):
+        x, y = make_data(seed)
+        model.zero_grad()
+        loss_fn(model(x), y).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a layer whose bias alone is frozen
+            for each in optimizers:
+                each.step()
+
+    trio = model, loss_fn, [optimizer] if kind == "optimizer" else [preconditioner, sgd]
+    for seed in range(2):
+        step(*trio, seed)
+    change(model)
+    for seed in range(2, 2 + steps):
+        step(*trio, seed)
+    if change is pruned:  # else torch can't copy the product with the mask
+        model[4].weight = model[4].weight.detach()
+    twins = [copy.deepcopy(trio), pickle.loads(pickle.dumps(trio))]
+    for each in (trio, *twins):
+        step(*each, 5)
+        if change is not pruned:
+            each[0].requires_grad_(True)
+        step(*each, 6)
+        step(*each, 7)
+    for twin in twins:
+        if steps:  # else the copies know of the change already when their next loss is computed
+            assert same(values(model), values(twin[0]))
+        assert trio[2][0].factors().keys() == twin[2][0].factors().keys()
 
 
 def test_a_copied_optimizer_alone_has_a_copy_of_its_model():

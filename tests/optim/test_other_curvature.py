@@ -185,6 +185,47 @@ def test_unfreezing_and_changing_dtype():
     assert all(state[name]["values"].dtype == torch.float32 for name in OTHERS)
 
 
+@pytest.mark.parametrize("fisher", ["mc", "type-2"])
+def test_what_is_frozen_later_stands_still_and_keeps_its_diagonal(fisher):
+    model, loss_fn, optimizer = make(fisher=fisher)
+    train(model, loss_fn, optimizer, 2)
+    before = values(model)
+    kept = optimizer.state_dict()["curvature"]["factors"]["shift"]["values"].clone()
+    for name in ("scale", "shift", "norm.weight"):
+        model.get_parameter(name).requires_grad_(False)
+    train(model, loss_fn, optimizer, 2, start=2)
+    after = values(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"norm.bias", "attention.in_proj_weight", "head.weight", "head.bias"}
+    state = optimizer.state_dict()["curvature"]["factors"]
+    assert torch.equal(state["shift"]["values"], kept)
+    model.shift.requires_grad_(True)
+    train(model, loss_fn, optimizer, 1, start=4)
+    assert not torch.equal(model.shift, after["shift"])
+
+
+@pytest.mark.parametrize("step_rule", ["adaptive", "fixed", "quadratic"])
+def test_parameters_without_elements_change_nothing(step_rule):
+    """As of an adapter of rank 0, or a head of no classes."""
+
+    def run(parameters):
+        torch.manual_seed(0)
+        model, loss_fn = Net().double(), nn.CrossEntropyLoss()
+        for name, parameter in parameters.items():
+            model.register_parameter(name, parameter)
+            model.register_forward_pre_hook(
+                lambda module, args, p=parameter: (args[0] + p.double().sum(),)
+            )
+        optimizer = kfac_tn.KFAC(
+            model, loss_fn, step_rule=step_rule, factor_interval=1, other_curvature="diagonal"
+        )
+        train(model, loss_fn, optimizer, 4)
+        return values(model)
+
+    plain, empty = run({}), run({"adapter": nn.Parameter(torch.empty(0, 4))})
+    assert all(torch.equal(empty[name], value) for name, value in plain.items())
+
+
 def test_preconditioner():
     torch.manual_seed(0)
     model, loss_fn = Net().double(), nn.CrossEntropyLoss()

@@ -200,6 +200,39 @@ def test_a_linear_model_is_solved_in_one_step():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+@pytest.mark.parametrize("lr", [0.0, 0.25])
+def test_the_quadratic_model_sees_learning_rates_that_differ(lr):
+    """The step is the best along the way that is really taken: there the slope has become 0."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double(), nn.MSELoss()
+    model[0].requires_grad_(False)  # so that the loss is quadratic
+    x, y = torch.rand(8, 3).double(), torch.rand(8, 2).double()
+    optimizer = kfac_tn.KFAC(
+        model,
+        loss_fn,
+        step_rule=QuadraticModel(relative_norm=None),
+        damping=1e-9,
+        params=[{"params": [model[1].bias]}, {"params": [model[1].weight], "lr": lr}],
+        **EAGER,
+    )
+    for step in range(3):
+        y = y.roll(step, 0)  # so that there is something left to do
+        before = [p.detach().clone() for p in model[1].parameters()]
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        first = [p.grad for p in model[1].parameters()]
+        optimizer.step()
+        moves = [p.detach() - b for p, b in zip(model[1].parameters(), before, strict=True)]
+        last = torch.autograd.grad(loss_fn(model(x), y), list(model[1].parameters()))
+        slopes = [
+            sum((g * v).sum() for g, v in zip(gradients, moves, strict=True))
+            for gradients in (first, last)
+        ]
+        assert slopes[0] < 0
+        assert abs(slopes[1]) < 1e-4 * abs(slopes[0])
+        assert (moves[0].norm() == 0) == (lr == 0)
+
+
 @pytest.mark.parametrize("how", [{"sizes": [1, 3, 2]}, {"scaler": 1024.0}])
 def test_micro_batches_and_scaled_gradients_change_nothing(how):
     results = []
@@ -278,6 +311,29 @@ class Attention(nn.Module):
         q, k, v = self.project(x.unflatten(0, (2, -1))).view(2, 1, -1, 3, 4).unbind(-2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.head(torch.cat([q, k, mixed], -1)).flatten(0, 2)
+
+
+def test_attention_in_eval_mode_is_pushed_forward_too():
+    """Torch computes it in another way where there is no graph, unless it is told not to."""
+    steps = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        )
+        model, loss_fn = model.double().train(training), nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule="quadratic", **EAGER)
+        for _ in range(2):
+            x, y = torch.rand(5, 2, 4).double(), torch.randint(3, (5,))
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+        assert optimizer._replay.forward_mode
+        steps.append(flat(p.detach() for p in model.parameters()))
+    torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-12)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("forward_mode", [True, False])
@@ -708,7 +764,12 @@ def of_a_part(model, x, y, optimizer):
     optimizer._loss_fn(model(x)[: len(x)] * 1.0, y).backward()
 
 
-@pytest.mark.parametrize("backward", [functional, of_a_part])
+def in_a_chain(model, x, y, optimizer):
+    """The last call alone doesn't tell how its output depends on the parameters."""
+    optimizer._loss_fn(model(model(x).tanh()), y).backward()
+
+
+@pytest.mark.parametrize("backward", [functional, of_a_part, in_a_chain])
 def test_without_a_batch_steps_are_grafted_and_the_user_is_told(backward):
     results = []
     for rule in (Adaptive(fresh=0.0), "graft"):
