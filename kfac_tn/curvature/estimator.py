@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,23 +13,20 @@ from torch.nn import Module, Parameter
 from kfac_tn.capture import Capture
 from kfac_tn.curvature.averages import Moving
 from kfac_tn.curvature.checks import all_finite, refuse_other_shapes, trainable
-from kfac_tn.curvature.compute import layout_of
-from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
-from kfac_tn.curvature.directions import Layouts, Room, precondition
+from kfac_tn.curvature.directions import Room, precondition
+from kfac_tn.curvature.division import Division
 from kfac_tn.curvature.exact import EigenFactors
 from kfac_tn.curvature.intervals import intervals, is_due, model_work
-from kfac_tn.curvature.moving import KroneckerMoving, MovingFactors
 from kfac_tn.curvature.options import CurvatureOptions
 from kfac_tn.distributed import Processes, average
-from kfac_tn.factors import Factors
 from kfac_tn.hooks import timed
-from kfac_tn.layers import LayerBlock, partition
+from kfac_tn.layers import LayerBlock
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.moments import Basis
 from kfac_tn.statistics import Statistics
 
 
-class CurvatureEstimator:
+class CurvatureEstimator(Division):
     """What ``KFAC`` and ``KFACPreconditioner`` share: the curvature along a training run.
 
     It follows its model: parameters unfrozen later get blocks (``grow``), layers that are pruned or
@@ -60,66 +57,20 @@ class CurvatureEstimator:
         group: Callable[[LayerBlock], int] = lambda block: 0,
         covered: Collection[str] = (),
     ) -> None:
-        self.options = options
-        self._kinds: dict[str, type[Moving]] = {
-            "kfac": EigenFactors if options.damping_split == "exact" else MovingFactors,
-            "ekfac": MovingEKFAC,
-            "diagonal": MovingDiagonal,
-        }
         self.processes = Processes(options.process_group)
         self.steps = 0
         self._walked = -1  # the step in which the model was last searched for what is new
         self._renewed: dict[str, tuple[int, int]] = {}  # steps of statistics, inverses
         self.seconds: dict[str, float] = {}
         self._automatic = 1, 1  # intervals, until the first statistics say more
-        self._model, self._loss_fn = model, loss_fn
-        self._damping, self._group = damping, group
+        self._loss_fn = loss_fn
         self._generators: dict[str, torch.Generator] = {}
         self._warned: set[str] = set()
-        self._shapes: dict[Parameter, torch.Size] = {}
         self.closed = False
-        named = dict(model.named_parameters()) if covered else {}
-        with trainable(named[name] for name in covered):
-            self._divide()
+        super().__init__(model, options, damping, group, covered)
         if not self.blocks and not self.others:
             raise ValueError("The model has no trainable parameter.")
         self.capture = self._watch()
-
-    def _divide(self) -> None:
-        """Find the blocks of the model as it is, and make room for their factors."""
-        options = self.options
-        kinds = options.approximation, options.curvature, options.max_dim, options.large_factors
-        self.blocks, self.others = partition(self._model, *kinds)
-        options.check(self.blocks)
-        diagonal = options.other_curvature == "diagonal"
-        self._measured = [o for o in self.others if diagonal and o.parameter.numel()]
-        self._own = {other.parameter: other.block() for other in self._measured}
-        self.curved = [*self.blocks, *self._own.values()]  # all that may have curvature
-        self.layer_of = {p: i for i, b in enumerate(self.curved) for p in b.parameters.values()}
-        self._covered = set(self.layer_of)
-        self._covered.update(other.parameter for other in self.others)
-        self._layouts: Layouts = {b: (layout_of(b), b.parameters) for b in self.curved}
-        self._uncovered = [p for p in self._model.parameters() if p not in self._covered]
-        here = [p for p in self._model.parameters() if p in self._covered]
-        self._shapes = {p: self._shapes.get(p, p.shape) for p in here}
-        self._stack()
-
-    def _stack(self) -> None:
-        """Group layers of one shape, whose matrices are multiplied and inverted together."""
-        shapes: dict[tuple, list[LayerBlock]] = {}
-        for block in self.curved:
-            sizes = block.groups, block.grad_output_dim, block.joint_dim, block.bias is not None
-            pieces = block.input_pieces, block.grad_output_pieces
-            place = block.weight.dtype, block.weight.device
-            key = (block.curvature, *sizes, *pieces, *place, self._group(block))
-            shapes.setdefault(key, []).append(block)
-        self._moving = [
-            self._kinds[kind](blocks, self.options.factor_decay)
-            for (kind, *_), blocks in shapes.items()
-        ]
-        self._room: tuple[list[int], Room] | None = None
-        self._moving_of = {block: moving for moving in self._moving for block in moving.blocks}
-        self._places = {p: (p.dtype, p.device) for p in self._covered}
 
     def _watch(self) -> Capture:
         fisher, samples = self.options.fisher, self.options.mc_samples
@@ -207,25 +158,6 @@ class CurvatureEstimator:
         self.capture.close()
         self.capture = self._watch()
         self.capture.seen_loss = seen_loss
-
-    def cast(self) -> bool:
-        """Take the curvature along when parameters changed dtype or device; true if any did."""
-        if all(
-            p.dtype == dtype and p.device == device for p, (dtype, device) in self._places.items()
-        ):
-            return False
-        state = self._factors_state()
-        for block in self.curved:
-            like = block.weight
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            state[block.name] = {
-                key: value.to(like.device, dtype) if isinstance(value, Tensor) else value
-                for key, value in state.get(block.name, {}).items()
-            }
-        self._stack()
-        for moving in self._moving:
-            moving.load_state_dict({name: entry for name, entry in state.items() if entry})
-        return True
 
     # A step ------------------------------------------------------------------------------------
 
@@ -320,55 +252,10 @@ class CurvatureEstimator:
         """
         return precondition(self._moving, self._layouts, gradients, self.warn)
 
-    def dampings(self) -> dict[Parameter, Tensor]:
-        """What is added to the curvature of a layer, not relative: ``[G]``, by parameter."""
-        result: dict[Parameter, Tensor] = {}
-        for block, _ in self.known():
-            result.update(dict.fromkeys(block.parameters.values(), self.damping(block)))
-        return result
-
-    def damping(self, block: LayerBlock) -> Tensor:
-        """What is added to the curvature of a layer that has some, not relative: ``[G]``."""
-        relative = self.options.relative_damping
-        return self._moving_of[block].damping(block, self._damping(block), relative)
-
-    def known(self) -> Iterator[tuple[LayerBlock, Moving]]:
-        """Every layer that has curvature, and that."""
-        for moving in self._moving:
-            yield from ((block, moving) for block in moving.blocks if moving.known(block))
-
-    def damped_factors(self) -> Iterator[tuple[LayerBlock, Factors, tuple[Tensor, Tensor]]]:
-        """Every layer that has factors, these, and what is added to their diagonals: ``[G]``."""
-        for moving in self._moving:
-            if not isinstance(moving, KroneckerMoving) or not any(moving.updates):
-                continue
-            relative = self.options.relative_damping
-            a, b = moving.shifts(self._damping(moving.blocks[0]), relative)
-            for slot, block in enumerate(moving.blocks):
-                factors = moving.factors(block)
-                if factors is not None:
-                    yield block, factors, (a[slot], b[slot])
-
     def ages(self, block: LayerBlock) -> tuple[int, int]:
         """Steps taken since the last statistics of a layer, and since its last inverses."""
         statistics, inverses = self._renewed.get(block.name, (0, 0))
         return self.steps - 1 - statistics, self.steps - 1 - inverses
-
-    def quadratic_forms(self, vectors: Mapping[Parameter, Tensor]) -> dict[str, Tensor]:
-        """``v^T F v`` of every layer that has curvature F and is in ``vectors``: scalars."""
-        forms: dict[str, Tensor] = {}
-        for block, moving in self.known():
-            named = {n: vectors[p] for n, p in block.parameters.items() if p in vectors}
-            if len(named) == len(block.parameters):
-                matrix = self._layouts[block][0].to_matrix(named)
-                product = moving.multiply(block, matrix)
-                forms[block.name] = (product * matrix.to(product.dtype)).sum()
-        return forms
-
-    def factors(self) -> dict[str, Factors]:
-        """The averaged factors of every layer that has some, by layer name."""
-        found = {b.name: moving.factors(b) for moving in self._moving for b in moving.blocks}
-        return {name: factors for name, factors in found.items() if factors is not None}
 
     def warn(self, message: str) -> None:
         """Warn, once for each message."""
@@ -391,19 +278,6 @@ class CurvatureEstimator:
             ),
             "generators": generators,
         }
-
-    def _factors_state(self) -> dict[str, Any]:
-        factors: dict[str, Any] = {}
-        for moving in self._moving:
-            factors.update(moving.state_dict())
-        return factors
-
-    def _load_factors(self, factors: Mapping[str, Mapping[str, Any]]) -> None:
-        """Set those that are of a layer as it is now."""
-        for moving in self._moving:
-            moving.load_state_dict(
-                {name: entry for name, entry in factors.items() if moving.fits(name, entry)}
-            )
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that isn't of this model.

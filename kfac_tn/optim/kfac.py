@@ -25,26 +25,15 @@ from kfac_tn.optim.adam import (
     lengthened,
     with_longer_averages,
 )
-from kfac_tn.optim.base import CurvatureUser
+from kfac_tn.optim.checkpoints import Checkpoints
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, reduction_ratio
-from kfac_tn.optim.groups import GroupedOptimizer, default_groups
+from kfac_tn.optim.groups import default_groups
 from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
 from kfac_tn.optim.replay import Replay, without_batch
 from kfac_tn.optim.step_rules import Proposal, StepRule, TrustRegion, moderate
 
-_COPIED = (
-    "_model",
-    "_loss_fn",
-    "_options",
-    "_rule",
-    "_damping_rule",
-    "_following",
-    "_other_lr",
-    "_trust_region",
-)
 
-
-class KFAC(CurvatureUser, GroupedOptimizer):
+class KFAC(Checkpoints):
     r"""Kronecker-factored approximate curvature: a drop-in optimizer for any model.
 
     Every step t, for each parameter with gradient g:
@@ -340,62 +329,6 @@ class KFAC(CurvatureUser, GroupedOptimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.coverage()!r}"
-
-    # Checkpoints -------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of every parameter, the groups, and under ``"curvature"`` the factors.
-
-        Tensors and plain numbers only: ``torch.load(..., weights_only=True)`` reads it.
-        """
-        return {
-            **super().state_dict(),
-            "curvature": self._estimator.state_dict(),
-            "rule": self._rule.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken; hyper-parameters of the groups included.
-
-        Raises:
-            ValueError: If the state is another optimizer's, another step rule's or another model's;
-                nothing is changed then.
-        """
-        if "curvature" not in state_dict:
-            raise ValueError("The state has no 'curvature': it isn't one of KFAC.")
-        curvature = state_dict["curvature"]
-        named = self._model.named_parameters()
-        placed = {name for name, p in named if p in self._group_of}
-        self._estimator.cover(placed.intersection(curvature.get("covered", ())))
-        self._estimator.check_state_dict(curvature)
-        self._rule.check_state_dict(state_dict["rule"])
-        entries = self._saved_moments(state_dict)
-        ours = ("curvature", "rule")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})
-        for parameter, entry in entries.items():
-            # torch casts to the parameter's dtype, and shares the rest with what was given.
-            self.state[parameter] = {name: value.clone() for name, value in entry.items()}
-        cast_moments(self.state)
-        self._estimator.load_state_dict(curvature)
-        self._rule.load_state_dict(state_dict["rule"])
-        self._arm_replay()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""
-        return {
-            **super().__getstate__(),
-            **{name: getattr(self, name) for name in _COPIED},
-            "_estimator": self._estimator.state_dict(),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Watch the model of the copy; also how torch sets what ``load_state_dict`` read."""
-        curvature = state.pop("_estimator", None)
-        super().__setstate__(state)
-        if curvature is not None:
-            self._prepare(curvature["covered"])
-            self._estimator.adopt(curvature)
-            self._arm_replay()
 
     # The parts of a step -----------------------------------------------------------------------
 

@@ -1,0 +1,91 @@
+"""What of an optimizer with curvature is saved, copied and pickled."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection
+from typing import Any
+
+from kfac_tn.optim.adam import cast_moments
+from kfac_tn.optim.base import CurvatureUser
+from kfac_tn.optim.groups import GroupedOptimizer
+from kfac_tn.optim.step_rules import StepRule
+
+_COPIED = (
+    "_model",
+    "_loss_fn",
+    "_options",
+    "_rule",
+    "_damping_rule",
+    "_following",
+    "_other_lr",
+    "_trust_region",
+)
+
+
+class Checkpoints(CurvatureUser, GroupedOptimizer):
+    """Saves moments, curvature and the step rule's state; copies belong to the model's copy."""
+
+    _rule: StepRule
+
+    @abstractmethod
+    def _prepare(self, covered: Collection[str] = ()) -> None:
+        """Start to watch the model."""
+
+    @abstractmethod
+    def _arm_replay(self) -> None:
+        """Have the batch of the next step recorded, if that is wanted."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every parameter, the groups, and under ``"curvature"`` the factors.
+
+        Tensors and plain numbers only: ``torch.load(..., weights_only=True)`` reads it.
+        """
+        return {
+            **super().state_dict(),
+            "curvature": self._estimator.state_dict(),
+            "rule": self._rule.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken; hyper-parameters of the groups included.
+
+        Raises:
+            ValueError: If the state is another optimizer's, another step rule's or another model's;
+                nothing is changed then.
+        """
+        if "curvature" not in state_dict:
+            raise ValueError("The state has no 'curvature': it isn't one of KFAC.")
+        curvature = state_dict["curvature"]
+        named = self._model.named_parameters()
+        placed = {name for name, p in named if p in self._group_of}
+        self._estimator.cover(placed.intersection(curvature.get("covered", ())))
+        self._estimator.check_state_dict(curvature)
+        self._rule.check_state_dict(state_dict["rule"])
+        entries = self._saved_moments(state_dict)
+        ours = ("curvature", "rule")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})
+        for parameter, entry in entries.items():
+            # torch casts to the parameter's dtype, and shares the rest with what was given.
+            self.state[parameter] = {name: value.clone() for name, value in entry.items()}
+        cast_moments(self.state)
+        self._estimator.load_state_dict(curvature)
+        self._rule.load_state_dict(state_dict["rule"])
+        self._arm_replay()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All that a copy or a pickle needs; copied with its model, it belongs to that copy."""
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in _COPIED},
+            "_estimator": self._estimator.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the model of the copy; also how torch sets what ``load_state_dict`` read."""
+        curvature = state.pop("_estimator", None)
+        super().__setstate__(state)
+        if curvature is not None:
+            self._prepare(curvature["covered"])
+            self._estimator.adopt(curvature)
+            self._arm_replay()
