@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module, Parameter
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_tn.curvature.batches import Forward, call_on_pair, outputs_and_targets, rows_of
-from kfac_tn.curvature.checks import check_graph, refuse_scaled_gradients
+from kfac_tn.curvature.checks import check_graph, refuse_if_not_exact
 from kfac_tn.curvature.copies import Copies, CopiesFamily, WatchCopies
 from kfac_tn.functional import common
 from kfac_tn.graph import bypassing, differentiate, find, output_edge, remember
@@ -27,7 +26,6 @@ from kfac_tn.layers import (
     gradient_family,
     owners_of,
 )
-from kfac_tn.tn.nn import RandomizedConvNd
 
 FEW = 3
 """Examples that tell what a model does to many: one with others before and behind."""
@@ -333,27 +331,6 @@ class Calls:
             return [_dense(gradient) for gradient in found]
 
         return gradients
-
-
-def refuse_if_not_exact(model: Module) -> None:
-    """Refuse models whose examples have no (exact) gradients of their own.
-
-    Raises:
-        ValueError: Naming the module.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{type(module).__name__} '{name}' normalizes with the batch's own statistics, so "
-                "that no example has a gradient of its own: call model.eval() before (with "
-                "track_running_stats=True), or use another normalization."
-            )
-        if isinstance(module, RandomizedConvNd) and module.training:
-            raise ValueError(
-                f"RandomizedConvNd '{name}' has random gradients in training mode, so that exact "
-                "ones can't be verified: call model.eval() before."
-            )
-    refuse_scaled_gradients(model)
 
 
 def sum_of_squares(

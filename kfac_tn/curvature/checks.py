@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, Module, Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kfac_tn.tn.nn import RandomizedConvNd
 
 
 @contextmanager
@@ -109,6 +112,27 @@ def refuse_scaled_gradients(model: Module) -> None:
                 "gradient by numbers of a batch: it isn't the loss's, and no example has one of "
                 "its own. Set scale_grad_by_freq=False, or freeze its weight to leave it out."
             )
+
+
+def refuse_if_not_exact(model: Module) -> None:
+    """Refuse models whose examples have no (exact) gradients of their own.
+
+    Raises:
+        ValueError: Naming the module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{type(module).__name__} '{name}' normalizes with the batch's own statistics, so "
+                "that no example has a gradient of its own: call model.eval() before (with "
+                "track_running_stats=True), or use another normalization."
+            )
+        if isinstance(module, RandomizedConvNd) and module.training:
+            raise ValueError(
+                f"RandomizedConvNd '{name}' has random gradients in training mode, so that exact "
+                "ones can't be verified: call model.eval() before."
+            )
+    refuse_scaled_gradients(model)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

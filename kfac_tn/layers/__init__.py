@@ -1,22 +1,13 @@
 """Families of layers: what their inputs and output gradients mean for their parameters."""
 
 from kfac_tn.layers.base import Approximation, GradientFamily, LayerFamily
+from kfac_tn.layers.block import CurvatureKind, LargeFactors, LayerBlock, OtherParameter
 from kfac_tn.layers.checks import batch_hint, check_model, check_parameters
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.embedding import EmbeddingFamily
 from kfac_tn.layers.linear import LinearFamily
-from kfac_tn.layers.partition import (
-    ApproximationChoice,
-    CurvatureChoice,
-    CurvatureKind,
-    LargeFactors,
-    LayerBlock,
-    OtherParameter,
-    gradient_family,
-    owners_of,
-    partition,
-    register_layer,
-)
+from kfac_tn.layers.partition import ApproximationChoice, CurvatureChoice, owners_of, partition
+from kfac_tn.layers.registry import gradient_family, register_layer
 
 __all__ = [
     "Approximation",

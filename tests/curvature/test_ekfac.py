@@ -16,7 +16,7 @@ from kfac_tn.curvature.eigen import EigenBlock
 from kfac_tn.functional import common
 from kfac_tn.functional.rows import rotated_second_moment
 from kfac_tn.layers import LayerFamily, LinearFamily
-from kfac_tn.layers.partition import _FAMILIES
+from kfac_tn.layers.registry import FAMILIES
 
 
 class Flat(nn.Module):
@@ -430,7 +430,7 @@ class LoudFamily(LinearFamily):
 
 
 def test_layers_whose_family_does_not_know_single_examples_are_named(monkeypatch):
-    monkeypatch.setitem(_FAMILIES, Loud, LoudFamily())
+    monkeypatch.setitem(FAMILIES, Loud, LoudFamily())
     data = [(torch.rand(3, 2), torch.rand(3, 2))]
     assert kfac_tn.compute_kfac(Loud(2, 2), nn.MSELoss(), data).trace() > 0
     with pytest.raises(NotImplementedError, match=r"LoudFamily.*Loud.*input_rows.*KFAC instead"):
