@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -37,6 +38,24 @@ def seconds(call: Call, number: int = 1) -> float:
         call()
     synchronize()
     return (perf_counter() - start) / number
+
+
+def keep_memory() -> None:
+    """Have what is freed stay with the process, where the allocator is glibc's.
+
+    By default it gives large tensors back to the system when they are freed, and gets fresh memory
+    for the next: how long that takes is the system's affair. In a virtual machine whose host takes
+    back what is free, it may be seconds per gigabyte at one time and next to nothing at another.
+    Allocators that PyTorch's tuning guide recommends (jemalloc, tcmalloc) keep it, too, as does
+    its own one for GPUs.
+    """
+    mmap_max, trim_threshold = -4, -1  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def take_turns(

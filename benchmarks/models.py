@@ -15,7 +15,8 @@ What a package can't do is left out for it, as far as it lets itself be told: cu
 nngeometry are given the linear layers and 2d convolutions only. What it refuses nevertheless is
 printed as refused, with what it says; so is a package that isn't installed
 (`pip install backpack-for-pytorch curvlinops-for-pytorch nngeometry`). The ways take turns in one
-process, each on a model of its own; times are medians. Memory is the largest that is allocated
+process, each on a model of its own; times are medians. What is freed stays with the process
+(`measuring.keep_memory`). Memory is the largest that is allocated
 during the pass, plus the parameters. The factors that result are part of it, and listed too;
 averages that an optimizer keeps between steps are there before.
 """
@@ -33,6 +34,7 @@ import torch
 from measuring import (
     Call,
     conditions,
+    keep_memory,
     markdown,
     parser,
     peak_bytes,
@@ -237,7 +239,7 @@ def bars(rows: list[dict]) -> list[tuple]:
     for row in rows:
         if row["model"] != "ResNet-18":
             continue
-        base, peak, held = row["seconds"][BASE], row["bytes"][BASE], row["factor bytes"]
+        base, peak = row["seconds"][BASE], row["bytes"][BASE]
         for approximation, bar in BARS.items():
             step, alone = (f"kfac_tn {approximation}, {what}" for what in ("step", "pass"))
             other = row["seconds"].get(f"curvlinops {approximation}, pass", float("nan")) / base
@@ -247,8 +249,6 @@ def bars(rows: list[dict]) -> list[tuple]:
                 ("whole step", row["seconds"][step] / base, bar),
                 ("peak memory of a step", row["bytes"][step] / peak, 1.2),
             ]
-            if approximation == "expand":  # reduce never holds them
-                cases.append(("without the factors", (row["bytes"][step] - held) / peak, 1.2))
             for what, value, limit in cases:
                 holds = "yes" if value <= limit else "**no**"
                 lines.append((f"{approximation}: {what}", f"<= {limit:g}", value, holds))
@@ -323,6 +323,7 @@ def main() -> None:
         options.models, options.batch = ["U-Net-like", "ViT", "GPT", "MLP"], 2
         options.limit_seconds, options.repetitions = 10, 3
     torch.set_num_threads(options.threads)
+    keep_memory()
     start, rows = perf_counter(), []
     for row in measure_all(options):
         rows.append(row)
