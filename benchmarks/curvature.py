@@ -12,11 +12,11 @@ and so is a package that isn't installed
 (`pip install backpack-for-pytorch curvlinops-for-pytorch nngeometry`). torch.func's diagonals are
 sums of squared gradients, taken by nested `vmap` in chunks that hold at most 1 GiB of them.
 
-The ways take turns in one process, each on a model of its own; times are medians. Memory is the
-largest that is allocated during a first call, its results included, plus the parameters; of what
-takes more than 10 s, this is also the call whose time is told. Exact diagonals and per-example
-gradients are compared: the largest relative difference (in norm, of any parameter) from kfac_tn's
-is listed.
+The ways take turns in one process, each on a model of its own; times are medians, what is freed
+stays with the process (`measuring.keep_memory`). Memory is the largest that is allocated during a
+first call, which isn't timed, its results included, plus the parameters. Exact diagonals and
+per-example gradients are compared: the largest relative difference (in norm, of any parameter) from
+kfac_tn's is listed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from measuring import (
     Call,
     conditions,
+    keep_memory,
     markdown,
     parser,
     peak_bytes,
@@ -48,7 +49,6 @@ from kfac_tn.likelihood import likelihood_of
 OURS, BASE = "kfac_tn", "forward + backward"
 EXACT = ("exact diagonal", "per-example gradients")  # what all must agree on
 HELD = 2**30  # bytes of gradients that torch.func holds at once
-SLOW = 10  # seconds; what takes longer has no turns after the first call
 FEW_TURNS = 5  # seconds for all turns of a row
 TURNS = {("ResNet-18", "exact diagonal"): 60}  # of what must hold
 
@@ -303,11 +303,8 @@ def measure(name: str, quantity: str, left: float, options: argparse.Namespace) 
             reason = f"{type(failure).__name__}: {failure}".strip().splitlines()[0]
             row["refused"][way] = reason[:200]
     expected.clear()
-    for way in [way for way in calls if once[way] > SLOW]:
-        del calls[way]  # its first call must do
     budget = max(0, min(left, TURNS.get((name, quantity), FEW_TURNS)))
-    times = {way: [once[way]] for way in memory if way not in calls}
-    times |= take_turns(calls, once, budget, options.repetitions)
+    times = take_turns(calls, once, budget, options.repetitions)
     row["seconds"] = {way: statistics.median(t) for way, t in times.items()}
     row["turns"] = {way: len(t) for way, t in times.items()}
     row["bytes"] = memory
@@ -430,6 +427,7 @@ def main() -> None:
         options.quantities = [q for q in options.quantities if q != "EKFAC"]
         options.limit_seconds, options.repetitions = 10, 1
     torch.set_num_threads(options.threads)
+    keep_memory()
     start, rows = perf_counter(), []
     for row in measure_all(options):
         rows.append(row)

@@ -55,7 +55,7 @@ def keep_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never
 
 
 def take_turns(
