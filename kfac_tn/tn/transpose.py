@@ -1,9 +1,9 @@
-"""Transposed copies of matrices on a CPU: by torch's shuffle of channels.
+"""Transposed matrices that are to be copied: on a CPU, by torch's shuffle of channels.
 
 torch copies a transposed matrix element by element; where it shuffles channels that are innermost
 in memory, which is the same, it transposes blocks of them in registers: three times as fast. That
 operator has no derivative. It is taken for large plain tensors that nobody differentiates,
-transforms, traces or counts; everything else is a copy.
+transforms, traces or counts; everything else is left to the copy.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LEAST = 2**13
 
 
 def transposed(matrices: Tensor) -> Tensor:
-    """Transpose matrices, into memory of their own.
+    """Transpose matrices, to be read: in rows if that is fast, else as a view.
 
     Args:
         matrices: `[..., rows, columns]`.
 
     Returns:
-        `[..., columns, rows]`, contiguous.
+        `[..., columns, rows]`.
 
     Example:
         >>> transposed(torch.tensor([[1, 2], [3, 4]]))
@@ -32,7 +32,7 @@ def transposed(matrices: Tensor) -> Tensor:
                 [2, 4]])
     """
     if torch.compiler.is_compiling() or not _takes(matrices):
-        return matrices.mT.contiguous()
+        return matrices.mT
     return _shuffled(matrices)
 
 

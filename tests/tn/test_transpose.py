@@ -1,4 +1,4 @@
-"""Transposed copies: equal to torch's, in every layout and dtype, and differentiable."""
+"""Transposed matrices: equal to torch's, in every layout and dtype, and differentiable."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_equals_torch(shape, dtype, calls):
     matrices = torch.randn(shape).mul(99).to(dtype)
     result = transposed(matrices)
     assert torch.equal(result, matrices.mT)
-    assert result.is_contiguous()
     assert bool(calls) == bool(matrices.numel())
+    assert result.is_contiguous() or not calls
 
 
 @given(*[st.integers(1, 200) for _ in range(3)])
@@ -48,7 +48,7 @@ def test_special_values_stay_where_they_are(calls):
     assert torch.signbit(transposed(matrices)[7, 7])
 
 
-def test_memory_is_its_own(calls):
+def test_what_is_shuffled_has_memory_of_its_own(calls):
     for shape in ((1, 9), (9, 1), (8, 9)):
         matrices = torch.randn(shape)
         transposed(matrices).zero_()
@@ -60,11 +60,10 @@ def test_memory_is_its_own(calls):
     [lambda x: x.mT, lambda x: x[:, 1:], lambda x: x[::2], lambda x: x[:1].expand(5, -1)],
     ids=["transposed", "gaps", "strided", "expanded"],
 )
-def test_other_layouts_are_copied(layout, calls):
+def test_other_layouts_are_views(layout, calls):
     matrices = layout(torch.randn(20, 30))
     result = transposed(matrices)
     assert torch.equal(result, matrices.mT)
-    assert result.is_contiguous()
     assert not calls
 
 
