@@ -163,10 +163,7 @@ class Adaptive(Scaling):
                 best = best * sums.sum() / (weights * sums).sum()
             if proposal.replay is not None:
                 bounds = bound if weights is None else bound * weights
-                trial = torch._foreach_mul(directions, list(bounds.unbind()))
-                form = proposal.replay.form(
-                    dict(zip(parameters, trial, strict=True)), proposal.estimator.capture
-                )
+                form = proposal.replay.form(proposal.directions, bounds, proposal.estimator.capture)
                 self._average(form / (bound * bounds * sums).sum())
         excess = self.excess.to(given)
         alpha = excess.reciprocal() * best

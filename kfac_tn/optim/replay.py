@@ -176,26 +176,31 @@ class Replay:
                     grams.append(self._loss_gram(batch, outputs, tangents))
         return self._total(grams)
 
-    def form(self, vector: Mapping[Parameter, Tensor], capture: Capture) -> Tensor:
+    def form(self, vector: Mapping[Parameter, Tensor], factors: Tensor, capture: Capture) -> Tensor:
         """``v^T G v`` with the GGN of the objective, by central differences of the outputs.
 
         Two forward passes, which every model has; as accurate as two thirds of the digits are. The
         parameters are moved by that fraction of their norm, and put back.
+
+        Args:
+            vector: v, but for a positive factor of each entry.
+            factors: These, ``[entries]``.
+            capture: Whose hooks are to notice nothing.
         """
-        parameters: list[Tensor] = list(vector)
-        start = [p.detach().clone() for p in parameters]
+        parameters, directions = [p.detach() for p in vector], list(vector.values())
+        start = [p.clone() for p in parameters]
         enabled, dtype = self._batches[0].autocast
         coarse = torch.finfo(dtype).eps if enabled else 0.0
         fraction = max(coarse, *(torch.finfo(p.dtype).eps for p in parameters)) ** (1 / 3)
-        sizes = [torch.stack(torch._foreach_norm(each)) for each in (start, [*vector.values()])]
-        step = fraction * sizes[0].float().norm() / sizes[1].float().norm()
-        shifts = [(step * v).to(p.dtype) for p, v in vector.items()]
+        sizes = [torch.stack(torch._foreach_norm(each)) for each in (start, directions)]
+        step = fraction * sizes[0].float().norm() / (factors * sizes[1]).float().norm()
+        steps = (step * factors).unbind()
         ends: list[list[Tensor]] = []
         with torch.no_grad(), self._undisturbed(capture):
             try:
                 for sign in (1, -1):
-                    torch._foreach_copy_(parameters, start)
-                    torch._foreach_add_(parameters, shifts, alpha=sign)
+                    for p, before, v, t in zip(parameters, start, directions, steps, strict=True):
+                        torch.addcmul(before, v, t, value=sign, out=p)
                     ends.append([])
                     for batch in self._batches:
                         with self._as_recorded(batch):
