@@ -88,10 +88,14 @@ def _retry(factor: Tensor, damping: Tensor, inverse: Tensor, good: Tensor) -> tu
 def _cholesky_inverse(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Inverses of ``matrix + shift * I`` (the matrix is overwritten), and which are good."""
     matrix.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
-    root, info = torch.linalg.cholesky_ex(matrix)
-    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    # LAPACK's columns are our rows, of a symmetric matrix: nothing has to be laid out anew, and in
+    # place nothing is copied either, which would take as long as the arithmetic.
+    root, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(root, out=(root, info))
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     good = (info == 0) & diagonal.isfinite().all(-1)
     # Where it failed, the diagonal may have zeros, at which cholesky_inverse raises.
     diagonal.masked_fill_(~good.unsqueeze(-1), 1)
-    inverse = torch.cholesky_inverse(root)
-    return inverse, good & inverse.isfinite().all(-1).all(-1)
+    torch.cholesky_inverse(root, out=root)
+    # Its diagonal is that of L^-T L^-1, squares of all there is: all is finite if that is.
+    return matrix, good & diagonal.isfinite().all(-1)
