@@ -4,9 +4,13 @@ torch multiplies matrices with the BLAS that it was built with, mostly MKL, whic
 every processor (AVX-512 on AMD's, say). Its convolutions are oneDNN's, and so is a linear layer
 that its compiler calls, an operator without a derivative. It is taken for large products of plain
 tensors that nobody differentiates, transforms, traces or counts; everything else is `torch.bmm`.
+On its maker's own processors MKL is the faster one, by a third, and takes all.
 """
 
 from __future__ import annotations
+
+import platform
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -45,6 +49,21 @@ def _find() -> object:
     except (AttributeError, RuntimeError, TypeError):
         return None
     return operator if works else None
+
+
+def _suits_blas(description: str = "/proc/cpuinfo") -> bool:
+    """Whether torch's BLAS is MKL, and the processor Intel's.
+
+    Args:
+        description: Where Linux describes it, in the first lines.
+    """
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        with open(description) as lines:
+            return any("GenuineIntel" in line for line in islice(lines, 20))
+    except OSError:
+        return "GenuineIntel" in platform.processor()
 
 
 def multiply(first: Tensor, second: Tensor) -> Tensor:
@@ -123,7 +142,9 @@ def takes(first: Tensor, second: Tensor) -> bool:
     """Whether oneDNN multiplies matrices of such shapes and layouts, if they are on a CPU."""
     batch, rows, terms = first.shape
     columns, in_rows = second.shape[2], first.stride(2) == 1
-    if first.dtype is not torch.float32 or not worth(batch, rows, terms, columns, in_rows):
+    if SUITS_BLAS or first.dtype is not torch.float32:
+        return False
+    if not worth(batch, rows, terms, columns, in_rows):
         return False
     copied = 1 if first.stride(0) == 0 else batch  # what doesn't lie in rows is copied once
     if not in_rows and columns * batch < LEAST_COPY * copied:
@@ -165,3 +186,4 @@ def _is_dense(matrices: Tensor) -> bool:
 
 
 _linear = _find()
+SUITS_BLAS = _suits_blas()

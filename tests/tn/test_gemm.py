@@ -35,6 +35,7 @@ def calls(monkeypatch):
         return operator(*arguments)
 
     monkeypatch.setattr(gemm, "_linear", linear)
+    monkeypatch.setattr(gemm, "SUITS_BLAS", False)
     for name in ("LEAST_PRODUCT", "LEAST_SUM", "LEAST_COPY"):
         monkeypatch.setattr(gemm, name, 1)
     return counted
@@ -111,6 +112,34 @@ def test_modes_are_respected(calls):
         assert gemm.multiply(a, b).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         gemm.multiply(a, b)
+    assert not calls
+
+
+PROCESSORS = {
+    "Intel's": ("processor : 0\nvendor_id : GenuineIntel\n", "", True),
+    "another's": ("processor : 0\nvendor_id : AuthenticAMD\n", "GenuineIntel", False),
+    "no description": (None, "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", True),
+    "no description, another's": (None, "AMD64 Family 25 Model 1 Stepping 1, AuthenticAMD", False),
+}
+
+
+@pytest.mark.parametrize(("lines", "named", "expected"), PROCESSORS.values(), ids=PROCESSORS)
+def test_mkl_is_taken_on_its_makers_processors(lines, named, expected, monkeypatch, tmp_path):
+    description = tmp_path / "cpuinfo"
+    if lines is not None:
+        description.write_text(lines)
+    monkeypatch.setattr(gemm.platform, "processor", lambda: named)
+    for available in (True, False):
+        monkeypatch.setattr(
+            torch.backends.mkl, "is_available", lambda available=available: available
+        )
+        assert gemm._suits_blas(str(description)) == (expected and available)
+
+
+def test_products_are_all_of_blas_where_that_is_faster(calls, monkeypatch):
+    monkeypatch.setattr(gemm, "SUITS_BLAS", True)
+    first, second = torch.randn(1, 12, 9), torch.randn(1, 9, 7)
+    assert torch.equal(gemm.multiply(first, second), torch.bmm(first, second))
     assert not calls
 
 
