@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfac_tn.tn import transpose
-from kfac_tn.tn.transpose import transpose_into, transposed
+from kfac_tn.tn.transpose import transposed
 
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64
 
@@ -86,80 +86,3 @@ def test_compiled():
     compiled = torch.compile(transposed, backend="eager", fullgraph=True)
     matrices = torch.randn(200, 100)
     assert torch.equal(compiled(matrices), matrices.mT)
-
-
-@pytest.fixture
-def products(monkeypatch):
-    """Takes products with the identity for all sizes; counts its calls."""
-    if not torch.backends.mkl.is_available():
-        pytest.skip("torch has been built without MKL")
-    counted, operator = [], torch.bmm
-    monkeypatch.setattr(transpose, "LEAST", 1)
-    monkeypatch.setattr(torch, "bmm", lambda *a, **k: counted.append(a) or operator(*a, **k))
-    return counted
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7, 1), (2, 3, 4), (2, 0, 3), (3, 1, 33, 70)])
-def test_what_has_a_place_is_put_there(shape, dtype, products):
-    matrices = torch.randn(shape).mul(99).to(dtype)
-    target = torch.empty_like(matrices.mT, memory_format=torch.contiguous_format)
-    transpose_into(target, matrices)
-    assert torch.equal(target, matrices.mT)
-    few, real = shape[-2] <= transpose.FEW, dtype in (torch.float32, torch.float64)
-    assert bool(products) == bool(matrices.numel() and few and real)
-
-
-@given(*[st.integers(1, 99) for _ in range(3)])
-def test_threshold_of_places_changes_no_result(batch, rows, columns):
-    matrices = torch.randn(batch, rows, columns)
-    target = torch.full((batch, columns, rows), torch.nan)
-    transpose_into(target, matrices)
-    assert torch.equal(target, matrices.mT)
-
-
-@pytest.mark.parametrize(
-    "target", [torch.zeros(4, 6)[:, ::2], torch.zeros(3, 4).mT, torch.zeros(4, 3).double()]
-)
-def test_other_places_get_copies(target, products):
-    matrices = torch.randn(3, 4)
-    transpose_into(target, matrices)
-    assert torch.equal(target, matrices.mT.to(target.dtype))
-    assert not products
-
-
-def test_rounded_products_are_no_transposes(products):
-    transpose_into(torch.empty(4, 3), torch.randn(3, 4))
-    assert len(products) == 1
-    torch.set_float32_matmul_precision("medium")
-    try:
-        transpose_into(target := torch.empty(4, 3), matrices := torch.randn(3, 4))
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert torch.equal(target, matrices.mT)
-    assert len(products) == 1
-
-
-def test_both_ways_to_ask_for_less_precision_are_understood(products):
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(matmul, "fp32_precision"):
-        pytest.skip("this torch has one way")
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"  # after which torch refuses to tell the other
-    try:
-        transpose_into(target := torch.empty(4, 3), matrices := torch.randn(3, 4))
-    finally:
-        matmul.fp32_precision = before
-    assert torch.equal(target, matrices.mT)
-    assert not products
-
-
-def test_places_of_what_is_watched(products):
-    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-
-    def put(x):
-        transpose_into(target := torch.zeros(5, 4, dtype=x.dtype), x)
-        return target
-
-    assert torch.autograd.gradcheck(put, (x,))
-    assert not products

@@ -12,9 +12,9 @@ from torch import Tensor
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
 from kfac_tn.tn.gram.windows import JointCell, Windows
 from kfac_tn.tn.pages import on_huge_pages
-from kfac_tn.tn.transpose import transpose_into, transposed
+from kfac_tn.tn.transpose import transposed
 
-CACHE = 2**20
+CACHE = 2**19
 """Elements that stay in a processor's cache while they are laid out, and occupy several threads."""
 
 LEAST_ROWS = 2**16
@@ -23,7 +23,7 @@ LEAST_ROWS = 2**16
 LITTLE = 2
 """What part of the result is little beside it: such copies are gone before the result is made."""
 
-SHARE = 8, 8
+SHARE = 8, 16
 """What part of the tensor, or of the result, is laid out at once at the most."""
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]
@@ -68,29 +68,34 @@ def assemble(
     """
     shared, _, channels, *_ = x.shape
     positions = list(product(*map(range, kernels)))
-    blocks: dict[Block, Tensor] = {}  # [shared * channels, channels]
+    blocks: dict[Block, Tensor] = {}
+    mirrored: dict[Block, Tensor] = {}
     for members in by_offset(cells):
-        turned: dict[Tensor, Tensor] = {}
         for block, gram in _sums([cells[at] for at in members], [grams[at] for at in members]):
-            blocks[block] = gram.flatten(0, 1)
+            blocks[block] = gram
             if cells[members[0]].mirrored:
-                if gram not in turned:
-                    turned[gram] = transposed(gram).flatten(0, 1)
-                blocks[block[::-1]] = turned[gram]
+                mirrored[block[::-1]] = gram
         for at in members:
             grams[at] = x.new_empty(0)
-    zero = x.new_zeros(()).expand(shared * channels, channels)
-    result = x.new_empty(shared * channels, len(positions), channels, len(positions))
+    zero = x.new_zeros(()).expand(shared, channels, channels)
+    result = x.new_empty(shared, channels, len(positions), channels, len(positions))
     on_huge_pages(result)
     # Blocks interleave: those of some rows side by side, then as they are in the matrix.
     parts = x.numel() // SHARE[0], result.numel() // SHARE[1]
     at_once = min(CACHE, max(*parts, LEAST_ROWS))
-    rows = max(1, at_once // (channels * len(positions) ** 2))
-    side_by_side = [blocks.get((k, other), zero) for k in positions for other in positions]
-    for start in range(0, len(result), rows):
+    rows = max(1, at_once // (shared * channels * len(positions)))
+    for start in range(0, channels, rows):
         some = slice(start, start + rows)
-        stacked = torch.stack([block[some] for block in side_by_side], 1)
-        transpose_into(result[some], stacked.unflatten(1, (len(positions), len(positions))))
+        laid_out = {block: gram[:, some] for block, gram in blocks.items()}
+        # Each is transposed once, into memory that its blocks share.
+        if mirrored:
+            each = dict.fromkeys(mirrored.values())
+            columns = transposed(torch.stack([gram[:, :, some] for gram in each]))
+            turned = dict(zip(each, columns, strict=True))
+            laid_out |= {block: turned[gram] for block, gram in mirrored.items()}
+        for at, k in enumerate(positions):
+            side_by_side = [laid_out.get((k, other), zero[:, some]) for other in positions]
+            result[:, some, at] = transposed(torch.stack(side_by_side, 2))
     return result.view(shared, channels * len(positions), channels * len(positions))
 
 
