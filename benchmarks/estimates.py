@@ -25,7 +25,7 @@ from measuring import geometric_mean, machine, markdown, parser, seconds, take_t
 
 from kfac_tn import tn
 from kfac_tn.tn import gemm
-from kfac_tn.tn.machine import MACHINES
+from kfac_tn.tn.machine import MACHINES, kind
 from kfac_tn.tn.steps import ConvolveBackward
 
 BUILDERS = {
@@ -96,7 +96,7 @@ def measure(conv, operation: str, batch: int, budget: float, most: int, device: 
 
 def report(rows: list[dict], found: dict[str, float], device: str) -> str:
     """Constants, regrets by operation, the worst choices."""
-    kept = MACHINES[device]._asdict()
+    kept = MACHINES[kind(device)]._asdict()
     table = [(name, f"{kept[name]:.2g}", f"{found[name]:.2g}") for name in kept]
     lines = [
         "## Constants",

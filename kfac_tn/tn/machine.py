@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kfac_tn.tn import gemm
+
 
 class Machine(NamedTuple):
     """Seconds that things take on a type of device.
@@ -29,12 +31,20 @@ class Machine(NamedTuple):
 
 MACHINES = {
     "cpu": Machine(work=1 / 380e9, blas=2.2, convolved=1 / 380e9, element=0.45e-9, launch=4e-6),
+    "intel": Machine(work=1 / 265e9, blas=1.0, convolved=1 / 165e9, element=0.65e-9, launch=4e-6),
     "cuda": Machine(work=1 / 30e12, blas=1.0, convolved=1 / 10e12, element=2e-12, launch=6e-6),
 }
-"""By type of device: two cores of a server (AMD's, on which MKL, torch's BLAS, is slow); a
-data-centre GPU, by data sheet, not measured."""
+"""By type of device: two cores of AMD's servers, for which MKL, torch's BLAS, is slow; of Intel's,
+for which it is fast; a data-centre GPU, by data sheet, not measured."""
+
+
+def kind(device_type: str) -> str:
+    """Which of ``MACHINES`` stands for a type of device: a CPU for those that are none of them."""
+    if device_type == "cuda":
+        return device_type
+    return "intel" if gemm.SUITS_BLAS else "cpu"
 
 
 def machine(device_type: str) -> Machine:
-    """The constants of a type of device; of the CPU for those that are none of the above."""
-    return MACHINES.get(device_type, MACHINES["cpu"])
+    """The constants of a type of device."""
+    return MACHINES[kind(device_type)]
