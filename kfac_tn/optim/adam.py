@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -94,7 +95,10 @@ def current_updates(
 
 
 def with_longer_averages(
-    groups: Iterable[Mapping[str, Any]], chosen: Container[Parameter], steps: float
+    groups: Iterable[Mapping[str, Any]],
+    chosen: Container[Parameter],
+    steps: float,
+    horizon: float = 0.0,
 ) -> list[Mapping[str, Any]]:
     """Groups for ``adam_updates`` in which first moments reach back over so many steps, or further.
 
@@ -102,6 +106,7 @@ def with_longer_averages(
         groups: Parameter groups; they stay as they are. One whose beta1 is 0 wants no average.
         chosen: Whose averages; those of all others are as ``betas`` say.
         steps: 1 / (1 - beta1); 0: averages begin anew, as this step's gradients.
+        horizon: By how much that has grown with each step, if it has.
 
     Example:
         >>> import torch
@@ -119,7 +124,8 @@ def with_longer_averages(
         longer = [p for p in group["params"] if p in chosen]
         others = [p for p in group["params"] if p not in chosen]
         result.append({**group, "params": others})
-        result.append({**group, "params": longer, "betas": (1 - 1 / (steps or 1), beta2)})
+        betas = 1 - 1 / (steps or 1), beta2
+        result.append({**group, "params": longer, "betas": betas, "grown": (beta1, horizon)})
     return result
 
 
@@ -187,11 +193,34 @@ def freshened(
 
 
 def _corrected(group: Mapping[str, Any], steps: list[Tensor], first: list[Tensor]) -> list[Tensor]:
-    """First moments over 1 - beta1^t."""
-    beta1, counts = group["betas"][0], [step.item() for step in steps]
-    if 2 * beta1 ** min(counts) < min(torch.finfo(dtype).eps for dtype in {m.dtype for m in first}):
+    """First moments over the share of gradients in them, all but what is left of their start."""
+    counts = [step.item() for step in steps]
+    left = {count: _left(group, count) for count in set(counts)}
+    if 2 * max(left.values()) < min(torch.finfo(dtype).eps for dtype in {m.dtype for m in first}):
         return first
-    return list(torch._foreach_div(first, [1 - beta1**count for count in counts]))
+    return list(torch._foreach_div(first, [1 - left[count] for count in counts]))
+
+
+def _left(group: Mapping[str, Any], count: float) -> float:
+    r"""What is left of a first moment's start, zero, after so many steps: the product of all beta1.
+
+    Where averages grow, it was 1 - 1 / (horizon s) in step s, since that is more than at first:
+
+    .. math::
+        \prod_{s = a}^{t} \left(1 - \frac{1}{h s}\right) =
+        \frac{\Gamma(t + 1 - 1/h) \, \Gamma(a)}{\Gamma(t + 1) \, \Gamma(a - 1/h)}
+    """
+    beta1 = group["betas"][0]
+    first, horizon = group.get("grown", (beta1, 0.0))
+    if not beta1 or not horizon:
+        return beta1**count
+    start = int(1 / (horizon * (1 - first))) + 1
+    if count < start:
+        return first**count
+    after, before = (
+        math.lgamma(step - 1 / horizon) - math.lgamma(step) for step in (count + 1, start)
+    )
+    return first ** (start - 1) * math.exp(after - before)
 
 
 def _quotients(
@@ -225,6 +254,10 @@ def _fused(
         return None
     updates = [torch.zeros_like(gradient) for gradient in grads]
     beta1, beta2 = group["betas"]
+    # The kernel corrects as if beta1 had always been the same.
+    counts = [step.item() for step in steps]
+    shares = {count: (1 - beta1**count) / (1 - _left(group, count)) for count in set(counts)}
+    alike = len(shares) == 1
     torch._fused_adam_(
         updates,
         grads,
@@ -232,7 +265,7 @@ def _fused(
         second,
         [],
         steps,
-        lr=-1.0,  # from zero: what is left is the update itself
+        lr=-shares[counts[0]] if alike else -1.0,  # from zero: what is left is the update itself
         beta1=beta1,
         beta2=beta2,
         weight_decay=0.0,
@@ -240,6 +273,8 @@ def _fused(
         amsgrad=False,
         maximize=False,
     )
+    if not alike:
+        torch._foreach_mul_(updates, [shares[count] for count in counts])
     return updates
 
 

@@ -346,8 +346,8 @@ class KFAC(Checkpoints):
 
     def _averaging(self, step: int) -> list[Mapping[str, Any]]:
         """Parameter groups with the betas of a step, counted from 0."""
-        reach = self._rule.reach(step)
-        return with_longer_averages(self.param_groups, self._estimator.layer_of, reach)
+        reach, horizon = self._rule.reach(step), self._rule.horizon
+        return with_longer_averages(self.param_groups, self._estimator.layer_of, reach, horizon)
 
     def _direct(
         self,

@@ -76,6 +76,7 @@ class StepRule(ABC):
         needs_batch: Whether it ever computes with the batch.
         any_length: Whether it gives directions a length that theirs has no part in, so that they,
             and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
+        horizon: By how much ``reach`` grows with each step, where it does.
         without_batch: What follows where there is none, for a message; empty: an error.
     """
 
@@ -84,6 +85,7 @@ class StepRule(ABC):
     own_momentum = False
     needs_batch = False
     any_length = False
+    horizon = 0.0
     without_batch = ""
 
     @property

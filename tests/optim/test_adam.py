@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from kfac_tn.optim.adam import adam_updates, current_updates
+from kfac_tn.optim.adam import adam_updates, current_updates, with_longer_averages
 
 
 def contiguous(shape: tuple[int, ...]) -> torch.Tensor:
@@ -65,3 +67,33 @@ def test_half_precision_is_averaged_in_float32():
     _, updates = adam_updates([group], states, {p: gradient})
     assert states[p]["exp_avg_sq"].dtype == updates[p].dtype == torch.float32
     torch.testing.assert_close(updates[p], torch.tensor([1.0, -1.0, 1.0]))
+
+
+@given(
+    st.sampled_from([0.0, 0.5, 0.9, 0.95]), st.sampled_from([0.1, 0.2, 0.37, 1.0]), st.booleans()
+)
+def test_growing_averages_of_a_constant_are_the_constant(beta1, horizon, fused):
+    gradient = torch.tensor([[3.0, -2.0, 1e-3], [1e3, 1.0, 0.1]], dtype=torch.float64)
+    gradient = gradient if fused else gradient.mT  # for which there is no fused kernel
+    w = nn.Parameter(torch.zeros_like(gradient))
+    group = {"params": [w], "betas": (beta1, 0.999), "eps": 1e-8}
+    v = nn.Parameter(w.detach().clone())  # takes its first step later
+    group["params"].append(v)
+    states: dict = {w: {}, v: {}}
+    for step in range(1, 200):
+        groups = with_longer_averages([group], {w, v}, max(1.0, horizon * step), horizon)
+        gradients = {w: gradient} if step < 20 else {w: gradient, v: gradient}
+        found = adam_updates(groups, states, gradients)
+        torch.testing.assert_close(found[0][w], gradient, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found[1][w], gradient.sign(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(found, current_updates(groups, states, gradients))
+
+
+def test_averages_that_are_nearly_all_gradients_are_the_state_itself():
+    w = nn.Parameter(torch.zeros(3))
+    group = {"params": [w], "betas": (0.9, 0.999), "eps": 1e-8}
+    states: dict = {w: {}}
+    for step in range(1, 601):
+        groups = with_longer_averages([group], {w}, max(1.0, 0.2 * step), 0.2)
+        moments, _ = adam_updates(groups, states, {w: torch.ones(3)})
+        assert (moments[w] is states[w]["exp_avg"]) == (step > 468)

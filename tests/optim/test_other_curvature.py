@@ -223,7 +223,8 @@ def test_parameters_without_elements_change_nothing(step_rule):
         return values(model)
 
     plain, empty = run({}), run({"adapter": nn.Parameter(torch.empty(0, 4))})
-    assert all(torch.equal(empty[name], value) for name, value in plain.items())
+    for name, value in plain.items():  # sums of one more zero may be rounded differently
+        torch.testing.assert_close(empty[name], value, rtol=1e-12, atol=1e-15)
 
 
 def test_preconditioner():
