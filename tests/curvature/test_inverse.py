@@ -27,6 +27,22 @@ def test_well_conditioned_batch(dtype):
     assert torch.equal(factor, kept)
 
 
+@pytest.mark.parametrize("size", [65, 128, 300])
+def test_large_matrices_in_rows_or_columns(size):
+    """What is inverted in place comes out symmetric, in rows, and leaves the factor as it is."""
+    torch.manual_seed(0)
+    root = torch.rand(2, size, 2 * size, dtype=torch.float64)
+    for factor in (root @ root.mT, (root @ root.mT).mT):
+        kept, damping = factor.clone(), torch.tensor([0.1, 10.0]).double()
+        ((inverse, good),) = damped_inverses([factor], [damping])
+        expected = torch.linalg.inv(factor + damping.view(-1, 1, 1) * torch.eye(size).double())
+        assert good
+        torch.testing.assert_close(inverse, expected, rtol=1e-9, atol=1e-9)
+        assert torch.equal(inverse, inverse.mT)
+        assert inverse.is_contiguous()
+        assert torch.equal(factor, kept)
+
+
 single, double = torch.float32, torch.float64
 
 # Matrix in float32, damping, and whether an inverse exists
