@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -208,6 +209,7 @@ class Capture:
     def take(self) -> Statistics:
         """Return the factors of all passes since the last call, and forget them."""
         statistics = self._passes.statistics().without(self.bypassed)
+        statistics = replace(statistics, columns=max(1.0, self.passes))
         self._reset()
         return statistics
 

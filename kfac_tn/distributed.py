@@ -108,7 +108,7 @@ def average(
 
     Example:
         >>> average(Statistics({}, {}, {}), Processes(None), [], {})
-        Statistics(factors={}, diagonals={}, moments={}, counts={}, bypassed=set())
+        Statistics(factors={}, diagonals={}, moments={}, counts={}, bypassed=set(), columns=1.0)
     """
     if processes.size == 1:
         return statistics
@@ -123,10 +123,10 @@ def average(
     counts = {block.name: count for block, count in statistics.counts.items()}
     forms = {key: (tuple(value.shape), value.dtype) for key, value in mine.items()}
     bypassed = {block.name for block in statistics.bypassed}
-    everybodys = processes.gather((forms, counts, bypassed))
-    found = sorted({item for theirs, _, _ in everybodys for item in theirs.items()}, key=str)
-    totals = {name: sum(theirs.get(name, 0) for _, theirs, _ in everybodys) for name in by_name}
-    bypassed = set().union(*(theirs for _, _, theirs in everybodys))
+    everybodys = processes.gather((forms, counts, bypassed, statistics.columns))
+    found = sorted({item for theirs, *_ in everybodys for item in theirs.items()}, key=str)
+    totals = {name: sum(theirs.get(name, 0) for _, theirs, *_ in everybodys) for name in by_name}
+    bypassed = set().union(*(theirs for _, _, theirs, _ in everybodys))
     values = []
     for (kind, name), (shape, dtype) in found:
         value = mine.get((kind, name))
@@ -144,4 +144,5 @@ def average(
         {parameters[n]: value for n, value in named.get("diagonal", {}).items()},
         {by_name[n]: value for n, value in named.get("moment", {}).items()},
         {by_name[n]: totals[n] for n in pairs},
+        columns=sum(theirs for *_, theirs in everybodys) / processes.size,
     ).without({by_name[name] for name in bypassed})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ class Statistics:
         counts: By block: the number of vectors its input factor is a mean over.
         bypassed: Blocks whose weight was used without a call, too: nothing is known of their
             curvature, and what was known isn't true any more.
+        columns: Extra backward passes for each of the user's, of which B is a mean; at least 1.
     """
 
     factors: dict[LayerBlock, Factors]
@@ -43,6 +44,7 @@ class Statistics:
     moments: dict[LayerBlock, Tensor]
     counts: dict[LayerBlock, int] = field(default_factory=dict)
     bypassed: set[LayerBlock] = field(default_factory=set)
+    columns: float = 1.0
 
     def without(self, bypassed: set[LayerBlock]) -> Statistics:
         """The same, without what calls in other passes or processes say of such blocks."""
@@ -51,7 +53,7 @@ class Statistics:
             return {block: value for block, value in values.items() if block not in bypassed}
 
         factors, moments, counts = rest(self.factors), rest(self.moments), rest(self.counts)
-        return Statistics(factors, self.diagonals, moments, counts, bypassed)
+        return replace(self, factors=factors, moments=moments, counts=counts, bypassed=bypassed)
 
 
 @dataclass(eq=False)

@@ -28,6 +28,7 @@ class Moving(ABC):
     """
 
     _COUNTS: ClassVar[tuple[str, ...]] = ("updates", "inverted")
+    noise = 0.0  # by how much noisy averages are damped more
 
     def __init__(self, blocks: Iterable[LayerBlock], decay: float) -> None:
         self.blocks = tuple(blocks)
@@ -110,6 +111,9 @@ class Moving(ABC):
 
     def update(self, factors: Mapping[LayerBlock, Factors]) -> None:  # noqa: B027
         """Average new factors in; layers that are missing keep theirs."""
+
+    def count(self, block: LayerBlock, vectors: float, columns: float) -> None:  # noqa: B027
+        """Note of how many vectors new factors are, for each of some columns."""
 
     def update_moments(self, moments: Mapping[LayerBlock, Tensor]) -> None:  # noqa: B027
         """Average new second moments in."""

@@ -84,6 +84,8 @@ class Division:
             self._kinds[kind](blocks, self.options.factor_decay)
             for (kind, *_), blocks in shapes.items()
         ]
+        for moving in self._moving:
+            moving.noise = self.options.noise_damping
         self._room: tuple[list[int], Room] | None = None
         self._moving_of = {block: moving for moving in self._moving for block in moving.blocks}
         self._places = {p: (p.dtype, p.device) for p in self._covered}

@@ -212,6 +212,9 @@ class CurvatureEstimator(Division):
             moving.update(
                 {b: statistics.factors[b] for b in moving.blocks if b in statistics.factors}
             )
+            for b in moving.blocks:
+                if b in statistics.factors:
+                    moving.count(b, statistics.counts[b], statistics.columns)
             moving.update_moments(
                 {b: statistics.moments[b] for b in moving.blocks if b in statistics.moments}
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -93,14 +93,55 @@ class KroneckerMoving(Moving):
         return a.repeat_interleave(self.pieces[0], 1), b.repeat_interleave(self.pieces[1], 1)
 
 
+def noise_share(size: int, vectors: float, noise: float) -> float:
+    """What the damping of an average of outer products is multiplied with, for its noise.
+
+    The eigenvalues of a sum of so many products are spread by about the root of their dimension
+    over their number (Marchenko & Pastur 1967), and where these are fewer some are zero: there, the
+    inverse makes the most of what isn't known at all.
+
+    Example:
+        >>> noise_share(10, 1e9, 0.0), noise_share(30, 10, 7.0)
+        (1.0, 8.0)
+    """
+    return (1 + noise * (size / vectors) ** 2) ** 0.5 if vectors else 1.0
+
+
 class MovingFactors(KroneckerMoving):
     """Averages of the factors and the inverses of both, with the damping divided between them."""
+
+    _COUNTS: ClassVar[tuple[str, ...]] = (*Moving._COUNTS, "inputs", "grad_outputs")
 
     input_inverse: Tensor
     grad_output_inverse: Tensor
 
+    def count(self, block: LayerBlock, vectors: float, columns: float) -> None:
+        """Note of how many vectors the latest factors of a layer are, for each of some columns."""
+        slot = self._slot[block]
+        self.inputs[slot] = self.decay * self.inputs[slot] + vectors
+        self.grad_outputs[slot] = self.decay * self.grad_outputs[slot] + vectors * columns
+
+    def shifts(self, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
+        """Of noisy averages more."""
+        a, b = super().shifts(damping, relative)
+        of_inputs, of_outputs = zip(*map(self._noise, range(len(self.blocks))), strict=True)
+        return a * a.new_tensor(of_inputs)[:, None], b * b.new_tensor(of_outputs)[:, None]
+
+    def damping(self, block: LayerBlock, damping: float, relative: bool) -> Tensor:
+        """Of noisy averages more."""
+        of_input, of_output = self._noise(self._slot[block])
+        return super().damping(block, damping * of_input * of_output, relative)
+
+    def _noise(self, slot: int) -> tuple[float, float]:
+        return (
+            noise_share(self.sizes[0], self.inputs[slot], self.noise),
+            noise_share(self.sizes[1], self.grad_outputs[slot], self.noise),
+        )
+
     def _forget(self) -> None:
         super()._forget()
+        self.inputs = [0.0] * len(self.blocks)
+        self.grad_outputs = [0.0] * len(self.blocks)
         self._operands: dict[int | None, tuple[Tensor, ...]] = {}
 
     def _allocate(self, like: Tensor) -> None:

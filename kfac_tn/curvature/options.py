@@ -27,6 +27,7 @@ class CurvatureOptions:
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``, or ``"auto"``.
         relative_damping: Whether damping is in units of each block's mean eigenvalue.
+        noise_damping: By how much noisy factors are damped more; 0: as all others.
         damping_split: ``"pi"``: divided between the factors; ``"exact"``: added to their product.
         factor_decay: Decay of the factors' moving averages.
         factor_interval: Steps between statistics, or ``"auto"``.
@@ -55,6 +56,7 @@ class CurvatureOptions:
     large_factors: LargeFactors = "auto"
     other_curvature: OtherCurvature | None = None
     process_group: ProcessGroup = "all"
+    noise_damping: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor_decay < 1:
@@ -89,6 +91,8 @@ class CurvatureOptions:
             )
         if not 0 < self.overhead < float("inf"):
             raise ValueError(f"overhead is {self.overhead}: it must be positive.")
+        if not 0 <= self.noise_damping < float("inf"):
+            raise ValueError(f"noise_damping is {self.noise_damping}: it must be in [0, inf).")
         if not isinstance(self.relative_damping, bool):
             raise ValueError(f"relative_damping is {self.relative_damping!r}: True or False.")
         if isinstance(self.seed, str) or self.seed != int(self.seed):

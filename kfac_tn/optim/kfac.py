@@ -111,6 +111,10 @@ class KFAC(Checkpoints):
         relative_damping: Whether the damping is in units of each block's mean eigenvalue
             tr(A) tr(B) / (d_in d_out), so that one value serves layers and losses of every scale,
             or absolute.
+        noise_damping: By how much factors that are averages of few vectors are damped more: A and B
+            each by sqrt(1 + noise_damping (d / N)^2), of dimension d and N vectors in the average.
+            Eigenvalues that are too small, for want of data alone, would make steps too large.
+            0: not at all. With ``damping_split="pi"``, of layers with KFAC.
         damping_split: ``"pi"``: divided between the factors (Martens & Grosse 2015, Section 6.3);
             ``"exact"``: added to B (x) A, at several times the cost of inverses and products.
             EKFAC and diagonals add it to their eigenvalues.
@@ -171,6 +175,7 @@ class KFAC(Checkpoints):
         mc_samples: Samples = "auto",
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
+        noise_damping: float = 10.0,
         damping_split: Split = "pi",
         factor_decay: float = 0.9,
         factor_interval: Interval = 50,
@@ -203,6 +208,7 @@ class KFAC(Checkpoints):
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,
+            noise_damping=noise_damping,
             damping_split=damping_split,
             factor_decay=factor_decay,
             factor_interval=factor_interval,

@@ -49,6 +49,7 @@ class KFACPreconditioner(CurvatureUser):
         damping: Added to each block: a number or a function of the step; set
             ``preconditioner.damping`` to change it.
         relative_damping: Whether in units of each block's mean eigenvalue.
+        noise_damping: By how much noisy factors are damped more; see ``KFAC``.
         damping_split: ``"pi"`` or ``"exact"``.
         factor_decay: Decay of the factors' moving averages.
         factor_interval: Steps between statistics, or ``"auto"``.
@@ -94,6 +95,7 @@ class KFACPreconditioner(CurvatureUser):
         mc_samples: Samples = "auto",
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
+        noise_damping: float = 10.0,
         damping_split: Split = "pi",
         factor_decay: float = 0.9,
         factor_interval: Interval = 50,
@@ -126,6 +128,7 @@ class KFACPreconditioner(CurvatureUser):
             fisher=fisher,
             mc_samples=mc_samples,
             relative_damping=relative_damping,
+            noise_damping=noise_damping,
             damping_split=damping_split,
             factor_decay=factor_decay,
             factor_interval=factor_interval,

@@ -215,3 +215,29 @@ def test_directions_are_contiguous_columns_of_the_dense_product(size, layers):
         assert all(part.is_contiguous() for part in results[block])
         actual = torch.cat(results[block], -1).double()
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.8])
+def test_noisy_factors_are_damped_more(decay, relative):
+    """By sqrt(1 + noise (d / N)^2) each, with N the vectors in an average, faded as it fades."""
+    torch.manual_seed(0)
+    (block,) = make_blocks(1)
+    moving, plain, seen = MovingFactors([block], decay), MovingFactors([block], decay), 0.0
+    moving.noise = 10.0
+    for vectors in (4, 7, 3):
+        factors = random_factors()
+        for each in (moving, plain):
+            each.update({block: factors})
+        moving.count(block, vectors, 2.0)
+        seen = decay * seen + vectors
+    shares = [(1 + 10 * (d / n) ** 2) ** 0.5 for d, n in ((5, seen), (3, 2 * seen))]
+    pairs = zip(moving.shifts(0.01, relative), plain.shifts(0.01, relative), shares, strict=True)
+    for shift, without, share in pairs:
+        torch.testing.assert_close(shift, share * without)
+    whole = shares[0] * shares[1] * plain.damping(block, 0.01, relative)
+    torch.testing.assert_close(moving.damping(block, 0.01, relative), whole)
+    assert moving.state_dict()[block.name]["inputs"] == pytest.approx(seen)
+    moving.forget(block)
+    moving.update({block: random_factors()})
+    assert moving.inputs == moving.grad_outputs == [0.0]

@@ -197,7 +197,7 @@ def test_oracle_6_ekfac_has_the_trace_of_the_ggn(approximation, twice, padding_i
 def train(model: nn.Module, x: Tensor, y: Tensor, steps: int = 4, **options: Any) -> kfac_tn.KFAC:
     loss_fn = nn.CrossEntropyLoss()
     options = {"factor_interval": 1, "inverse_interval": 2, **options}
-    optimizer = kfac_tn.KFAC(model, loss_fn, **options)
+    optimizer = kfac_tn.KFAC(model, loss_fn, noise_damping=0, **options)
     for _ in range(steps):
         optimizer.zero_grad()
         loss_fn(model(x), y).backward()

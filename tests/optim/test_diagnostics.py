@@ -47,7 +47,9 @@ RULES = [
 def test_numbers_by_hand(rule, relative):
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     options = {"factor_interval": 3, "inverse_interval": 5, "weight_decay": 0.0, **rule}
-    optimizer = kfac_tn.KFAC(model, loss_fn, damping=0.04, relative_damping=relative, **options)
+    optimizer = kfac_tn.KFAC(
+        model, loss_fn, damping=0.04, relative_damping=relative, noise_damping=0, **options
+    )
     train(model, loss_fn, optimizer, 28)
     before = copy.deepcopy(model)
     train(model, loss_fn, optimizer, 1, start=28)

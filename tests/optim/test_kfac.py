@@ -121,6 +121,7 @@ def test_equals_a_plain_implementation(rule, relative, approximation):
         weight_decay=decay,
         damping=damping,
         relative_damping=relative,
+        noise_damping=0,
         factor_decay=keep,
         approximation=approximation,
         fisher="type-2",

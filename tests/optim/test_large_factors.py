@@ -141,6 +141,7 @@ def test_directions_are_the_dense_formula(case, limit, kind, split, relative):
         damping=damping,
         damping_split=split,
         relative_damping=relative,
+        noise_damping=0,
         step_rule="fixed",
         lr=lr,
         betas=(0.0, 0.0),
@@ -273,7 +274,7 @@ def test_continues_bit_for_bit(kind, curvature):
 
 
 def test_coverage_and_diagnostics_tell():
-    model, loss_fn, optimizer = make("linear", max_dim=4, large_factors="blocks")
+    model, loss_fn, optimizer = make("linear", max_dim=4, large_factors="blocks", noise_damping=0)
     rows = {row.parameter: row.why for row in optimizer.coverage()}
     assert "the input's only its 2 diagonal blocks of 4 (above max_dim=4)" in rows["0.weight"]
     assert "the output's only its 2 diagonal blocks of 3" in rows["0.weight"]

@@ -146,7 +146,7 @@ def test_the_quadratic_model_is_minimized(momentum, relative, forward_mode):
     """Against the dense GGN: no other step in the span of direction and momentum is better."""
     model, loss_fn = Noisy(), nn.CrossEntropyLoss()
     rule = QuadraticModel(momentum=momentum, relative_norm=None)
-    options = {**EAGER, "damping": 0.05, "relative_damping": relative}
+    options = {**EAGER, "damping": 0.05, "relative_damping": relative, "noise_damping": 0}
     optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, **options)
     optimizer._replay.forward_mode = forward_mode
     names = [n for n, _ in model.named_parameters() if "norm" not in n]
