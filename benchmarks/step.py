@@ -13,7 +13,8 @@ the others take more, divided by their intervals. (The first steps, in which cur
 more often, are not in it: their share depends on the length of a training.)
 The bound is what no arrangement of KFAC's exact float32 products could beat on the machine at hand:
 (AdamW's time + the products alone, bare, by the faster of torch's BLAS and oneDNN) / AdamW's time.
-The state is what the optimizer keeps between steps.
+The state is what the optimizer keeps between steps. What is freed stays with the process
+(`measuring.keep_memory`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from measuring import machine, markdown, parser, shuffled_batches, write
+from measuring import keep_memory, machine, markdown, parser, shuffled_batches, write
 from model_zoo import PROBLEMS as MODELS
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -274,6 +275,7 @@ def main() -> None:
     if options.quick:
         options.idle, options.repetitions, options.limit_seconds = 1, 3, 10
     torch.set_num_threads(options.threads)
+    keep_memory()
     rows: list[dict] = []
     end, todo = perf_counter() + options.limit_seconds, tasks(options.quick)
     for index, task in enumerate(todo):

@@ -3,14 +3,15 @@
     python benchmarks/training.py        # 25 minutes; benchmarks/results/training.{md,json,png}
 
 or, each problem for as long as it deserves, by several processes (seconds per run and problem are
-in `training_problems.py`; everything takes about 30 times that), then one report of their parts:
+in `training_problems.py`; everything takes about 40 times that), then one report of their parts:
 
     python benchmarks/training.py --seconds-scale 1 --threads 1 --problems cnn --output part-1
     python benchmarks/training.py --report part-1/training.json part-2/training.json
 
 Each competitor has the best of a grid of learning rates, with a constant or a cosine schedule,
 found by successive halving on the first seed: all learning rates for a short time, the best two
-longer, with both schedules. The best setting then trains for the full time from each seed, beside
+longer, with both schedules, the best of each schedule for the full time (a short time tells little
+of what a schedule ends at). The best setting then trains for the full time from each seed, beside
 KFAC. All runs of a seed start from the same weights and see the same batches in the same order.
 
 The runs of a problem take turns in slices of at most a quarter of a second. Each has a clock that
@@ -43,7 +44,7 @@ from training_report import draw, merged, summarize, write_report
 
 SLICE = 0.25  # seconds of training before the next run's turn, at most
 TURNS = 64  # at least so many in the final runs, so that short ones are resolved in time and steps
-ROUNDS = (1 / 12, 1 / 5)  # of the full time, for all learning rates and for the best two
+ROUNDS = (1 / 12, 1 / 5, 1.0)  # of the full time: all learning rates, the best two, each schedule
 BALLAST = 1.25  # wall-clock seconds per second of training that the first plan assumes
 
 
@@ -209,7 +210,7 @@ def search(
     tried: list[dict[str, Any]] = []
     settings = [Setting(name, lr) for lr in competitor.learning_rates]
     for share in ROUNDS:
-        if len(settings) == 1 == len(competitor.schedules):
+        if len(settings) == 1 and (share == 1 or len(competitor.schedules) == 1):
             return settings[0], tried
         runs = [Run(task, setting, 0, share * seconds) for setting in settings]
         compete(runs, share * seconds, deadline)
@@ -226,8 +227,11 @@ def search(
         ]
         if runs[0].failure:
             raise RuntimeError(f"each run of the search failed, the last with: {runs[-1].failure}")
-        best = [run.setting for run in runs if not run.failure][:2]
-        settings = [Setting(name, s.lr, way) for s in best for way in competitor.schedules]
+        best = [run.setting for run in runs if not run.failure]
+        if share == ROUNDS[0]:
+            settings = [Setting(name, s.lr, way) for s in best[:2] for way in competitor.schedules]
+        else:
+            settings = list({setting.schedule: setting for setting in reversed(best)}.values())
     return best[0], tried
 
 
@@ -236,8 +240,9 @@ def planned_seconds(competitors: Mapping[str, Competitor], seeds: int, wall: flo
     total = float(seeds)
     for competitor in competitors.values():
         grid = len(competitor.learning_rates)
-        second = min(2, grid) * len(competitor.schedules)
-        total += seeds + ROUNDS[0] * grid + ROUNDS[1] * second
+        ways = len(competitor.schedules)
+        second, third = min(2, grid) * ways, ways if ways > 1 else 0
+        total += seeds + ROUNDS[0] * grid + ROUNDS[1] * second + ROUNDS[2] * third
     return wall / (BALLAST * total)
 
 

@@ -169,13 +169,19 @@ def test_search_takes_the_best(training):
     """Of three learning rates, of which one diverges and one does nothing."""
     task = training.TASKS["tabular"]()
     competitor = training.replace(training.COMPETITORS["SGD"], learning_rates=(1e-9, 0.1, 1e9))
-    best, tried = training.search(task, "SGD", competitor, 2.0, math.inf)
+    best, tried = training.search(task, "SGD", competitor, 1.0, math.inf)
     assert best.lr == 0.1
     assert [entry["lr"] for entry in tried[:3]] == [0.1, 1e-9, 1e9]
     assert [entry["failure"] is None for entry in tried[:3]] == [True, True, False]
-    assert {(entry["lr"], entry["schedule"]) for entry in tried[3:]} == {
+    assert {(entry["lr"], entry["schedule"]) for entry in tried[3:7]} == {
         (lr, schedule) for lr in (0.1, 1e-9) for schedule in ("constant", "cosine")
     }
+    last = {entry["schedule"]: entry for entry in tried[7:]}  # each schedule, for the full time
+    assert len(tried) == 9
+    assert {entry["lr"] for entry in last.values()} == {0.1}
+    assert last.keys() == {"constant", "cosine"}
+    assert best.schedule == min(last, key=lambda schedule: last[schedule]["loss"])
+    assert all(entry["seconds"] >= 1.0 for entry in last.values())
     useless = training.replace(competitor, learning_rates=(1e8, 1e9))
     with pytest.raises(RuntimeError, match="each run of the search failed"):
         training.search(task, "SGD", useless, 2.0, math.inf)

@@ -105,6 +105,7 @@ def work(rank: int, folder: str) -> None:
     results["mc"] = [train(DistributedDataParallel(net()), rank=rank, fisher="mc")[0]]
     results["mc"].append(_samples(rank))
     results["unequal"] = _unequal(rank)
+    results["columns"] = _columns(rank)
     results["bypassed"] = _bypassed(rank)
     results["preconditioner"] = _preconditioned(rank)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -131,6 +132,20 @@ def _unequal(rank: int) -> dict[str, Tensor]:
         optimizer.step()
     factors = {f"A of {n}": f.input for n, f in optimizer.factors().items()}
     return factors | {n: p.detach() for n, p in model.named_parameters()}
+
+
+def _columns(rank: int) -> dict[str, Any]:
+    """As many samples as few examples need, and as many examples do: B has its noise from both."""
+    model, loss_fn = DistributedDataParallel(net()), nn.CrossEntropyLoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, approximation="reduce", factor_interval=1)
+    for step in range(3):
+        x, y = data(step)
+        part = slice(0, 7) if rank == 0 else slice(7, 8)
+        optimizer.zero_grad()
+        loss_fn(model(x[part]), y[part]).backward()
+        columns = optimizer._estimator.capture.passes
+        optimizer.step()
+    return {"columns": columns} | {n: p.detach() for n, p in model.named_parameters()}
 
 
 def _bypassed(rank: int) -> dict[str, Tensor]:
@@ -230,6 +245,12 @@ def test_unequal_shares_and_layers_that_one_process_calls(results):
     first = optimizer.factors()["conv"].input
     assert one["A of module.conv"].shape == first.shape
     assert "A of module.sometimes" in one
+
+
+def test_numbers_of_samples_differ_and_steps_do_not(results):
+    one, other = ({**each["columns"]} for each in results)
+    assert one.pop("columns") != other.pop("columns")
+    assert_equal(one, other)
 
 
 def test_a_layer_that_one_process_uses_without_a_call_has_no_factors_in_any(results):
