@@ -3,16 +3,16 @@
     python benchmarks/training.py        # 25 minutes; benchmarks/results/training.{md,json,png}
 
 or, each problem for as long as it deserves, by several processes (seconds per run and problem are
-in `training_problems.py`; everything takes about 40 times that), then one report of their parts:
+in `training_problems.py`; everything takes about 45 times that), then one report of their parts:
 
     python benchmarks/training.py --seconds-scale 1 --threads 1 --problems cnn --output part-1
     python benchmarks/training.py --report part-1/training.json part-2/training.json
 
 Each competitor has the best of a grid of learning rates, with a constant or a cosine schedule,
 found by successive halving on the first seed: all learning rates for a short time, the best two
-longer, with both schedules, the best of each schedule for the full time (a short time tells little
-of what a schedule ends at). The best setting then trains for the full time from each seed, beside
-KFAC. All runs of a seed start from the same weights and see the same batches in the same order.
+longer, with both schedules, and these again for the full time (a short time tells little of what
+they end at). The best setting then trains for the full time from each seed, beside KFAC. All runs
+of a seed start from the same weights and see the same batches in the same order.
 
 The runs of a problem take turns in slices of at most a quarter of a second. Each has a clock that
 counts its training steps only; after every slice the loss on a fixed part of the training set is
@@ -44,7 +44,7 @@ from training_report import draw, merged, summarize, write_report
 
 SLICE = 0.25  # seconds of training before the next run's turn, at most
 TURNS = 64  # at least so many in the final runs, so that short ones are resolved in time and steps
-ROUNDS = (1 / 12, 1 / 5, 1.0)  # of the full time: all learning rates, the best two, each schedule
+ROUNDS = (1 / 12, 1 / 5, 1.0)  # of the full time: all learning rates, twice the best two
 BALLAST = 1.25  # wall-clock seconds per second of training that the first plan assumes
 
 
@@ -211,7 +211,7 @@ def search(
     settings = [Setting(name, lr) for lr in competitor.learning_rates]
     for share in ROUNDS:
         if len(settings) == 1 and (share == 1 or len(competitor.schedules) == 1):
-            return settings[0], tried
+            return settings[0], tried  # there is no choice left
         runs = [Run(task, setting, 0, share * seconds) for setting in settings]
         compete(runs, share * seconds, deadline)
         runs.sort(key=lambda run: run.final_loss)
@@ -231,7 +231,7 @@ def search(
         if share == ROUNDS[0]:
             settings = [Setting(name, s.lr, way) for s in best[:2] for way in competitor.schedules]
         else:
-            settings = list({setting.schedule: setting for setting in reversed(best)}.values())
+            settings = best
     return best[0], tried
 
 
@@ -240,9 +240,8 @@ def planned_seconds(competitors: Mapping[str, Competitor], seeds: int, wall: flo
     total = float(seeds)
     for competitor in competitors.values():
         grid = len(competitor.learning_rates)
-        ways = len(competitor.schedules)
-        second, third = min(2, grid) * ways, ways if ways > 1 else 0
-        total += seeds + ROUNDS[0] * grid + ROUNDS[1] * second + ROUNDS[2] * third
+        best = min(2, grid) * len(competitor.schedules)
+        total += seeds + ROUNDS[0] * grid + (ROUNDS[1] + ROUNDS[2]) * best
     return wall / (BALLAST * total)
 
 

@@ -190,10 +190,10 @@ when an evaluation first finds it, "never" if it isn't in half of the runs. "Fir
 competitor that reaches it in the fewest seconds. KFAC is `kfac_tn.KFAC(model, loss_fn)`, with no
 schedule and nothing else set. Competitors have the best of their grid, found by successive halving
 on the first seed: constant learning rates for 1/12 of the seconds that were planned per run, the
-best two for 1/5, with constant and cosine schedules (over a run's own clock), the best of each
-schedule for all of them. Seconds are of a run's own clock, without evaluations; all runs of a
-problem take turns in short slices. Steps are forward and backward passes. Weight decay is 0 for
-all."""
+best two for 1/5, with constant and cosine schedules (over a run's own clock), of these the best of
+each schedule at least for all of them. Seconds are of a run's own clock, without evaluations; all
+runs of a problem take turns in short slices. Steps are forward and backward passes. Weight decay is
+0 for all."""
 
 
 def write_report(
