@@ -16,7 +16,7 @@ from kfac_tn.curvature.corrected import MovingDiagonal, MovingEKFAC
 from kfac_tn.curvature.directions import Layouts, Room
 from kfac_tn.curvature.exact import EigenFactors
 from kfac_tn.curvature.moving import KroneckerMoving, MovingFactors
-from kfac_tn.curvature.options import CurvatureOptions
+from kfac_tn.curvature.options import NOISE, CurvatureOptions
 from kfac_tn.factors import Factors
 from kfac_tn.layers import LayerBlock, partition
 
@@ -85,7 +85,8 @@ class Division:
             for (kind, *_), blocks in shapes.items()
         ]
         for moving in self._moving:
-            moving.noise = self.options.noise_damping
+            noise = self.options.noise_damping
+            moving.noise = NOISE if noise is None else noise
         self._room: tuple[list[int], Room] | None = None
         self._moving_of = {block: moving for moving in self._moving for block in moving.blocks}
         self._places = {p: (p.dtype, p.device) for p in self._covered}

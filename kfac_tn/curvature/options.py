@@ -14,6 +14,9 @@ from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors, L
 Split: TypeAlias = Literal["pi", "exact"]
 OtherCurvature: TypeAlias = Literal["diagonal"]
 
+NOISE = 10.0
+"""By how much noisy factors are damped more, where nobody says otherwise."""
+
 
 @dataclass(frozen=True)
 class CurvatureOptions:
@@ -27,7 +30,8 @@ class CurvatureOptions:
         fisher: The kind of Fisher.
         mc_samples: Samples for ``fisher="mc"``, or ``"auto"``.
         relative_damping: Whether damping is in units of each block's mean eigenvalue.
-        noise_damping: By how much noisy factors are damped more; 0: as all others.
+        noise_damping: By how much noisy factors are damped more; 0: as all others; None: by
+            ``NOISE``, where there are such.
         damping_split: ``"pi"``: divided between the factors; ``"exact"``: added to their product.
         factor_decay: Decay of the factors' moving averages.
         factor_interval: Steps between statistics, or ``"auto"``.
@@ -56,7 +60,7 @@ class CurvatureOptions:
     large_factors: LargeFactors = "auto"
     other_curvature: OtherCurvature | None = None
     process_group: ProcessGroup = "all"
-    noise_damping: float = 10.0
+    noise_damping: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor_decay < 1:
@@ -91,20 +95,26 @@ class CurvatureOptions:
             )
         if not 0 < self.overhead < float("inf"):
             raise ValueError(f"overhead is {self.overhead}: it must be positive.")
-        if not 0 <= self.noise_damping < float("inf"):
-            raise ValueError(f"noise_damping is {self.noise_damping}: it must be in [0, inf).")
+        noise = self.noise_damping
+        if noise is not None and (isinstance(noise, str) or not 0 <= noise < float("inf")):
+            raise ValueError(f"noise_damping is {noise!r}: it must be in [0, inf), or None.")
         if not isinstance(self.relative_damping, bool):
             raise ValueError(f"relative_damping is {self.relative_damping!r}: True or False.")
         if isinstance(self.seed, str) or self.seed != int(self.seed):
             raise ValueError(f"seed is {self.seed!r}: it must be a whole number.")
 
     def check(self, blocks: list[LayerBlock]) -> None:
-        """Refuse layers whose curvature can't be had of this Fisher.
+        """Refuse layers whose curvature can't be had of this Fisher, or damped like this.
 
         Raises:
             ValueError: Naming them.
         """
         corrected = [block.name for block in blocks if block.curvature != "kfac"]
+        if self.noise_damping and (self.damping_split != "pi" or len(corrected) == len(blocks) > 0):
+            raise ValueError(
+                f"noise_damping={self.noise_damping} is for layers with curvature='kfac' and "
+                "damping_split='pi', and there are none: leave it out, or give 0."
+            )
         if self.fisher == "forward-only" and corrected:
             raise ValueError(
                 f"fisher='forward-only' has no gradients, but curvature is 'ekfac' or 'diagonal' "

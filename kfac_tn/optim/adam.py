@@ -59,15 +59,17 @@ def adam_updates(
             grads = [g.to(s["exp_avg"].dtype) for g, s in zip(grads, mine, strict=True)]
         steps, first, second = ([s[name] for s in mine] for name in _STATE)
         torch._foreach_add_(steps, _ONE, alpha=1)
-        results = _fused(group, steps, grads, first, second)
+        counts = [step.item() for step in steps]
+        left = {count: _left(group, count) for count in set(counts)}
+        results = _fused(group, steps, grads, first, second, counts, left)
         if results is None:
             beta1, beta2 = group["betas"]
             torch._foreach_lerp_(first, grads, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        averages = _corrected(group, steps, first) if corrected or results is None else first
+        averages = _corrected(first, counts, left) if corrected or results is None else first
         if results is None:
-            results = _quotients(group, steps, averages, second)
+            results = _quotients(group, counts, averages, second)
         moments.update(zip(chosen, averages if corrected else first, strict=True))
         updates.update(zip(chosen, results, strict=True))
     return moments, updates
@@ -86,9 +88,10 @@ def current_updates(
         if not chosen:
             continue
         mine = [states[p] for p in chosen]
-        steps = [state["step"] for state in mine]
-        first = _corrected(group, steps, [state["exp_avg"] for state in mine])
-        results = _quotients(group, steps, first, [state["exp_avg_sq"] for state in mine])
+        counts = [state["step"].item() for state in mine]
+        left = {count: _left(group, count) for count in set(counts)}
+        first = _corrected([state["exp_avg"] for state in mine], counts, left)
+        results = _quotients(group, counts, first, [state["exp_avg_sq"] for state in mine])
         moments.update(zip(chosen, first, strict=True))
         updates.update(zip(chosen, results, strict=True))
     return moments, updates
@@ -192,10 +195,10 @@ def freshened(
     return results
 
 
-def _corrected(group: Mapping[str, Any], steps: list[Tensor], first: list[Tensor]) -> list[Tensor]:
+def _corrected(
+    first: list[Tensor], counts: list[float], left: Mapping[float, float]
+) -> list[Tensor]:
     """First moments over the share of gradients in them, all but what is left of their start."""
-    counts = [step.item() for step in steps]
-    left = {count: _left(group, count) for count in set(counts)}
     if 2 * max(left.values()) < min(torch.finfo(dtype).eps for dtype in {m.dtype for m in first}):
         return first
     return list(torch._foreach_div(first, [1 - left[count] for count in counts]))
@@ -224,13 +227,12 @@ def _left(group: Mapping[str, Any], count: float) -> float:
 
 
 def _quotients(
-    group: Mapping[str, Any], steps: list[Tensor], corrected: list[Tensor], second: list[Tensor]
+    group: Mapping[str, Any], counts: list[float], corrected: list[Tensor], second: list[Tensor]
 ) -> list[Tensor]:
     """Corrected moments over sqrt(v / (1 - beta2^t)) + eps."""
     beta2 = group["betas"][1]
     roots = torch._foreach_sqrt(second)
-    powers = [beta2**step for step in torch.stack(steps).tolist()]
-    torch._foreach_div_(roots, [(1 - power) ** 0.5 for power in powers])
+    torch._foreach_div_(roots, [(1 - beta2**count) ** 0.5 for count in counts])
     torch._foreach_add_(roots, group["eps"])
     return list(torch._foreach_div(corrected, roots))
 
@@ -241,6 +243,8 @@ def _fused(
     grads: list[Tensor],
     first: list[Tensor],
     second: list[Tensor],
+    counts: list[float],
+    left: Mapping[float, float],
 ) -> list[Tensor] | None:
     """Update the moments and return Adam's updates; do nothing where torch's kernel can't.
 
@@ -255,8 +259,7 @@ def _fused(
     updates = [torch.zeros_like(gradient) for gradient in grads]
     beta1, beta2 = group["betas"]
     # The kernel corrects as if beta1 had always been the same.
-    counts = [step.item() for step in steps]
-    shares = {count: (1 - beta1**count) / (1 - _left(group, count)) for count in set(counts)}
+    shares = {count: (1 - beta1**count) / (1 - left[count]) for count in left}
     alike = len(shares) == 1
     torch._fused_adam_(
         updates,

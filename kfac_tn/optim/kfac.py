@@ -114,7 +114,8 @@ class KFAC(Checkpoints):
         noise_damping: By how much factors that are averages of few vectors are damped more: A and B
             each by sqrt(1 + noise_damping (d / N)^2), of dimension d and N vectors in the average.
             Eigenvalues that are too small, for want of data alone, would make steps too large.
-            0: not at all. With ``damping_split="pi"``, of layers with KFAC.
+            0: not at all. None: 10 (see ``benchmarks/results/noise_damping``). Only layers with
+            ``curvature="kfac"`` and ``damping_split="pi"``; without any, a number is refused.
         damping_split: ``"pi"``: divided between the factors (Martens & Grosse 2015, Section 6.3);
             ``"exact"``: added to B (x) A, at several times the cost of inverses and products.
             EKFAC and diagonals add it to their eigenvalues.
@@ -175,7 +176,7 @@ class KFAC(Checkpoints):
         mc_samples: Samples = "auto",
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
-        noise_damping: float = 10.0,
+        noise_damping: float | None = None,
         damping_split: Split = "pi",
         factor_decay: float = 0.9,
         factor_interval: Interval = 50,

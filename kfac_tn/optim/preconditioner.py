@@ -95,7 +95,7 @@ class KFACPreconditioner(CurvatureUser):
         mc_samples: Samples = "auto",
         damping: float | Callable[[int], float] | DampingRule = 1e-3,
         relative_damping: bool = True,
-        noise_damping: float = 10.0,
+        noise_damping: float | None = None,
         damping_split: Split = "pi",
         factor_decay: float = 0.9,
         factor_interval: Interval = 50,

@@ -134,6 +134,11 @@ def test_one_may_be_given_and_both_continue_from_a_checkpoint(mixed):
         ({"factor_interval": "often"}, "factor_interval is 'often'"),
         ({"inverse_interval": 0}, "inverse_interval is 0"),
         ({"overhead": 0.0}, "overhead is 0.0"),
+        ({"noise_damping": -1.0}, "noise_damping is -1.0"),
+        ({"noise_damping": float("nan")}, "noise_damping is nan"),
+        ({"noise_damping": "much"}, "noise_damping is 'much'"),
+        ({"noise_damping": 1.0, "damping_split": "exact"}, "noise_damping=1.0 is for layers"),
+        ({"noise_damping": 1.0, "curvature": "ekfac"}, "noise_damping=1.0 is for layers"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):
