@@ -262,10 +262,14 @@ def describe_machine() -> str:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        said = {key.strip(): value.strip() for key, _, value in lines}
+        cpu = said.get("model name", cpu)
+        if "cpu family" in said:  # names in virtual machines leave out the generation
+            cpu += f" (family {said['cpu family']}, model {said.get('model', '?')})"
+    bound = ", bound to cores" if os.environ.get("OMP_PROC_BIND", "false") != "false" else ""
     return (
-        f"{cpu}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}, "
+        f"{cpu}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}{bound}, "
         f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"kfac_tn {kfac_tn.__version__}"
     )

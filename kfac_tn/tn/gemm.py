@@ -4,18 +4,19 @@ torch multiplies matrices with the BLAS that it was built with, mostly MKL, whic
 every processor (AVX-512 on AMD's, say). Its convolutions are oneDNN's, and so is a linear layer
 that its compiler calls, an operator without a derivative. It is taken for large products of plain
 tensors that nobody differentiates, transforms, traces or counts; everything else is `torch.bmm`.
-On its maker's own processors MKL is the faster one, by a third, and takes all.
+On its maker's own processors MKL is the faster one, by a third, and takes all; on AMD's up to
+Zen 4, which gain little by AVX-512, it takes what would have to be copied first.
 """
 
 from __future__ import annotations
 
-import platform
-from itertools import islice
+import sys
 
 import torch
 from torch import Tensor
 
 from kfac_tn.tn.pages import on_huge_pages
+from kfac_tn.tn.processor import processor
 from kfac_tn.tn.unwatched import unwatched
 
 LEAST_PRODUCT = 5 * 2**18
@@ -25,9 +26,12 @@ Twice as many where the first matrix doesn't lie in rows, and where there are se
 """
 
 LEAST_SUM = 64
-"""Terms of the sums from which on several products of one batch are worth being put together."""
+"""Terms of the sums from which on products are worth being put together: several of one batch, or
+what is made apart and what it is added to."""
 
-LEAST_COPY = 96
+PROCESSOR = processor()
+
+LEAST_COPY = sys.maxsize if PROCESSOR == "zen4" else 96
 """Rows or columns that each element of a matrix meets, for which the matrix may be copied."""
 
 CACHED = 2**20
@@ -49,21 +53,6 @@ def _find() -> object:
     except (AttributeError, RuntimeError, TypeError):
         return None
     return operator if works else None
-
-
-def _suits_blas(description: str = "/proc/cpuinfo") -> bool:
-    """Whether torch's BLAS is MKL, and the processor Intel's.
-
-    Args:
-        description: Where Linux describes it, in the first lines.
-    """
-    if not torch.backends.mkl.is_available():
-        return False
-    try:
-        with open(description) as lines:
-            return any("GenuineIntel" in line for line in islice(lines, 20))
-    except OSError:
-        return "GenuineIntel" in platform.processor()
 
 
 def multiply(first: Tensor, second: Tensor) -> Tensor:
@@ -105,7 +94,13 @@ def add_product(total: Tensor, first: Tensor, second: Tensor, share: float = 1.0
         >>> total
         tensor([[[3.5000]]])
     """
-    if torch.compiler.is_compiling() or not takes(first, second) or not _able(total, first, second):
+    short = share != 0 and first.shape[2] < LEAST_SUM
+    if (
+        torch.compiler.is_compiling()
+        or short
+        or not takes(first, second)
+        or not _able(total, first, second)
+    ):
         if share == 0:
             total.copy_(torch.bmm(first, second))
         elif not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(total):
@@ -186,4 +181,4 @@ def _is_dense(matrices: Tensor) -> bool:
 
 
 _linear = _find()
-SUITS_BLAS = _suits_blas()
+SUITS_BLAS = PROCESSOR == "intel" and torch.backends.mkl.is_available()

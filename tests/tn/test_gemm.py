@@ -115,27 +115,6 @@ def test_modes_are_respected(calls):
     assert not calls
 
 
-PROCESSORS = {
-    "Intel's": ("processor : 0\nvendor_id : GenuineIntel\n", "", True),
-    "another's": ("processor : 0\nvendor_id : AuthenticAMD\n", "GenuineIntel", False),
-    "no description": (None, "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", True),
-    "no description, another's": (None, "AMD64 Family 25 Model 1 Stepping 1, AuthenticAMD", False),
-}
-
-
-@pytest.mark.parametrize(("lines", "named", "expected"), PROCESSORS.values(), ids=PROCESSORS)
-def test_mkl_is_taken_on_its_makers_processors(lines, named, expected, monkeypatch, tmp_path):
-    description = tmp_path / "cpuinfo"
-    if lines is not None:
-        description.write_text(lines)
-    monkeypatch.setattr(gemm.platform, "processor", lambda: named)
-    for available in (True, False):
-        monkeypatch.setattr(
-            torch.backends.mkl, "is_available", lambda available=available: available
-        )
-        assert gemm._suits_blas(str(description)) == (expected and available)
-
-
 def test_products_are_all_of_blas_where_that_is_faster(calls, monkeypatch):
     monkeypatch.setattr(gemm, "SUITS_BLAS", True)
     first, second = torch.randn(1, 12, 9), torch.randn(1, 9, 7)

@@ -1,6 +1,7 @@
 """Gram matrices of windows: every method exact for every option, and each taken where it pays."""
 
 import itertools
+import sys
 from math import prod
 
 import pytest
@@ -10,11 +11,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kfac_tn import tn
+from kfac_tn.tn import gemm
+from kfac_tn.tn import plan as plan_module
 from kfac_tn.tn.gram import METHODS, WindowGram, Windows
 from kfac_tn.tn.gram import unfolding as unfolding_module
 from kfac_tn.tn.gram.correlations import cells_of_taps
 from kfac_tn.tn.gram.step import applies
 from kfac_tn.tn.gram.windows import joint_cells, offsets_and_cells
+from kfac_tn.tn.machine import MACHINES
 
 
 @st.composite
@@ -122,8 +126,9 @@ def test_without_windows(shape):
 CONVOLUTIONS = {
     "3x3": ((8, 32, 28, 28), 3, {"padding": 1}, "lags"),
     "3x3 grouped": ((8, 64, 28, 28), 3, {"padding": 1, "groups": 2}, "lags"),
+    "3x3, many examples": ((64, 128, 14, 14), 3, {"padding": 1}, "spectra"),
     "5x5 dilated": ((4, 64, 28, 28), 5, {"dilation": 2, "padding": 4}, "lags"),
-    "small": ((32, 256, 7, 7), 3, {"padding": 1}, "cells"),
+    "small": ((32, 256, 4, 4), 3, {"padding": 1}, "cells"),
     "depthwise": ((4, 128, 28, 28), 7, {"padding": 3, "groups": 128}, "correlations"),
     "pointwise": ((4, 32, 20, 20), 1, {}, "unfolding"),
     "few channels": ((2, 3, 32, 32), 7, {"padding": 3, "stride": 2}, "unfolding"),
@@ -138,14 +143,33 @@ def expand_network(name):
     return tn.kfac_expand_input_factor(tn.ConvSpec(shape, weight_shape, **options)).simplify()
 
 
+@pytest.fixture(params=sorted(set(MACHINES) - {"cuda"}))
+def processor(request, monkeypatch):
+    """Each kind that there are constants for; plans made before are forgotten, and those for it."""
+    for cache in (plan_module._recipe, plan_module._recipes):
+        cache.cache_clear()
+    monkeypatch.setattr(gemm, "PROCESSOR", request.param)
+    monkeypatch.setattr(gemm, "SUITS_BLAS", request.param == "intel")
+    monkeypatch.setattr(gemm, "LEAST_COPY", sys.maxsize if request.param == "zen4" else 96)
+    yield
+    for cache in (plan_module._recipe, plan_module._recipes):
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_the_planner_takes_what_pays_and_all_agree(name):
-    shape, kernel_size, options, method = CONVOLUTIONS[name]
+def test_the_planner_takes_what_pays_on_every_processor(name):
+    instructions = expand_network(name).plan().instructions
+    (gram,) = (i.step for i in instructions if isinstance(i.step, WindowGram))
+    assert gram.method == CONVOLUTIONS[name][3]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_all_algorithms_agree(name):
+    shape, kernel_size, options, _ = CONVOLUTIONS[name]
     groups = options.get("groups", 1)
     network = expand_network(name)
     recipe = network.plan()
-    (gram,) = (i.step for i in recipe.instructions if isinstance(i.step, WindowGram))
-    assert gram.method == method
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spatial = {key: value for key, value in options.items() if key != "groups"}
     columns = F.unfold(x, kernel_size, **spatial)
@@ -160,12 +184,12 @@ def test_explain_names_the_choice_first(monkeypatch):
     network = expand_network("3x3")
     lines = network.plan().explain().splitlines()
     assert lines[0].split()[:2] == ["algorithm", "estimate"]
-    first, *others = (line.split()[0] for line in lines[1:4])
+    first, *others = (line.split()[0] for line in lines[1:5])
     assert first == "lags"
-    assert sorted(others) == ["cells", "unfolding"]
-    assert lines[4].startswith("  [")
-    assert "WindowGram" in lines[4]
-    estimates = [float(line.split()[1]) for line in lines[1:4]]
+    assert sorted(others) == ["cells", "spectra", "unfolding"]
+    assert lines[5].startswith("  [")
+    assert "WindowGram" in lines[5]
+    estimates = [float(line.split()[1]) for line in lines[1:5]]
     assert estimates == sorted(estimates)
     assert network.plan("unfolding").algorithm == "unfolding"
     monkeypatch.setenv("KFAC_TN_ALGORITHM", "unfolding")
@@ -210,7 +234,7 @@ def _peak(call):
     return peak / result.element_size() - result.numel()
 
 
-@pytest.mark.parametrize("name", ["3x3", "depthwise", "few channels"])
+@pytest.mark.parametrize("name", ["3x3", "3x3, many examples", "depthwise", "few channels"])
 def test_differentiable_and_under_vmap(name):
     network = expand_network(name)
     shape = CONVOLUTIONS[name][0]

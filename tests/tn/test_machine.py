@@ -6,9 +6,9 @@ from kfac_tn.tn import gemm
 from kfac_tn.tn.machine import MACHINES, kind, machine
 
 
-@pytest.mark.parametrize(("suits", "processor"), [(True, "intel"), (False, "cpu")])
-def test_processors_differ_by_what_blas_makes_of_them(suits, processor, monkeypatch):
-    monkeypatch.setattr(gemm, "SUITS_BLAS", suits)
+@pytest.mark.parametrize("processor", ["intel", "zen4", "cpu"])
+def test_each_kind_of_processor_has_its_own(processor, monkeypatch):
+    monkeypatch.setattr(gemm, "PROCESSOR", processor)
     assert kind("cpu") == kind("mps") == kind("intel") == processor
     assert kind("cuda") == "cuda"
     assert machine("cpu") is MACHINES[processor]

@@ -30,7 +30,7 @@ Block = tuple[tuple[int, ...], tuple[int, ...]]
 """A pair of kernel positions, with one number for each axis."""
 
 
-def examples_at_once(shape: Sequence[int], windows: tuple[Windows, ...], copies: int) -> int:
+def examples_at_once(shape: Sequence[int], windows: tuple[Windows, ...], copies: float) -> int:
     """Examples whose copies are no more than the tensor, or little beside the result.
 
     Args:
@@ -42,7 +42,7 @@ def examples_at_once(shape: Sequence[int], windows: tuple[Windows, ...], copies:
     elements = prod(shape)
     result = shared * (channels * prod(window.kernel_size for window in windows)) ** 2
     limit = max(elements, LEAST_CHUNK, result // LITTLE)
-    return min(examples, max(1, limit * examples // (copies * elements)))
+    return min(examples, max(1, int(limit * examples / (copies * elements))))
 
 
 def by_offset(cells: Sequence[JointCell]) -> list[list[int]]:

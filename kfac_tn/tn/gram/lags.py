@@ -29,6 +29,10 @@ MOST_AXES = 3
 """Axes with windows that torch's convolutions have at most."""
 
 
+Key = tuple[tuple[int, ...], tuple[int, ...]]
+"""Residue class of the first position of a pair, and what leads to the second."""
+
+
 class Lags(NamedTuple):
     """Positions along one axis at the distance of the stride, and the lags at which they count.
 
@@ -56,18 +60,36 @@ def gram_by_lags(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0) ->
     Returns:
         `[shared, d, d]`, `d = channels * prod(kernel sizes)`.
     """
+    return gram_from_lags(x, windows, scale, _all_lags(x, windows))
+
+
+def gram_from_lags(
+    x: Tensor, windows: tuple[Windows, ...], scale: float, all_lags: dict[Key, Tensor]
+) -> Tensor:
+    """Put the products of all pairs of positions at each lag into the blocks they belong to.
+
+    Args:
+        x: `[shared, examples, channels, *sizes]`.
+        windows: Of each of the last axes.
+        scale: The result is multiplied by that.
+        all_lags: By residue class and lag, `[shared, channels, channels]` each. The dict is emptied
+            on the way.
+
+    Returns:
+        `[shared, d, d]`, `d = channels * prod(kernel sizes)`.
+    """
     cells = joint_cells(windows, useless=True)
     slabs = _Slabs(x, windows)
-    all_lags = _all_lags(x, windows)
     grams: list[Tensor] = [x] * len(cells)
     for members in by_offset(cells):
         # All pairs, less those of all cells but the largest: what is left is the largest's.
         largest, *others = sorted(members, key=lambda at: -cells[at].pairs)
-        grams[largest] = all_lags[_key(cells[largest], windows)].clone()  # the others go
+        grams[largest] = all_lags.pop(_key(cells[largest], windows)).clone()  # the others go
         for at in others:
             grams[at] = slabs.product(cells[at])
             grams[largest] -= grams[at]
-    del slabs, all_lags  # before there is more
+    del slabs  # before there is more
+    all_lags.clear()
     if scale != 1:
         grams = [gram.mul_(scale) for gram in grams]
     return assemble(x, cells, grams, [window.kernel_size for window in windows])
@@ -98,10 +120,6 @@ def _classes(window: Windows, forward: bool) -> Iterator[Lags]:
         count = len(range(first, size, stride))
         if count:
             yield Lags(first, count, least, kernel_size - taps[0] - least)
-
-
-Key = tuple[tuple[int, ...], tuple[int, ...]]
-"""Residue class of the first position of a pair, and what leads to the second."""
 
 
 def _key(cell: JointCell, windows: tuple[Windows, ...]) -> Key:

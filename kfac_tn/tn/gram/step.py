@@ -28,6 +28,13 @@ from kfac_tn.tn.gram.lags import (
     lags_of_classes,
 )
 from kfac_tn.tn.gram.positions import MOST_PAIRS, at_once, gram_by_positions, groups_at_once
+from kfac_tn.tn.gram.spectra import (
+    PARTS,
+    chunks,
+    gram_by_spectra,
+    most_elements,
+    number_of_frequencies,
+)
 from kfac_tn.tn.gram.symmetric import symmetric_share
 from kfac_tn.tn.gram.unfolding import LEAST_CHUNK, division, gram_by_unfolding
 from kfac_tn.tn.gram.windows import Windows, amounts
@@ -42,6 +49,7 @@ METHODS: dict[str, Method] = {
     "correlations": gram_by_correlations,
     "positions": gram_by_positions,
     "lags": gram_by_lags,
+    "spectra": gram_by_spectra,
 }
 """How to compute the Gram matrix of `[shared, examples, channels, *sizes]` through windows."""
 
@@ -57,6 +65,9 @@ WRITTEN = 2
 LAG = 4
 """How often an element of what correlations result in is moved."""
 
+TRANSFORM = 8
+"""How often an element of spectra is moved, from the tensor until they are laid out."""
+
 
 def applies(method: str, channels: int, windows: tuple[Windows, ...]) -> bool:
     """Whether a method can be used.
@@ -70,6 +81,8 @@ def applies(method: str, channels: int, windows: tuple[Windows, ...]) -> bool:
         return bool(windows) and channels <= MOST_CHANNELS
     if method == "lags":
         return 0 < len(windows) <= MOST_AXES
+    if method == "spectra":
+        return bool(windows) and all(window.stride == 1 for window in windows)
     if method == "positions":
         pairs = (channels * prod(window.size for window in windows)) ** 2
         return bool(windows) and pairs <= MOST_PAIRS
@@ -158,6 +171,8 @@ class WindowGram(Step):
             rows, terms = channels * self._kernel, examples * positions // chunks
         if self.method == "positions":
             rows, terms = channels * prod(window.size for window in self.windows), examples
+        if self.method == "spectra":
+            shared, terms = 2, 2 * examples  # several frequencies
         large = x.dtype is torch.float32 and gemm.worth(shared, rows, terms, rows)
         return not large or not (aligned or rows >= gemm.LEAST_COPY)
 
@@ -166,6 +181,11 @@ class WindowGram(Step):
         if self.method == "lags":
             pairs = amounts(self.windows, True).border
             return 2 * shared * examples * pairs * max(channels, width) ** 2
+        if self.method == "spectra":
+            there, frequencies = amounts(self.windows, True), number_of_frequencies(self.windows)
+            pairs = 3 * frequencies + there.border
+            back = 2 * there.offsets * frequencies * self._chunks_of_spectra(x)
+            return 2 * shared * (examples * pairs + back) * max(channels, width) ** 2
         if self.method == "unfolding":
             size = max(channels * self._kernel, width)
             return 2 * shared * size**2 * examples * positions
@@ -209,6 +229,11 @@ class WindowGram(Step):
             once = COPIES_OF_LAGS * x.numel() * len(all_lags)
             blocks = there.cells + there.sums + LAG * lags * self._chunks_of_lags(x)
             return once + shared * channels**2 * blocks + WRITTEN * result
+        if self.method == "spectra":
+            there, frequencies = amounts(self.windows, True), number_of_frequencies(self.windows)
+            transformed = TRANSFORM * 2 * frequencies * shared * examples * channels
+            blocks = there.cells + there.sums + LAG * there.offsets + 3 * frequencies
+            return x.numel() + transformed + shared * channels**2 * blocks + WRITTEN * result
         if self.method == "positions":
             pairs = shared * channels**2 * self._position_pairs
             copies = 0 if at_once(channels, self.windows) else len(self.windows)
@@ -227,6 +252,13 @@ class WindowGram(Step):
         if self.method == "lags":
             there = amounts(self.windows, True)
             calls = 12 * len(lags_of_classes(self.windows)) * self._chunks_of_lags(inputs[0])
+            return calls + 4 * there.cells + 6 * there.offsets + 4 * self._kernel + there.sums
+        if self.method == "spectra":
+            there, (shared, _, channels, _) = amounts(self.windows, True), self._sizes(inputs[0])
+            elements = shared * channels**2
+            limit = most_elements(inputs[0].numel(), elements * self._kernel**2)
+            products = -(-number_of_frequencies(self.windows) * elements // limit)
+            calls = 50 + (10 * products + 8 * PARTS) * self._chunks_of_spectra(inputs[0])
             return calls + 4 * there.cells + 6 * there.offsets + 4 * self._kernel + there.sums
         if self.method == "positions":
             chunks = -(-self._sizes(inputs[0])[0] // self._groups_at_once(inputs[0]))
@@ -255,6 +287,12 @@ class WindowGram(Step):
             lags = sum(prod(lag.number for lag in joint) for joint in lags_of_classes(self.windows))
             grams = (there.cells + there.sums + lags) * shared * channels**2
             return max(x.numel(), LEAST_CHUNK) + grams
+        if self.method == "spectra":
+            there, frequencies = amounts(self.windows, True), number_of_frequencies(self.windows)
+            grams = (there.cells + there.sums + 3 * there.offsets) * shared * channels**2
+            spectra = 2 * frequencies * x.numel() // prod(w.size for w in self.windows)
+            chunk = most_elements(x.numel(), shared * (channels * self._kernel) ** 2)
+            return spectra // self._chunks_of_spectra(x) + chunk + grams
         if self.method == "positions":
             return 2 * self._groups_at_once(x) * channels**2 * self._position_pairs
         return 2 * x.numel()
@@ -262,6 +300,10 @@ class WindowGram(Step):
     def _groups_at_once(self, x: Tensor) -> int:
         shared, examples, channels, _ = self._sizes(x)
         return groups_at_once((shared, examples, channels), self.windows)
+
+    def _chunks_of_spectra(self, x: Tensor) -> int:
+        shared, examples, channels, _ = self._sizes(x)
+        return chunks((shared, examples, channels, *(w.size for w in self.windows)), self.windows)
 
     def _chunks_of_lags(self, x: Tensor) -> int:
         shared, examples, channels, _ = self._sizes(x)

@@ -44,6 +44,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "correlations": ("fold", "spread", "correlations"),
     "positions": ("fold", "spread", "positions"),
     "lags": ("fold", "spread", "lags"),
+    "spectra": ("fold", "spread", "spectra"),
     "runs": ("fold", "spread", "unfolding", "runs"),
     "joint": ("fold", "spread", "unfolding", "joint"),
     "tensors": ("tensors",),
@@ -55,8 +56,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
   windows are computed by im2col, in chunks.
 - `spread`: no folds. `matrices`: no windows over zeros either, patterns are matrices of zeros and
   ones.
-- `cells`, `correlations`, `positions`, `lags`: as the first, and Gram matrices by these methods of
-  `kfac_tn.tn.gram`.
+- `cells`, `correlations`, `positions`, `lags`, `spectra`: as the first, and Gram matrices by these
+  methods of `kfac_tn.tn.gram`.
 - `runs`: as the first, and sums over windows along the outermost axis are sums of whole rows, less
   some at the borders; `joint`: they are products with one matrix for all axes.
 - `tensors`: no views either, all patterns are tensors of zeros and ones. Two operands then meet
@@ -114,6 +115,7 @@ NEEDS = {
     "correlations": ("pair",),
     "positions": ("pair",),
     "lags": ("pair",),
+    "spectra": ("pair",),
     "runs": ("sum",),
     "joint": ("sum",),
     "tensors": ("meeting",),
