@@ -24,8 +24,11 @@ from kfac_tn.tn.gram.unfolding import LEAST_CHUNK
 from kfac_tn.tn.gram.windows import Windows
 from kfac_tn.tn.transpose import transposed
 
-PRIMES = 2, 3, 5, 7
+PRIMES = 2, 3, 5
 """What the lengths of fast transforms are products of."""
+
+LEAST_EVEN = 20
+"""Length from which on odd ones take longer, by a half, than is saved with fewer frequencies."""
 
 COPIES = 3
 """Copies of some examples that are made at most at once: with zeros, their spectrum, in order."""
@@ -56,7 +59,7 @@ def lengths(windows: tuple[Windows, ...]) -> tuple[int, ...]:
 
     Example:
         >>> lengths((Windows(-1, 3, 32, 1, 1, 32), Windows(0, 1, 11, 1, 1, 11)))
-        (35, 12)
+        (36, 12)
     """
     reach = ((window.kernel_size - 1) * window.dilation for window in windows)
     return tuple(_fast(w.size + min(r, w.size - 1)) for w, r in zip(windows, reach, strict=True))
@@ -90,7 +93,7 @@ def _fast(least: int) -> int:
         for prime in PRIMES:
             while rest % prime == 0:
                 rest //= prime
-        if rest == 1:
+        if rest == 1 and (least % 2 == 0 or least < LEAST_EVEN):
             return least
         least += 1
 
