@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kfac_tn.functional.common import cast, full_precision
+from kfac_tn.functional.common import cast
 from kfac_tn.tn import gemm
+from kfac_tn.tn.autocast import full_precision
 
 
 def split_rows(rows: Tensor, pieces: int) -> Tensor:

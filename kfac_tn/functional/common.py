@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-
-from kfac_tn.tn.autocast import is_enabled
 
 UNFOLD_BYTES = 64 * 2**20
 """Most bytes of unfolded input (or similar copies) held at once; larger batches go in chunks."""
@@ -77,14 +74,6 @@ def cast_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.dtype == accumulation_dtype(tensor):
         return (tensor,)
     return split(tensor, tensor[0].numel())
-
-
-def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
-    """Keep autocast from lowering the precision of products."""
-    device = tensor.device.type
-    if is_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def concatenate(chunks: Sequence[Tensor], axis: int = 0) -> Tensor:

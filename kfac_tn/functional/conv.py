@@ -12,12 +12,12 @@ from kfac_tn.functional.common import (
     check,
     check_approximation,
     concatenate,
-    full_precision,
     split,
 )
 from kfac_tn.functional.networks import Geometry, evaluate
 from kfac_tn.functional.products import append_one, average_gram, border, gram, sum_grams
 from kfac_tn.tn import gemm
+from kfac_tn.tn.autocast import full_precision
 from kfac_tn.tn.conv import Ints, Padding
 from kfac_tn.tn.gram.unfolding import side_by_side
 

@@ -12,10 +12,10 @@ from kfac_tn.functional.common import (
     check,
     check_approximation,
     concatenate,
-    full_precision,
     split,
 )
 from kfac_tn.functional.products import append_one, average_gram, border, gram, sum_grams
+from kfac_tn.tn.autocast import full_precision
 
 
 def linear_input_factor(x: Tensor, approximation: str = "expand", bias: bool = False) -> Tensor:

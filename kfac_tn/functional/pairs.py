@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kfac_tn.functional import common
-from kfac_tn.functional.common import accumulation_dtype, cast, concatenate, full_precision
+from kfac_tn.functional.common import accumulation_dtype, cast, concatenate
 from kfac_tn.tn import gemm
+from kfac_tn.tn.autocast import full_precision
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from kfac_tn.functional.common import cast, cast_chunks, check, full_precision
+from kfac_tn.functional.common import cast, cast_chunks, check
 from kfac_tn.tn import gemm
+from kfac_tn.tn.autocast import full_precision
 from kfac_tn.tn.gram.symmetric import LEAST_SUM, SymmetricSum
 
 

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from kfac_tn.functional import common
 from kfac_tn.functional.blocks import multiply_blocks
-from kfac_tn.functional.common import cast, check, full_precision
+from kfac_tn.functional.common import cast, check
 from kfac_tn.functional.networks import Geometry, evaluate
 from kfac_tn.functional.products import append_one
+from kfac_tn.tn.autocast import full_precision
 from kfac_tn.tn.conv import Ints, Padding
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kfac_tn.functional import common, winograd
-from kfac_tn.functional.common import accumulation_dtype, cast, full_precision
+from kfac_tn.functional.common import accumulation_dtype, cast
 from kfac_tn.functional.pairs import Pair, products_over_positions
 from kfac_tn.functional.winograd import KERNEL
 from kfac_tn.tn import gemm
+from kfac_tn.tn.autocast import full_precision
 
 LARGE = 2**22
 """Multiplications of an example's gradients that are worth products of their own."""

@@ -1,8 +1,11 @@
-"""Whether autocast lowers the precision of what follows, asked such that `torch.compile` can."""
+"""Autocast: whether it lowers the precision of what follows, asked as `torch.compile` can trace."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch import Tensor
 
 KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia")
 
@@ -19,3 +22,11 @@ def is_enabled(device_type: str) -> bool:
         (True, False)
     """
     return device_type in AVAILABLE and torch.is_autocast_enabled(device_type)
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
+    """Keep autocast from lowering the precision of products on a tensor's device."""
+    device = tensor.device.type
+    if is_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

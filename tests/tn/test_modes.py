@@ -39,6 +39,23 @@ def test_compiled_in_one_graph(builder, backend):
     torch.testing.assert_close(function(operands), expected)  # what tracing cached is real
 
 
+def test_each_algorithm_of_gram_matrices_compiles_and_meets_fake_tensors():
+    network = tn.kfac_expand_input_factor(tn.ConvSpec((2, 3, 6, 5), (1, 3, 3, 2))).simplify()
+    operands = operands_of(network)
+    plan = network.plan()
+    algorithms = [recipe.algorithm for recipe in (plan, *plan.others)]
+    assert {"unfolding", "cells", "lags", "spectra"} <= set(algorithms)
+    for algorithm in algorithms:
+        function = lambda ops, name=algorithm: network.evaluate(**ops, algorithm=name)  # noqa: E731
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        expected = function(operands)
+        torch.testing.assert_close(compiled(operands), expected, msg=algorithm)
+        with FakeTensorMode() as mode:
+            fakes = {name: mode.from_tensor(t) for name, t in operands.items()}
+            assert function(fakes).shape == expected.shape
+
+
 def test_compiled_before_anything_else_is_asked_of_the_network():
     operands = operands_of(VJP)
     fresh = tn.Network.build(VJP.nodes, VJP.output, VJP.size)
@@ -121,6 +138,20 @@ def test_autocast_lowers_products():
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, rtol=0.05, atol=0.05)
     torch.testing.assert_close(network.evaluate(**operands), expected)  # constants stay exact
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 14, 14), (2, 64, 60, 60)])
+def test_autocast_leaves_gram_matrices_precise(shape):
+    """They are sums of many products, in chunks: added up in place, whatever the algorithm."""
+    spec = tn.ConvSpec(shape, (1, shape[1], 3, 3), padding=1)
+    network = tn.kfac_expand_input_factor(spec).simplify()
+    operands = operands_of(network, torch.float32)
+    expected = network.evaluate(**operands)
+    plan = network.plan()
+    for recipe in (plan, *plan.others):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = network.evaluate(**operands, algorithm=recipe.algorithm)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5, msg=recipe.algorithm)
 
 
 def test_counting_modes_see_the_evaluation_alone():

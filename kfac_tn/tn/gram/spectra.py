@@ -51,7 +51,8 @@ def gram_by_spectra(x: Tensor, windows: tuple[Windows, ...], scale: float = 1.0)
     Returns:
         `[shared, d, d]`, `d = channels * prod(kernel sizes)`.
     """
-    return gram_from_lags(x, windows, scale, _all_lags(x, windows))
+    precise = x if x.dtype in (torch.float32, torch.float64) else x.float()  # what has transforms
+    return gram_from_lags(precise, windows, scale, _all_lags(precise, windows)).to(x.dtype)
 
 
 def lengths(windows: tuple[Windows, ...]) -> tuple[int, ...]:
@@ -108,15 +109,14 @@ def _all_lags(x: Tensor, windows: tuple[Windows, ...]) -> dict[Key, Tensor]:
     ]
     still = (0,) * len(windows)
     ways = [way for way in product(*ranges) if way >= still]  # others are mirror images
-    precise = x if x.dtype in (torch.float32, torch.float64) else x.float()
     sizes = lengths(windows)
-    back = [weights.to(precise) for weights in _transform(sizes, ways)]
-    totals = [precise.new_zeros(1, len(ways), shared * channels**2) for _ in back]
+    back = [weights.to(x) for weights in _transform(sizes, ways)]
+    totals = [x.new_zeros(1, len(ways), shared * channels**2) for _ in back]
     most = most_elements(x.numel(), shared * (channels * prod(w.kernel_size for w in windows)) ** 2)
-    for chunk in precise.chunk(chunks(x.shape, windows), 1):
+    for chunk in x.chunk(chunks(x.shape, windows), 1):
         _add_products(totals, _spectra(chunk, sizes), back, most)
     even, odd = (total.view(len(ways), shared, channels, channels) for total in totals)
-    found = even.sub_(odd).add_(transposed(odd)).to(x.dtype)
+    found = even.sub_(odd).add_(transposed(odd))
     return {(still, way): gram for way, gram in zip(ways, found, strict=True)}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_tn.tn import gemm
+from kfac_tn.tn.autocast import full_precision
 from kfac_tn.tn.gram.blocks import LITTLE, examples_at_once
 from kfac_tn.tn.gram.cells import COPIES, gram_by_cells
 from kfac_tn.tn.gram.correlations import (
@@ -127,7 +128,8 @@ class WindowGram(Step):
         last = sizes if windows else [prod(sizes)]
         x = tensor.permute([axis for group in axes for axis in group])
         x = x.reshape(prod(shared), prod(examples), prod(own), *last)
-        return METHODS[method](x, windows, scale).reshape(*shared, *rows, *rows)
+        with full_precision(x):  # sums are added up in place, in one precision
+            return METHODS[method](x, windows, scale).reshape(*shared, *rows, *rows)
 
     def estimate(self, *inputs: Tensor) -> Tensor:
         """A tensor like the result."""
