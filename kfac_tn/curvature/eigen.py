@@ -193,20 +193,6 @@ class SumBlock(MatrixBlock):
         return first
 
 
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of positive semi-definite matrices, in float64 if need be.
-
-    Rounding makes the smallest eigenvalues of a semi-definite matrix negative; they are zero here.
-    Half precision, for which there is no algorithm, is decomposed in float32.
-    """
-    accurate = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    try:
-        values, vectors = torch.linalg.eigh(accurate)
-    except torch.linalg.LinAlgError:  # it didn't converge
-        values, vectors = torch.linalg.eigh(matrix.double())
-    return values.to(matrix.dtype).clamp(min=0), vectors.to(matrix.dtype)
-
-
 def sum_of(tensors: list[Tensor]) -> Tensor:
     """The sum of tensors of one shape."""
     return torch.stack(tensors).sum(0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_tn.curvature.eigh import eigh
 from kfac_tn.curvature.moving import KroneckerMoving
 from kfac_tn.functional.blocks import multiply_blocks
 from kfac_tn.layers import LayerBlock
@@ -77,7 +78,7 @@ class EigenFactors(KroneckerMoving):
             factor = factor.clone()
             last = factor.unflatten(0, (self.groups, -1))[:, -1].diagonal(dim1=-2, dim2=-1)
             last[:, used:] = -1 - last.sum(1, keepdim=True)
-        values, vectors = _eigh(factor)
+        values, vectors = eigh(factor)
         return values.view(self.groups, -1), vectors
 
     def _rotate(self, slot: int, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
@@ -108,14 +109,3 @@ class EigenFactors(KroneckerMoving):
     def _rotated_back(self, b: Tensor, matrices: Tensor, a: Tensor) -> Tensor:
         """Q_B M Q_A^T, ``[K, d_out, d_in]``."""
         return self._both_sides(b.mT, matrices, a.mT)
-
-
-def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, not negative, and eigenvectors; in float64 where float32 doesn't converge."""
-    try:
-        values, vectors = torch.linalg.eigh(factor)
-        if not bool(values.isfinite().all() & vectors.isfinite().all()):
-            raise torch.linalg.LinAlgError("not finite")
-    except torch.linalg.LinAlgError:
-        values, vectors = (each.to(factor) for each in torch.linalg.eigh(factor.double()))
-    return values.clamp(min=0), vectors

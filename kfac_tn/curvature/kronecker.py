@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kfac_tn.curvature.block import Block, Damping, Scalar
-from kfac_tn.curvature.eigen import Bias, EigenBlock, MatrixBlock, eigh
+from kfac_tn.curvature.eigen import Bias, EigenBlock, MatrixBlock
+from kfac_tn.curvature.eigh import eigh
 from kfac_tn.curvature.layout import Layout
 
 

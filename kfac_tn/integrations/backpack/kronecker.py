@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_tn.curvature.eigen import Bias, eigh
+from kfac_tn.curvature.eigen import Bias
+from kfac_tn.curvature.eigh import eigh
 from kfac_tn.functional import common, gram
 from kfac_tn.functional.rows import rotated_second_moment
 from kfac_tn.integrations.backpack.diagonals import BackpackFisher, FisherExtension, diagonals
