@@ -121,22 +121,26 @@ def _all_lags(x: Tensor, windows: tuple[Windows, ...]) -> dict[Key, Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _frequencies(sizes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """One of each frequency and its opposite, by its place in what `rfftn` returns.
+def _frequencies(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """One of each frequency and its opposite: their places in what `rfftn` returns, flattened.
 
     Example:
         >>> _frequencies((2, 4))
-        {0: (0, 0), 1: (0, 1), 2: (0, 2), 3: (1, 0), 4: (1, 1), 5: (1, 2)}
-        >>> list(_frequencies((4, 2)))  # (3, 0) is the opposite of (1, 0)
-        [0, 1, 2, 3, 4, 5]
+        (0, 1, 2, 3, 4, 5)
+        >>> _frequencies((4, 2))  # the last two, (3, 0) and (3, 1), are the opposites of others
+        (0, 1, 2, 3, 4, 5)
     """
-    half = [*sizes[:-1], sizes[-1] // 2 + 1]
-    return {
-        at: frequency
-        for at, frequency in enumerate(product(*map(range, half)))
-        if not _opposite(frequency, sizes) < frequency
-        or _opposite(frequency, sizes)[-1] >= half[-1]
-    }
+    half = _half(sizes)
+    kept = []
+    for at, frequency in enumerate(product(*map(range, half))):
+        opposite = tuple(-k % size for k, size in zip(frequency, sizes, strict=True))
+        if opposite >= frequency or opposite[-1] >= half[-1]:
+            kept.append(at)
+    return tuple(kept)
+
+
+def _half(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (*sizes[:-1], sizes[-1] // 2 + 1)
 
 
 def _transform(sizes: tuple[int, ...], ways: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
@@ -144,22 +148,18 @@ def _transform(sizes: tuple[int, ...], ways: Sequence[tuple[int, ...]]) -> tuple
 
     Each frequency stands for its opposite, too, if that is another one.
     """
-    kept = _frequencies(sizes).values()
-    own = [frequency == _opposite(frequency, sizes) for frequency in kept]
-    share = torch.where(torch.tensor(own), 1.0, 2.0).double() / prod(sizes)
-    turns = torch.tensor(list(kept)).double() / torch.tensor(sizes)
+    kept = torch.stack(torch.unravel_index(torch.tensor(_frequencies(sizes)), _half(sizes)), 1)
+    turns = kept.double() / torch.tensor(sizes)
+    own = (2 * turns % 1 == 0).all(1)
+    share = torch.where(own, 1.0, 2.0).double() / prod(sizes)
     angles = 2 * torch.pi * torch.tensor(ways).double() @ turns.mT
     return share * angles.cos(), share * angles.sin()
-
-
-def _opposite(frequency: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-k % size for k, size in zip(frequency, sizes, strict=True))
 
 
 def _spectra(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Real and imaginary parts, `[frequencies, shared, 2, examples, channels]`."""
     shared, examples, channels, *_ = x.shape
-    kept = torch.tensor(list(_frequencies(sizes)), device=x.device)
+    kept = torch.tensor(_frequencies(sizes), device=x.device)
     spectra = x.new_empty(len(kept), shared, 2, examples, channels)
     each = shared * channels * prod(sizes)
     at_once = max(1, max(x.numel() // PARTS, LEAST_CHUNK) // (COPIES * each))
