@@ -65,7 +65,7 @@ def take_turns(
 
     Args:
         calls: By name.
-        once: About the seconds that one call takes, by name.
+        once: About the seconds that one call takes, by name; its fastest turn tells better.
         budget: Seconds for all; each call has an equal share, and at least one turn.
         most: Number of rounds.
     """
@@ -75,7 +75,7 @@ def take_turns(
     for turn in range(most):
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            duration = max(once[name], SHORTEST)
+            duration = max(min([once[name], *times[name]]), SHORTEST)
             if times[name] and (len(times[name]) + 1) * duration > share:
                 continue
             times[name].append(seconds(calls[name], math.ceil(SHORTEST / once[name])))
