@@ -17,10 +17,10 @@ from kfac_tn.functional.networks import (
     seen_positions,
     spatial_sizes,
     tiled,
-    weight_gradient,
 )
 from kfac_tn.functional.pairs import Pair, per_example_gradients
 from kfac_tn.functional.squares import sum_squared_gradients
+from kfac_tn.functional.torch_kernels import is_depthwise, weight_gradients
 from kfac_tn.functional.winograd import KERNEL, WINDOW, transform_inputs
 from kfac_tn.tn.conv import Ints, Padding
 
@@ -360,7 +360,7 @@ def _conv_pair(
     d_out, d_in = channels // groups, x.shape[1] // groups * prod(kernel)
 
     def direct(x: Tensor, g: Tensor) -> Tensor:
-        return weight_gradient(cast(x), cast(g), geometry).reshape(groups, d_out, d_in)
+        return weight_gradients(cast(x), cast(g), geometry).view(-1, groups, d_out, d_in)
 
     parts = tiled(x, geometry)
 
@@ -382,6 +382,7 @@ def _conv_pair(
         (groups, d_out, d_in, g[0][0, 0].numel()),
         lambda: seen_positions(x, geometry),
         direct if len(kernel) <= 3 and prod(kernel) > 1 else None,
+        is_depthwise(x, channels, geometry),
         None if parts is None else tiles,
     )
 

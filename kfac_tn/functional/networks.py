@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kfac_tn import tn
 from kfac_tn.functional import winograd
@@ -97,33 +95,9 @@ def seen_positions(x: Tensor, geometry: Geometry) -> tuple[tuple[int, ...], ...]
     return _seen_positions(*_key(x, geometry))
 
 
-def weight_gradient(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
-    """Gradient of a convolution's weight, by torch's own kernel.
-
-    Args:
-        x: Input, `[N, C_in, *spatial]`, in at most three spatial dimensions.
-        g: Gradient of the output.
-        geometry: The convolution, not a transposed one.
-
-    Returns:
-        `[C_out, C_in / groups, *kernel_size]`.
-    """
-    spec = _spec(*_key(x, geometry))
-    padding = [before for before, _ in spec.paddings]
-    if spec.padding_mode != "zeros" or any(before != after for before, after in spec.paddings):
-        sides = [size for pair in reversed(spec.paddings) for size in pair]
-        mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-        x, padding = F.pad(x, sides, mode), [0] * len(padding)
-    shape = (g.shape[1], spec.weight_shape[1], *spec.kernel_size)
-    gradient = _WEIGHT_GRADIENTS[len(padding)]
-    return gradient(x, shape, g, spec.strides, padding, spec.dilations, spec.groups)
-
-
-_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
-    1: torch.nn.grad.conv1d_weight,
-    2: torch.nn.grad.conv2d_weight,
-    3: torch.nn.grad.conv3d_weight,
-}
+def spec_of(x: Tensor, geometry: Geometry) -> tn.ConvSpec:
+    """All that is to know of a convolution, but that it has one output channel for each group."""
+    return _spec(*_key(x, geometry))
 
 
 def _key(x: Tensor, geometry: Geometry) -> tuple[Any, ...]:

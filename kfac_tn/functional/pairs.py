@@ -18,6 +18,9 @@ from kfac_tn.functional.common import accumulation_dtype, cast, concatenate
 from kfac_tn.tn import gemm
 from kfac_tn.tn.autocast import full_precision
 
+FEW_COLUMNS = 3
+"""Columns for each of which torch's kernel may lay out the input anew; more share vectors of it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -31,9 +34,9 @@ class Pair:
         shape: `groups`, `d_out`, `d_in` and the number of positions `R`.
         seen: For each entry of a kernel the positions at which it sees more than padding. `d_in`
             is channels times entries.
-        direct: Makes the gradient, `[groups, d_out, d_in]`, of one example's input and one column
-            of gradients of its output, both with an axis of one example, without its vectors. None
-            where nothing does.
+        direct: Makes the gradients, `[n, groups, d_out, d_in]`, of some examples' input and one
+            column of gradients of their output, without vectors. None where nothing does.
+        depthwise: Whether oneDNN has a kernel for just that.
         tiles: Makes `[WINDOW, n, groups, d, R / TILE]` of some examples' input, `d_in` being `d`
             times `KERNEL`: see `kfac_tn.functional.winograd`. None where that doesn't apply.
     """
@@ -45,6 +48,7 @@ class Pair:
     shape: tuple[int, int, int, int]
     seen: Callable[[], tuple[tuple[int, ...], ...]]
     direct: Callable[[Tensor, Tensor], Tensor] | None = None
+    depthwise: bool = False
     tiles: Callable[[Tensor], Tensor] | None = None
 
     def read(self, columns: slice, examples: slice) -> Tensor:
@@ -52,6 +56,18 @@ class Pair:
         parts = [cast(g[examples]) for g in self.g[columns]]
         stacked = torch.stack(parts, 1).transpose(0, 1) if len(parts) > 1 else parts[0].unsqueeze(0)
         return self.rows(stacked)
+
+    @property
+    def suits_direct(self) -> bool:
+        """Whether `direct` is faster than anything that is unfolded, by far for one column."""
+        return self.depthwise and len(self.g) <= FEW_COLUMNS and self.by_one_dnn
+
+    @property
+    def by_one_dnn(self) -> bool:
+        """Whether kernels for convolutions are oneDNN's."""
+        if self.x.device.type != "cpu" or accumulation_dtype(self.x) != torch.float32:
+            return False
+        return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
 def per_example_gradients(pair: Pair) -> Tensor:
@@ -63,6 +79,8 @@ def per_example_gradients(pair: Pair) -> Tensor:
     size = max(1, common.UNFOLD_BYTES // copies)
     results = []
     with full_precision(pair.x):
+        if pair.direct is not None and pair.suits_direct:
+            return torch.stack([pair.direct(pair.x, g) for g in pair.g])
         for start in range(0, examples, size):
             chunk = slice(start, start + size)
             vectors = cast(pair.vectors(pair.x[chunk]))

@@ -72,7 +72,7 @@ def choose(pair: Pair, limit: int) -> str:
 
     - `"one position"`: `(g a^T)^2` is `g^2 (a^2)^T`, so that all gradients take one product.
     - `"positions"`: pairs of positions, summed over columns first; see `_pairs_of_positions`.
-    - `"direct"`: each gradient by torch's own kernel, nothing unfolded.
+    - `"direct"`: gradients by torch's own kernels, nothing unfolded.
     - `"tiles"`: each gradient, by half of the products.
     - `"gradients"`: each gradient, from vectors `a` that its columns share.
     """
@@ -80,6 +80,8 @@ def choose(pair: Pair, limit: int) -> str:
     columns = len(pair.g)
     if positions == 1:
         return "one position"
+    if pair.suits_direct:
+        return "direct"
     if is_for_pairs(d_out, d_in, positions, columns) and sum(_bytes_of_pairs(pair, limit)) <= limit:
         return "positions"
     if _is_for_tiles(pair) and sum(_bytes_of_tiles(pair)) <= limit:
@@ -87,7 +89,7 @@ def choose(pair: Pair, limit: int) -> str:
     # To unfold takes time with `d_in R`, once for all columns; torch's kernel loses time with its
     # result, `d_out d_in`.
     direct = pair.direct is not None and columns == 1 and positions > d_out
-    return "direct" if direct and _is_for_one_dnn(pair.g[0]) else "gradients"
+    return "direct" if direct and pair.by_one_dnn else "gradients"
 
 
 def columns_together(d_out: int, d_in: int, positions: int, columns: int) -> int:
@@ -114,16 +116,10 @@ def _is_for_tiles(pair: Pair) -> bool:
     """Whether half of the products take longer than all that is made of and for the others."""
     _, d_out, d_in, positions = pair.shape
     columns = len(pair.g)
-    if pair.tiles is None or not _is_large(pair, columns) or not _is_for_one_dnn(pair.g[0]):
+    if pair.tiles is None or not _is_large(pair, columns) or not pair.by_one_dnn:
         return False
     made = PAIRING * (1 / d_in + 1 / (d_out * columns))  # of either side, for each product
     return positions * (1 / 2 - made) > TILING
-
-
-def _is_for_one_dnn(tensor: Tensor) -> bool:
-    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-        return False
-    return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
 # ---- algorithms ------------------------------------------------------------------------------
@@ -145,11 +141,7 @@ def _gradients(pair: Pair, limit: int) -> Tensor:
     total = _zeros(pair)
     for vectors, columns, examples in _chunks(pair, limit):
         gradients = products_over_positions(pair.read(columns, examples), vectors)
-        if gradients.shape[0] * gradients.shape[2] > FEW:
-            total += gradients.square().sum((0, 2))
-            continue
-        for gradient in gradients.movedim(2, 1).flatten(0, 1):
-            total.addcmul_(gradient, gradient)
+        _add_squares(total, gradients)
     return total
 
 
@@ -204,11 +196,20 @@ def _tiles(pair: Pair, limit: int) -> Tensor:
 def _direct(pair: Pair, limit: int) -> Tensor:
     assert pair.direct is not None
     total = _zeros(pair)
-    for n in range(len(pair.x)):
+    size = max(1, _share(pair, limit) // _bytes_of_direct(pair))
+    for examples in _slices(len(pair.x), size):
         for g in pair.g:
-            gradient = pair.direct(pair.x[n : n + 1], g[n : n + 1])
-            total.addcmul_(gradient, gradient)
+            _add_squares(total, pair.direct(pair.x[examples], g[examples]).unsqueeze(2))
     return total
+
+
+def _add_squares(total: Tensor, gradients: Tensor) -> None:
+    """Add squares of gradients, `[n, groups, v, d_out, d_in]`."""
+    if gradients.shape[0] * gradients.shape[2] > FEW:
+        total += gradients.square().sum((0, 2))
+        return
+    for gradient in gradients.movedim(2, 1).flatten(0, 1):
+        total.addcmul_(gradient, gradient)
 
 
 def _pairs_of_positions(pair: Pair, limit: int) -> Tensor:
@@ -351,6 +352,13 @@ def _bytes_of_gradients(pair: Pair) -> tuple[int, int]:
         3 * size * d_in * positions,
         2 * size * d_out * (positions + (d_in if positions > 1 else 0)),
     )
+
+
+def _bytes_of_direct(pair: Pair) -> int:
+    """Of an example: its gradient and what that is made of, each with a copy."""
+    groups, d_out, d_in, positions = pair.shape
+    size = 2 * accumulation_dtype(pair.x).itemsize
+    return size * (groups * d_out * (d_in + positions) + pair.x[0].numel())
 
 
 def _bytes_of_tiles(pair: Pair) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from kfac_tn import functional
-from kfac_tn.functional import common, gradients, networks, squares
+from kfac_tn.functional import common, gradients, networks, pairs, squares, torch_kernels
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-10
@@ -163,6 +163,56 @@ def test_each_way_to_sum_squares(algorithm, transposed, data):
             lambda x, g: getattr(functional, f"{name}_weight_diagonal")(x, g, *options),
         )
     assume(applied)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_depthwise_convolutions_by_a_kernel_of_their_own(data):
+    """In float32, for which there is one: also of several outputs per channel, and wide kernels."""
+
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    dimensions, channels, per_channel = draw(1, 2), draw(1, 20), draw(1, 5)
+    kernel = tuple(draw(1, 8) for _ in range(dimensions))
+    paddings = tuple((draw(0, (k - 1) // 2), draw(0, (k - 1) // 2)) for k in kernel)
+    stride, sizes = tuple(draw(1, 3) for _ in kernel), [k + draw(0, 9) for k in kernel]
+    mode = data.draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"]))
+    x = rand(draw(1, 5), channels, *sizes)
+    sides = [side for pair in reversed(paddings) for side in pair]
+    weight = rand(channels * per_channel, 1, *kernel)
+
+    def layer(x, w):
+        x = F.pad(x, sides, "constant" if mode == "zeros" else mode)
+        return CONV[dimensions](x, w, None, stride, groups=channels)
+
+    options = (kernel, stride, paddings, 1, channels, mode)
+    g = rand(draw(1, 4), *layer(x, weight).shape)
+    expected = reference(layer, x, g, weight)
+    for function, wanted in (
+        (functional.conv_per_example_weight_gradient, expected),
+        (functional.conv_weight_diagonal, expected.square().sum((0, 1))),
+    ):
+        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+            actual = function(x.to(dtype), g.to(dtype), *options)
+            assert actual.dtype == dtype
+            assert actual.shape == wanted.shape
+            assert (actual - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("columns", [1, pairs.FEW_COLUMNS + 1])
+def test_depthwise_convolutions_are_taken_to_their_kernel(columns, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has been built without oneDNN")
+    called = []
+    original = torch_kernels._depthwise
+    monkeypatch.setattr(
+        torch_kernels, "_depthwise", lambda *a: called.append(a) or original(*a), raising=True
+    )
+    x, g = torch.randn(4, 6, 9, 9), torch.randn(columns, 4, 6, 9, 9)
+    functional.conv_weight_diagonal(x, g, 5, padding=2, groups=6)
+    functional.conv_per_example_weight_gradient(x, g, 5, padding=2, groups=6)
+    assert bool(called) == (columns == 1)
 
 
 def test_columns_in_a_sequence():

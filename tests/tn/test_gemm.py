@@ -52,7 +52,8 @@ def test_equals_the_product_in_float64(layouts, calls):
         with torch.no_grad():
             result = gemm.multiply(first, second)
             expected = torch.bmm(first.double(), second.double())
-        assert result.shape == expected.shape and result.is_contiguous()
+        assert result.shape == expected.shape
+        assert result.is_contiguous()
         assert (result - expected).abs().max() < 1e-5 * (1 + expected.abs().max())
     assert calls
 
