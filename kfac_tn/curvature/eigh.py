@@ -18,8 +18,12 @@ LEAST = 512
 SHARE = 8
 """What part of its dimension a low rank is, at the most."""
 
-TOLERANCE = 8
-"""What may be lost of the trace, in units of rounding errors: less than what `eigh` may be off."""
+TRACE = 8
+"""What may be lost of the trace at first, in units of its rounding error."""
+
+TOLERANCE = 2
+"""What may be lost of the matrix, in norm, in units of the largest eigenvalue's rounding error and
+the root of the dimension: a third of what `eigh` loses by rounding."""
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,14 +62,22 @@ def _of_low_rank(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     generator = torch.Generator(matrix.device).manual_seed(0)  # the same each time, nobody else's
     columns = torch.randn(size, rank, generator=generator, dtype=matrix.dtype, device=matrix.device)
-    sketch = matrix @ columns
-    inside = torch.linalg.qr(sketch)[0]
-    core = inside.mT @ (matrix @ inside)
-    whole, held = (each.diagonal(dim1=-2, dim2=-1).double().sum(-1) for each in (matrix, core))
-    rounding = TOLERANCE * torch.finfo(matrix.dtype).eps * whole
-    if not bool(((whole - held).abs() <= rounding).all()):
+    inside = torch.linalg.qr(matrix @ columns)[0]
+    sketch = matrix @ inside
+    whole, held = (
+        each.diagonal(dim1=-2, dim2=-1).double().sum(-1) for each in (matrix, inside.mT @ sketch)
+    )
+    eps = torch.finfo(matrix.dtype).eps
+    if not bool(((whole - held).abs() <= TRACE * eps * whole).all()):
         return None
-    values, rotation = torch.linalg.eigh(core)
+    # What is lost of the trace is the square of how far off the vectors are. So once more (4.4),
+    # and what is lost of the matrix itself decides.
+    inside = torch.linalg.qr(sketch)[0]
+    image = matrix @ inside
+    values, rotation = torch.linalg.eigh(inside.mT @ image)
+    lost = torch.linalg.matrix_norm(matrix - inside @ image.mT)
+    if not bool((lost <= TOLERANCE * size**0.5 * eps * values[..., -1]).all()):
+        return None
     vectors = torch.linalg.qr(sketch, mode="complete")[0]  # the same ones, and all others
     outside = vectors[..., rank:]
     zeros = values.new_zeros(groups, size - rank)

@@ -113,3 +113,29 @@ def test_half_precision(sketches):
     torch.testing.assert_close(
         (vectors * values.unsqueeze(-2)) @ vectors.mT, matrix, atol=0.05, rtol=0.05
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [0.5, 1.0])
+def test_as_exact_as_torchs_own(dtype, rank):
+    """Also where the rank is all that there are columns, which then aren't independent enough."""
+    size = module.LEAST + 8
+    for seed in range(6):
+        rows = torch.randn(int(rank * size) // module.SHARE, size, dtype=dtype)
+        matrix = (rows.mT @ rows)[None]
+        errors = []
+        for decompose in (eigh, torch.linalg.eigh):
+            values, vectors = decompose(matrix)
+            product = (vectors * values.unsqueeze(-2)) @ vectors.mT
+            errors.append(float((product - matrix).norm()))
+        assert errors[0] < 2 * errors[1], seed
+
+
+def test_an_eigenvalue_beyond_the_sketch_is_not_lost():
+    size = 2 * module.LEAST
+    rank = size // module.SHARE
+    vectors = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+    values = torch.tensor([1.0] * rank + [6e-5] + [0.0] * (size - rank - 1), dtype=torch.float64)
+    matrix = ((vectors * values) @ vectors.mT).float()[None]
+    found = eigh(matrix)[0][0].sort(descending=True).values[rank]
+    assert abs(float(found) - 6e-5) < 5e-6
