@@ -12,6 +12,7 @@ from torch.nn import Module
 from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.curvature.calls import Calls, Contributions, per_example
 from kfac_tn.curvature.checks import restored
+from kfac_tn.curvature.order import Order
 from kfac_tn.functional.common import cast
 from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import check_parameters
@@ -29,7 +30,7 @@ def compute_per_example_gradients(
     One forward and one backward pass for all layers of known kinds (linear layers, (transposed)
     convolutions, embeddings, normalizations) and for one's own parameters that are added to or
     multiplied with something of every example, or expanded; a further one for each example, alone,
-    for parameters that are used otherwise. One more backward pass verifies which way is right. The
+    for parameters that are used otherwise. Two more backward passes verify which way is right. The
     model is used in the mode it is in; that must not mix examples. Neither ``.grad`` nor buffers
     are changed.
 
@@ -90,10 +91,14 @@ def compute_per_example_gradients(
             )
         (column,) = torch.autograd.grad(loss.sum(), predictions)
         calls.verify()
+        order = Order(calls, column)
         gradients: dict[str, Tensor] = {}
 
         def receive(name: str, attribute: str, contributions: Contributions) -> None:
-            gradients[name] = per_example(attribute, contributions)
+            if order.holds(contributions):
+                gradients[name] = per_example(attribute, contributions)
+            else:
+                calls.unknown.add(name)
 
         calls.backward(column, receive)
         if calls.unknown:

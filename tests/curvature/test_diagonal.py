@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -747,3 +749,31 @@ def test_lower_precision(dtype):
     diagonal = flat(kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)]), model)
     assert diagonal.dtype == torch.float32
     assert relative_error(diagonal.double(), expected) < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+class Permuted(nn.Module):
+    """Takes its examples in another order inside, as for packed sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, batch):
+        x, rank = batch  # by which they are sorted
+        order = rank.argsort()
+        return self.outer(torch.tanh(self.inner(x[order])))[order.argsort()]
+
+
+@settings(max_examples=60)
+@given(order=st.integers(1, 9).flatmap(lambda n: st.permutations(range(n))))
+def test_per_example_gradients_where_examples_are_sorted_inside(order):
+    """Whatever is moved: not only what a few examples would show."""
+    model, x = Permuted().double(), torch.randn(len(order), 3, dtype=torch.float64)
+    y, rank, loss_fn = torch.randn(len(order), 2).double(), torch.tensor(order), nn.MSELoss()
+    gradients = kfac_tn.compute_per_example_gradients(model, loss_fn, (x, rank), y)
+    for n in range(len(order)):
+        one = slice(n, n + 1)
+        loss = loss_fn(model((x[one], rank[one])), y[one]) / len(order)
+        expected = torch.autograd.grad(loss, list(model.parameters()))
+        for gradient, wanted in zip(gradients.values(), expected, strict=True):
+            torch.testing.assert_close(gradient[n], wanted)
