@@ -21,6 +21,12 @@ from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
+from kfac_tn.examples import (
+    check_examples_first,
+    check_rows_apart,
+    find_shared,
+    refuse_shared,
+)
 from kfac_tn.factors import Gram
 from kfac_tn.functional import common
 from kfac_tn.graph import Found, bypassing, concerns, differentiate, find, output_edge, remember
@@ -28,13 +34,7 @@ from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.attention import Projection, ProjectionsApart
 from kfac_tn.likelihood import Likelihood, likelihood_of
-from kfac_tn.moments import (
-    Basis,
-    MomentCollector,
-    check_examples_first,
-    find_shared,
-    refuse_shared,
-)
+from kfac_tn.moments import Basis, MomentCollector
 from kfac_tn.passes import Passes
 from kfac_tn.statistics import Call, Statistics, input_statistic
 
@@ -106,6 +106,7 @@ class Capture:
         self._basis = basis
         self._joint = joint
         self._verified = False  # that the layers' first axis is that of the examples
+        self._apart = False  # and that of the outputs, which don't meet before the layers
         self._shared: dict[tuple[Any, ...], bool] = {}  # whether it isn't, of indices
         self.armed = True
         self.seen_loss = False
@@ -356,6 +357,8 @@ class Capture:
         parameters = [p for p in self.diagonals if p.requires_grad]  # some may be frozen by now
         if not found and not parameters:
             return
+        if self.fisher == "type-2" and not (self._signs or self._apart):
+            self._apart = check_rows_apart(found, outputs)
         one_pass, calls = self._passes.begin(task, scale), self._keep_until_taken(found, outputs)
         for column in columns:
             self._columns_seen += 1

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from kfac_tn.functional import common
-from kfac_tn.graph import Found, differentiate
-from kfac_tn.layers import LayerBlock, batch_hint
+from kfac_tn.layers import LayerBlock
 from kfac_tn.statistics import Call
 
 
@@ -111,135 +106,3 @@ def second_moment(basis: Basis, pairs: Sequence[tuple[Call, Tensor]]) -> Tensor:
         total = moment if total is None else total.add_(moment)
     assert total is not None
     return total
-
-
-def find_shared(
-    found: Sequence[Found[Call]], outputs: Tensor, known: dict[tuple[Any, ...], bool]
-) -> list[Call]:
-    """Find calls on indices that aren't each example's own, as of positions, and mark them.
-
-    Their gradients are sums over examples. Where the columns' signs are random from one example to
-    the next, squares of these have no cross terms on average: such a call is one example's.
-
-    Args:
-        found: What the outputs depend on.
-        outputs: Of the model, whose first axis is that of the examples.
-        known: What was found out earlier, by layer and shapes. A new entry takes a backward pass.
-
-    Returns:
-        The marked calls.
-    """
-    rows = outputs.shape[0] if outputs.dim() else 1
-    keys = {
-        one.record: (one.record.block, one.record.output_shape, outputs.shape)
-        for one in found
-        if one.record.block.family.one_hot
-    }
-    new = [one for one in found if one.record in keys and keys[one.record] not in known]
-    for one in new:
-        known[keys[one.record]] = rows % one.record.examples > 0 or len(one.record.output_shape) < 2
-    asked = [one for one in new if not known[keys[one.record]] and rows > 1]
-    for count, last in itertools.product({one.record.examples for one in asked}, (False, True)):
-        share = rows // count  # of what would be one example's; causal models mix one way alone
-        end = slice(rows - share, rows) if last else slice(share)
-        numbers = torch.randn(outputs[end].shape, generator=torch.Generator().manual_seed(0))
-        column = torch.zeros_like(outputs)
-        column[end] = numbers.to(column)
-
-        def receive(call: Call, gradient: Tensor, last: bool = last) -> None:
-            gradient = gradient.reshape(call.output_shape)
-            others = gradient[:-1] if last else gradient[1:]
-            if call.examples == 1 or bool(others.any()):
-                known[keys[call]] = True
-
-        mine = [one for one in asked if one.record.examples == count]
-        differentiate(outputs, column, mine, receive)
-    for call, key in keys.items():
-        call.shared = known[key]
-    return [call for call in keys if call.shared]
-
-
-def refuse_shared(calls: Iterable[Call], outputs: Tensor) -> None:
-    """Refuse calls on indices that examples share, where signs aren't random.
-
-    Raises:
-        ValueError: Naming the layer.
-    """
-    for call in calls:
-        raise ValueError(
-            f"fisher='empirical' needs each example's gradient, but layer '{call.block.name}' "
-            f"looks up indices that examples share (its output is {list(call.output_shape)}, that "
-            f"of the model {list(outputs.shape)}): give it indices with the examples in the first "
-            "axis (positions.expand(N, -1)), or use fisher='mc', or curvature='none' for this "
-            "layer."
-        )
-
-
-def _without_batch(found: Iterable[Found[Call]]) -> set[str]:
-    """Layers among these that were called with a single example, whose first axis is another."""
-    inputs = {call: call.kept[0] for one in found if (call := one.record).kept is not None}
-    return {c.block.name for c, x in inputs.items() if c.block.family.lacks_batch(c.module, x)}
-
-
-def check_examples_first(
-    found: Sequence[Found[Call]], outputs: Tensor, fisher: str, verified: bool
-) -> bool:
-    """Refuse calls whose first axis isn't that of the examples, as far as one can tell.
-
-    Outputs may have further axes merged with their first one, as ``logits.flatten(0, 1)`` of a
-    language model: targets drawn from the model are independent, so the square of their summed
-    gradients has no cross terms on average, but the columns of ``"type-2"`` are not. Whether the
-    slowest part of that axis is the layers' first one is found out by two backward passes.
-
-    Args:
-        found: What the outputs depend on.
-        outputs: Of the model.
-        fisher: The kind of Fisher.
-        verified: Whether merged axes were verified already.
-
-    Returns:
-        Whether they are now.
-
-    Raises:
-        ValueError: Naming the layer.
-    """
-    kept = [one for one in found if one.record.keeps and not one.record.block.family.one_hot]
-    rows = outputs.shape[0] if outputs.dim() else 1
-    merged = [one for one in kept if one.record.examples != rows]
-    for one in merged:
-        count = one.record.examples
-        if rows % count or fisher != "mc":
-            raise ValueError(
-                f"EKFAC and diagonals need the gradient of each example: layer "
-                f"'{one.record.block.name}' was called with {count} in the first axis, but the "
-                f"model's output has shape {list(outputs.shape)}. Keep the examples in the first "
-                "axis of both, apart from all other axes (CrossEntropyLoss takes [N, C, T]), or "
-                "use curvature='kfac'"
-                + (f", or fisher='mc' instead of {fisher!r}." if not rows % count else ".")
-                + batch_hint(_without_batch(merged))
-            )
-    if not merged or verified:
-        return verified
-    share = rows // min(one.record.examples for one in merged)
-    numbers = torch.randn(outputs[:share].shape, generator=torch.Generator().manual_seed(0))
-    asked, mixed = {one.record for one in kept}, set[str]()
-    for end in (slice(0, share), slice(rows - share, rows)):  # causal models mix one way alone
-        column = torch.zeros_like(outputs)
-        column[end] = numbers.to(column)
-
-        def receive(call: Call, gradient: Tensor, end: slice = end) -> None:
-            gradient, count = gradient.reshape(call.output_shape), call.examples
-            others = count - math.ceil(share * count / rows)
-            part = gradient[-others:] if end.start == 0 else gradient[:others]
-            if others and call in asked and bool(part.any()):
-                mixed.add(call.block.name)
-
-        differentiate(outputs, column, found, receive)
-    if mixed:
-        raise ValueError(
-            "EKFAC and diagonals need the gradient of each example, but what should be one's, "
-            f"{share} rows of outputs {list(outputs.shape)}, depend on several rows of the first "
-            f"axis in layers {sorted(mixed)}. Keep the examples in the first axis everywhere, with "
-            "no normalization over them, or use curvature='kfac'."
-        )
-    return True

@@ -341,7 +341,8 @@ def test_the_quadratic_model_of_attention(forward_mode):
     torch.manual_seed(0)
     model, loss_fn = Attention().double(), nn.CrossEntropyLoss()
     rule = QuadraticModel(relative_norm=None, momentum=False)
-    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, damping=1e-9, **EAGER)
+    options = EAGER | {"fisher": "mc"}  # of a sequence, whose rows meet
+    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, damping=1e-9, **options)
     optimizer._replay.forward_mode = forward_mode
     names = [name for name, _ in model.named_parameters()]
     before = flat(p.detach().clone() for p in model.parameters())
