@@ -404,11 +404,11 @@ class Capture:
             )
         one_pass = self._passes.begin(task, scale)
         one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
-        found = [one for one in found if not one.record.ignored]
-        refuse_shared(find_shared(found, outputs, self._shared), outputs)
+        heeded = [one for one in found if not one.record.ignored]
+        refuse_shared(find_shared(heeded, outputs, self._shared), outputs)
         one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))
         hook = WeakHook(self, "_at_layer_backward")
-        for one in found:
+        for one in heeded:
             one.node.register_prehook(lambda gradients, one=one: hook(task, one, gradients))
 
     def _at_layer_backward(self, task: int, one: Found[Call], gradients: tuple) -> None:

@@ -146,6 +146,17 @@ def all_finite(tensors: list[Tensor]) -> bool:
         >>> all_finite([torch.ones(2)]), all_finite([torch.tensor([1.0, 1e30])])
         (True, False)
     """
+    return math.isfinite(sum_of_norms(tensors))
+
+
+def sum_of_norms(tensors: list[Tensor]) -> float:
+    """Of each tensor; 0 of zeros, and of what is so small that its square is.
+
+    Example:
+        >>> import torch
+        >>> sum_of_norms([torch.ones(4), torch.tensor([3.0, 4.0])])
+        7.0
+    """
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -154,4 +165,4 @@ def all_finite(tensors: list[Tensor]) -> bool:
         for (dtype, _), mine in kinds.items()
     ]
     sums = [norm.sum() for norm in norms]
-    return math.isfinite(torch.stack([each.to(sums[0]) for each in sums]).sum().item())
+    return float(torch.stack([each.to(sums[0]) for each in sums]).sum())

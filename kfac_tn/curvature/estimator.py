@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,12 @@ from torch.nn import Module, Parameter
 
 from kfac_tn.capture import Capture
 from kfac_tn.curvature.averages import Moving
-from kfac_tn.curvature.checks import all_finite, refuse_other_shapes, trainable
+from kfac_tn.curvature.checks import (
+    all_finite,
+    refuse_other_shapes,
+    sum_of_norms,
+    trainable,
+)
 from kfac_tn.curvature.directions import Room, precondition
 from kfac_tn.curvature.division import Division
 from kfac_tn.curvature.exact import EigenFactors
@@ -229,6 +235,26 @@ class CurvatureEstimator(Division):
                 self.steps if name in fresh else statistics,
                 self.steps if name in inverted else inverses,
             )
+
+    def is_sound(self, gradients: list[Tensor], advice: str) -> bool:
+        """Whether there is a step to make of these; if not, a warning tells why.
+
+        Zeros alone are gradients of a batch without examples, or all of whose targets are ignored
+        (or of a perfect fit): momentum isn't to go on as if they said something.
+        """
+        if not gradients:
+            return True
+        norm = sum_of_norms(gradients)
+        if not math.isfinite(norm):
+            self.warn(f"A gradient isn't finite (NaN or inf){advice}")
+        elif norm == 0 and not any(bool(gradient.any()) for gradient in gradients):
+            self.warn(
+                "All gradients are zero (is the batch empty, or are all its targets ignored?)"
+                f"{advice}"
+            )
+        else:
+            return True
+        return False
 
     def finite(self, statistics: Statistics) -> Statistics:
         """The statistics, or none at all if any of them isn't finite."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from kfac_tn.curvature.checks import all_finite, trainable
+from kfac_tn.curvature.checks import trainable
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.layers import CurvatureChoice, LayerBlock, check_model, partition
 from kfac_tn.optim.damping_rules import check_damping
@@ -190,10 +190,9 @@ class GroupedOptimizer(Optimizer):
         if len({group["damping"] for group in self.param_groups}) > 1:
             for block in self._estimator.blocks:
                 self._group(block)
-        if gradients and not all_finite(list(gradients.values())):
-            self._estimator.warn("A gradient isn't finite (NaN or inf); its steps are left out.")
-            return {}
-        return gradients
+        if self._estimator.is_sound([*gradients.values()], "; its steps are left out."):
+            return gradients
+        return {}
 
     def _lrs(self, parameters: Mapping[Parameter, Any]) -> dict[Parameter, float]:
         """The learning rates of these."""

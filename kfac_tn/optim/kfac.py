@@ -66,7 +66,8 @@ class KFAC(Checkpoints):
     Hooks of your own on activations (``register_hook``, ``retain_grad``, full backward hooks) see
     the extra passes too: autograd has no way to leave them out. Parameters' gradients don't.
 
-    A step whose gradient isn't finite changes nothing but the counter of warnings. Checkpoints
+    A step whose gradient isn't finite, or all zeros (as of an empty batch, or one whose targets are
+    all ignored), changes nothing but the counter of warnings. Checkpoints
     (``state_dict``) hold tensors and plain numbers only; a run continues from one bit for bit.
 
     Args:

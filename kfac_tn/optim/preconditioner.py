@@ -10,7 +10,6 @@ from torch.nn import Module
 
 from kfac_tn.capture import Fisher
 from kfac_tn.columns import Samples
-from kfac_tn.curvature.checks import all_finite
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
@@ -157,8 +156,9 @@ class KFACPreconditioner(CurvatureUser):
         ``scaler.unscale_(optimizer)`` before.
 
         Returns:
-            False, with gradients and curvature left as they are, if a gradient isn't finite: skip
-            the optimizer's step then, as ``torch.amp.GradScaler`` does by itself.
+            False, with gradients and curvature left as they are, if a gradient isn't finite, or all
+            are zero (as of a batch without examples): skip the optimizer's step then, as
+            ``torch.amp.GradScaler`` does by itself.
 
         Raises:
             RuntimeError: If the loss module was never called, or a parameter has another shape than
@@ -173,10 +173,8 @@ class KFACPreconditioner(CurvatureUser):
             for p in self._model.parameters()
             if p.grad is not None and not p.grad.is_sparse
         }
-        if not gradients or not all_finite(list(gradients.values())):
+        if not gradients or not self._estimator.is_sound([*gradients.values()], ": skip its step."):
             self._estimator.capture.discard()
-            if gradients:
-                self._estimator.warn("A gradient isn't finite (NaN or inf): skip its step.")
             return not gradients
         group = {"damping": check_damping(self.damping)}
         self._damping_rule.before_step(self._estimator.steps, [group])

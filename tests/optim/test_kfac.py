@@ -763,6 +763,44 @@ def test_what_is_not_finite_changes_nothing_and_warns_once(bad, where, fisher):
     assert all(value.isfinite().all() for value in snapshot(model, optimizer))
 
 
+@pytest.mark.parametrize("batch", ["empty", "summed, empty", "all ignored", "summed, all ignored"])
+def test_batches_without_a_term_change_nothing_and_warn(batch):
+    """Their gradients are zero, which isn't to say that momentum should go on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    loss_fn = nn.CrossEntropyLoss(reduction="sum" if "summed" in batch else "mean")
+    model, loss_fn, optimizer = make(model, loss_fn)
+    x, y = torch.rand(5, 3).double(), torch.randint(2, (5,))
+    nothing = (x, torch.full_like(y, -100)) if "ignored" in batch else (x[:0], y[:0])
+
+    def step(*batches):
+        losses = [loss_fn(model(inputs), targets) for inputs, targets in batches]
+        optimizer.zero_grad()
+        for loss in losses:
+            loss.backward()
+        optimizer.step()
+
+    step((x, y))
+    before = snapshot(model, optimizer)
+    with pytest.warns(RuntimeWarning, match=r"gradients are zero.*empty"):
+        step(nothing)
+    assert same(snapshot(model, optimizer), before)
+    if batch == "empty":  # of a part there is nothing to say
+        step(nothing, (x, y))
+        assert not same(snapshot(model, optimizer), before)
+
+
+def test_the_preconditioner_tells_of_an_empty_batch():
+    model, loss_fn = nn.Linear(3, 2), nn.MSELoss()
+    preconditioner = kfac_tn.KFACPreconditioner(model, loss_fn)
+    loss_fn(model(torch.rand(0, 3)), torch.rand(0, 2)).backward()
+    with pytest.warns(RuntimeWarning, match="gradients are zero"):
+        assert not preconditioner.step()
+    model.zero_grad()
+    loss_fn(model(torch.rand(4, 3)), torch.rand(4, 2)).backward()
+    assert preconditioner.step()
+
+
 def test_an_infinite_input_that_the_model_forgives_does_not_poison_the_factors():
     """Gradients may be finite where the input factor isn't: clamped units, ReLU's dead ones."""
     torch.manual_seed(0)
