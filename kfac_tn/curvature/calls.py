@@ -93,6 +93,7 @@ class Calls:
         unknown: Names of trainable parameters that (also) belong to modules of unknown kinds, which
             don't just broadcast them, or are used without a call, or whose calls don't have the
             examples on the first axis.
+        seen_in_few: Whether ``verify`` has seen it in a pass of a few examples.
 
     Raises:
         ValueError: If batch normalization in training mode makes examples depend on each other, or
@@ -105,6 +106,7 @@ class Calls:
         check_parameters(model)
         refuse_if_not_exact(model)
         self._model, self._batch, self._forward = model, batch, forward
+        self.seen_in_few = False
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._attributes, own = _known(model)
         self._copies = {parameter: Copies(parameter) for parameter in own}
@@ -237,6 +239,7 @@ class Calls:
         if few is not None:
             few.verify()
             self.unknown |= few.unknown
+            self.seen_in_few = True
             return
         probe = len(self) // 2  # with others before and behind
         generator = torch.Generator().manual_seed(0)

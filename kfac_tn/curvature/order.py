@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from kfac_tn.curvature.calls import Call, Calls, Contributions
+
+MOVES = re.compile("Index|Gather|Scatter|Sort|Topk|Masked|Take|Flip|Roll|Rot90|Embedding")
+"""Derivatives of what may give rows another order, by the names of autograd's nodes."""
+
+PARTS = re.compile("Select|Slice|Split|Unbind|Narrow|Chunk")
+"""Of those that may take rows one by one, to be put together again."""
+
+LEFT = {"MmBackward0": "_saved_self_sym_sizes", "AddmmBackward0": "_saved_mat1_sym_sizes"}
+"""Where the shape of a product's first matrix is."""
+
+
+def may_move_rows(outputs: Tensor) -> bool:
+    """Whether anything is done on the way to outputs that can move rows by what they contain.
+
+    What moves them by their number alone does so with a few examples, too, and is found there.
+    """
+    seen, waiting = set(), [outputs.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        sources = [source for source, _ in node.next_functions]
+        of_leaf = all(s is None or s.name().endswith("AccumulateGrad") for s in sources)
+        name = node.name()
+        if isinstance(node, BackwardCFunction) or (MOVES.search(name) and not of_leaf):
+            return True
+        if name in LEFT and tuple(getattr(node, LEFT[name])) == (len(outputs),) * 2:
+            return True  # which may be a permutation
+        # Of the first one of several nothing is known without unpacking it.
+        product = name in ("BmmBackward0", "BaddbmmBackward0")
+        if product and node._input_metadata[0].shape[1] == len(outputs):
+            return True
+        if PARTS.match(name) and getattr(node, "_saved_dim", 0) == 0:
+            return True
+        waiting += sources
+    return False
 
 
 class Order:
     """What each example's gradient would be if it were larger, by a factor of its own.
 
-    Takes one more backward pass. A row that isn't larger by its example's factor, when gradients
-    arrive as they are, is of another example, or of several: a model that sorts its examples and
-    puts its outputs back has them so, say.
+    Takes one more backward pass, unless nothing can have moved rows. A row that isn't larger by its
+    example's factor, when gradients arrive as they are, is of another example, or of several: a
+    model that sorts its examples and puts its outputs back has them so, say.
 
     Args:
         calls: The calls.
@@ -27,7 +67,9 @@ class Order:
         self._exponents = torch.linspace(-spread / 2, spread / 2, count, dtype=torch.float64)
         self._tolerance = max(spread / (2 * count), 0.05 if half else 1e-3)
         self._norms: dict[Call, Tensor] = {}
-        if count > 1:  # a single example can't be mistaken for another
+        # A single example can't be mistaken for another.
+        self._known = count == 1 or (calls.seen_in_few and not may_move_rows(calls.outputs))
+        if not self._known:
             factors = self._exponents.exp2().to(column).view(-1, *(1,) * (column.ndim - 1))
             calls.backward(column * factors, self._receive)
 
@@ -37,11 +79,9 @@ class Order:
 
     def holds(self, contributions: Contributions) -> bool:
         """Whether each row of these is its own example's, or zero."""
-        return all(self._is_own(call, g) for call, g in contributions)
+        return self._known or all(self._is_own(call, g) for call, g in contributions)
 
     def _is_own(self, call: Call, g: Tensor) -> bool:
-        if len(self._exponents) == 1:
-            return True
         norms = _norms(g)
         larger = self._norms.get(call, torch.zeros_like(norms))
         off = (larger.log2() - norms.log2() - self._exponents.to(norms)).abs()

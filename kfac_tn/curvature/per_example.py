@@ -30,9 +30,9 @@ def compute_per_example_gradients(
     One forward and one backward pass for all layers of known kinds (linear layers, (transposed)
     convolutions, embeddings, normalizations) and for one's own parameters that are added to or
     multiplied with something of every example, or expanded; a further one for each example, alone,
-    for parameters that are used otherwise. Two more backward passes verify which way is right. The
-    model is used in the mode it is in; that must not mix examples. Neither ``.grad`` nor buffers
-    are changed.
+    for parameters that are used otherwise. Another backward pass or two verify which way is right.
+    The model is used in the mode it is in; that must not mix examples. Neither ``.grad`` nor
+    buffers are changed.
 
     Args:
         model: The model; returns one tensor with the ``N`` examples first.

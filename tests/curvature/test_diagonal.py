@@ -754,21 +754,59 @@ def test_lower_precision(dtype):
 class Permuted(nn.Module):
     """Takes its examples in another order inside, as for packed sequences."""
 
-    def __init__(self):
+    def __init__(self, way):
         super().__init__()
-        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.way, self.inner, self.outer = way, nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, batch):
         x, rank = batch  # by which they are sorted
         order = rank.argsort()
-        return self.outer(torch.tanh(self.inner(x[order])))[order.argsort()]
+        return self.outer(self.back(torch.tanh(self.inner(x[order])), order.argsort()))
+
+    def back(self, x, order):
+        matrix = nn.functional.one_hot(order, len(x)).to(x)
+        ways = {
+            "index": lambda: x[order],
+            "select": lambda: x.index_select(0, order),
+            "gather": lambda: x.gather(0, order[:, None].expand_as(x)),
+            "take": lambda: torch.take_along_dim(x, order[:, None], 0),
+            "scatter": lambda: torch.zeros_like(x).index_copy(0, order.argsort(), x),
+            "embedding": lambda: nn.functional.embedding(order, x),
+            "mm": lambda: matrix @ x,
+            "addmm": lambda: torch.addmm(torch.zeros(x.shape[1]).to(x), matrix, x),
+            "bmm": lambda: torch.bmm(matrix[None], x[None])[0],
+            "einsum": lambda: torch.einsum("mn,nd->md", matrix, x),
+            "rows": lambda: torch.stack([x[n] for n in order.tolist()]),
+            "unbind": lambda: torch.stack([x.unbind()[n] for n in order.tolist()]),
+            "slices": lambda: torch.cat([x[n : n + 1] for n in order.tolist()]),
+            "function": lambda: Reordered.apply(x, order),
+        }
+        return ways[self.way]()
 
 
-@settings(max_examples=60)
+class Reordered(torch.autograd.Function):
+    """By index, with a derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, g):
+        return g[ctx.order.argsort()], None
+
+
+WAYS = ["index", "select", "gather", "take", "scatter", "embedding"]
+WAYS += ["mm", "addmm", "bmm", "einsum", "rows", "unbind", "slices", "function"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=20, deadline=None)
 @given(order=st.integers(1, 9).flatmap(lambda n: st.permutations(range(n))))
-def test_per_example_gradients_where_examples_are_sorted_inside(order):
-    """Whatever is moved: not only what a few examples would show."""
-    model, x = Permuted().double(), torch.randn(len(order), 3, dtype=torch.float64)
+def test_per_example_gradients_where_examples_are_sorted_inside(way, order):
+    """Whatever is moved, and how: not only what a few examples would show."""
+    model, x = Permuted(way).double(), torch.randn(len(order), 3, dtype=torch.float64)
     y, rank, loss_fn = torch.randn(len(order), 2).double(), torch.tensor(order), nn.MSELoss()
     gradients = kfac_tn.compute_per_example_gradients(model, loss_fn, (x, rank), y)
     for n in range(len(order)):
