@@ -120,11 +120,12 @@ def precondition(
     for block in columns.keys() - results.keys():
         warn(
             f"Layer '{block.name}' has a gradient, but no call of it was seen by the loss: it "
-            "is trained without curvature. Did it take part in no step with statistics yet (see "
-            "factor_interval), was its weight used without calling the module (if only once) or "
-            "replaced in the call (torch.func.functional_call), is there another loss, was the "
-            "batch empty or left out, or the model compiled in an earlier call "
-            "(torch._dynamo.reset() makes it see KFAC)?"
+            "is trained without curvature. If another loss trains it, call observe(outputs, "
+            "targets) for that, or leave this layer to Adam by curvature='none' for it. "
+            "Otherwise: did it take part in no step with statistics yet (see factor_interval), was "
+            "its weight used without calling the module (if only once) or replaced in the call "
+            "(torch.func.functional_call), was the batch empty or left out, or the model compiled "
+            "in an earlier call (torch._dynamo.reset() makes it see KFAC)?"
         )
     for block, result in results.items():
         layout, parameters = layouts[block]

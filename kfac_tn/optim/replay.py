@@ -389,7 +389,8 @@ def without_batch(consequence: str) -> str:
     """What the user is told where a rule wants the batch of a step and there is none."""
     return (
         "The batch of a step can't be recorded: the loss module wasn't called on the model's "
-        "output itself (or a view of it with another shape), or the model was called on what it "
+        "output itself (or a view of it with another shape), that is not the only one (several "
+        "outputs, or several losses), its reduction is 'none', or the model was called on what it "
         f"had returned before, so {consequence}. Call loss_fn(model(x), y) (of one model that does "
         "all calls), or choose rules that need no batch: step_rule='graft' and a fixed damping."
     )
