@@ -43,7 +43,9 @@ def may_move_rows(outputs: Tensor) -> bool:
         if product and node._input_metadata[0].shape[1] == len(outputs):
             return True
         if PARTS.match(name) and getattr(node, "_saved_dim", 0) == 0:
-            return True
+            whole = getattr(node, "_saved_self_sym_sizes", None) or (len(node._input_metadata),)
+            if whole[0] % max(1, len(outputs)) == 0:
+                return True
         waiting += sources
     return False
 
