@@ -21,7 +21,7 @@ from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
-from kfac_tn.examples import (
+from kfac_tn.examples_first import (
     check_examples_first,
     check_rows_apart,
     find_shared,
