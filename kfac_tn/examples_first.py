@@ -262,7 +262,10 @@ def _vectors(call: Call, gradient: Tensor) -> Tensor:
     family, gradient = call.block.family, gradient.reshape(call.output_shape)
     reduce = call.block.approximation == "reduce"
     make = family.sum_grad_output if reduce else family.grad_output_rows
-    return make(call.module, gradient.detach())
+    try:
+        return make(call.module, gradient.detach())
+    except NotImplementedError:  # a family that was registered without rows: each number alone
+        return gradient.detach().reshape(-1, 1)
 
 
 def _nearest(values: Tensor, others: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import kfac_tn
+from kfac_tn.layers.linear import LinearFamily
 from kfac_tn.testing import dense_ggn, relative_error
 
 N, T = 4, 5
@@ -83,6 +84,23 @@ def test_one_output_of_a_layer_can_be_mixed_too():
     forward = lambda model, x: (model(x).mT.flatten(0, 1), torch.zeros(8).long())  # noqa: E731
     with pytest.raises(ValueError, match=r"layers \['0'\]"):
         kfac_tn.compute_kfac(model, loss_fn, [x], fisher="type-2", forward=forward)
+
+
+@pytest.mark.parametrize("mix", [None, "attention"])
+def test_families_without_rows_are_looked_at_too(mix, monkeypatch):
+    def lacking(self, module, g):
+        raise NotImplementedError
+
+    flat, _, x, y = models(mix)
+    monkeypatch.setattr(LinearFamily, "grad_output_rows", lacking)
+    compute = lambda: kfac_tn.compute_kfac(  # noqa: E731
+        flat, nn.CrossEntropyLoss(), [(x, y.flatten())], fisher="type-2"
+    )
+    if mix is None:
+        assert len(compute().blocks) == 2
+    else:
+        with pytest.raises(ValueError, match="fisher='type-2' needs"):
+            compute()
 
 
 class TimeFirst(nn.Module):
