@@ -24,6 +24,7 @@ from kfac_tn.curvature.division import Division
 from kfac_tn.curvature.exact import EigenFactors
 from kfac_tn.curvature.intervals import intervals, is_due, model_work
 from kfac_tn.curvature.options import CurvatureOptions
+from kfac_tn.curvature.states import description, refuse_other
 from kfac_tn.distributed import Processes, average
 from kfac_tn.hooks import timed
 from kfac_tn.layers import LayerBlock
@@ -65,12 +66,13 @@ class CurvatureEstimator(Division):
     ) -> None:
         self.processes = Processes(options.process_group)
         self.steps = 0
+        self.seed = int(options.seed)
         self._walked = -1  # the step in which the model was last searched for what is new
         self._renewed: dict[str, tuple[int, int]] = {}  # steps of statistics, inverses
         self.seconds: dict[str, float] = {}
         self._automatic = 1, 1  # intervals, until the first statistics say more
         self._loss_fn = loss_fn
-        self._generators: dict[str, torch.Generator] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}  # of this step
         self._warned: set[str] = set()
         self.closed = False
         super().__init__(model, options, damping, group, covered)
@@ -121,8 +123,13 @@ class CurvatureEstimator(Division):
         try:
             refuse_other_shapes(self._model, self._shapes)
         except RuntimeError:
-            self.capture.discard()  # such statistics can't be added to others
+            self.discard()  # such statistics can't be added to others
             raise
+
+    def discard(self) -> None:
+        """Forget what was seen since the last step, the samples that were drawn included."""
+        self.capture.discard()
+        self._generators.clear()
 
     def close(self) -> None:
         """Remove the hooks; the curvature stays as it is."""
@@ -199,6 +206,7 @@ class CurvatureEstimator(Division):
             for moving in self._moving:
                 moving.dampen(self._damping(moving.blocks[0]), relative)
         self.steps += 1
+        self._generators.clear()
         self.capture.armed = is_due(self.steps, self.intervals[0])
 
     def _average(self) -> Statistics:
@@ -293,38 +301,28 @@ class CurvatureEstimator(Division):
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers: factors, inverses, step, and the state of the randomness."""
-        generators = {device: g.get_state() for device, g in self._generators.items()}
+        """Tensors, numbers and words: factors, inverses, step, and what they are of."""
         return {
             "steps": self.steps,
+            "seed": self.seed,
             "armed": self.capture.armed,
             "intervals": self._automatic,
             "renewed": dict(self._renewed),
             "factors": self._factors_state(),
-            "layers": {block.name: _sizes(block.parameters) for block in self.curved},
-            "covered": _sizes(
-                {n: p for n, p in self._model.named_parameters() if p in self._covered}
-            ),
-            "generators": generators,
+            "covered": [n for n, p in self._model.named_parameters() if p in self._covered],
+            **description(self.curved, self.options.fisher),
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that isn't of this model.
+        """Refuse a state that isn't of this model, or of other curvature than this.
+
+        What ``fisher="mc"`` samples is what ``"type-2"`` computes: each continues from the other.
 
         Raises:
-            ValueError: If the state is of a model with other layers.
+            ValueError: If the state is of a model with other layers, or its averages are of another
+                matrix.
         """
-        unknown = state["factors"].keys() - {block.name for block in self.curved}
-        if unknown:
-            raise ValueError(f"The state has factors of layers {sorted(unknown)}, unknown here.")
-        for block in self.curved:
-            mine = block.parameters.keys()
-            saved = state.get("layers", {}).get(block.name, mine)
-            if block.name in state["factors"] and set(saved) != set(mine):
-                raise ValueError(
-                    f"The state has layer '{block.name}' with parameters {list(saved)}, but those "
-                    f"that are trainable here are {list(mine)}: it is another model's."
-                )
+        refuse_other(state, self.curved, self.options.fisher)
         for moving in self._moving:
             moving.check_state_dict(state["factors"])
 
@@ -345,9 +343,8 @@ class CurvatureEstimator(Division):
         self._load_factors(state["factors"])
         self._room = None
         self.steps = state["steps"]
-        for device, generator_state in state["generators"].items():
-            self._generator(torch.device(device)).set_state(generator_state.cpu())
-        self.capture.discard()
+        self.seed = state.get("seed", self.seed)
+        self.discard()
         self.capture.armed = state["armed"]
         self._automatic = tuple(state["intervals"])
         self._renewed = {name: tuple(steps) for name, steps in state["renewed"].items()}
@@ -374,13 +371,8 @@ class CurvatureEstimator(Division):
             self._automatic = intervals(work, self.options.overhead)
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        key = str(device)
-        if key not in self._generators:
-            seed = int(self.options.seed) + self.processes.rank  # samples of one's own
-            self._generators[key] = torch.Generator(device).manual_seed(seed)
-        return self._generators[key]
-
-
-def _sizes(parameters: Mapping[str, Parameter]) -> dict[str, int]:
-    """Names in the form of plain numbers by name: all that a state consists of."""
-    return {name: parameter.numel() for name, parameter in parameters.items()}
+        """Samples of a step's own, which nothing but its number decides: no state to save."""
+        if device not in self._generators:
+            own = self.seed * 2654435761 + self.processes.rank * 1000003 + self.steps
+            self._generators[device] = torch.Generator(device).manual_seed(own % 2**32)
+        return self._generators[device]

@@ -39,7 +39,7 @@ class Checkpoints(CurvatureUser, GroupedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of every parameter, the groups, and under ``"curvature"`` the factors.
 
-        Tensors and plain numbers only: ``torch.load(..., weights_only=True)`` reads it.
+        Tensors, numbers and words only: ``torch.load(..., weights_only=True)`` reads it.
         """
         return {
             **super().state_dict(),

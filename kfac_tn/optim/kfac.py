@@ -68,7 +68,7 @@ class KFAC(Checkpoints):
 
     A step whose gradient isn't finite, or all zeros (as of an empty batch, or one whose targets are
     all ignored), changes nothing but the counter of warnings. Checkpoints
-    (``state_dict``) hold tensors and plain numbers only; a run continues from one bit for bit.
+    (``state_dict``) hold tensors, numbers and words only; a run continues from one bit for bit.
 
     Args:
         model: The model; every parameter that requires a gradient is trained.
@@ -331,7 +331,7 @@ class KFAC(Checkpoints):
         super().zero_grad(set_to_none)
         # New hooks wouldn't know of calls whose loss is still to come: the step takes up changes.
         waiting = self._estimator.capture.called
-        self._estimator.capture.discard()
+        self._estimator.discard()
         if self._replay is not None:
             self._replay.discard_gradients()
         if not waiting:
@@ -344,7 +344,7 @@ class KFAC(Checkpoints):
 
     def _discard(self) -> None:
         """Forget what was seen since the last step."""
-        self._estimator.capture.discard()
+        self._estimator.discard()
         if self._replay is not None:
             self._replay.discard()
 

@@ -174,7 +174,7 @@ class KFACPreconditioner(CurvatureUser):
             if p.grad is not None and not p.grad.is_sparse
         }
         if not gradients or not self._estimator.is_sound([*gradients.values()], ": skip its step."):
-            self._estimator.capture.discard()
+            self._estimator.discard()
             return not gradients
         group = {"damping": check_damping(self.damping)}
         self._damping_rule.before_step(self._estimator.steps, [group])
@@ -190,7 +190,7 @@ class KFACPreconditioner(CurvatureUser):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers: ``torch.load(..., weights_only=True)`` reads it."""
+        """Tensors, numbers and words: ``torch.load(..., weights_only=True)`` reads it."""
         return {**self._estimator.state_dict(), "damping": self.damping}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ class StepRule(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers that a run needs to continue."""
+        """Tensors, numbers and words that a run needs to continue."""
         return {}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:

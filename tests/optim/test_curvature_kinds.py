@@ -330,6 +330,44 @@ def test_states_of_another_kind_are_refused_whole():
     optimizer.load_state_dict(saved[0])
 
 
+AVERAGED = {
+    "expand, mc": {"fisher": "mc"},
+    "reduce, mc": {"fisher": "mc", "approximation": "reduce"},
+    "expand, empirical": {"fisher": "empirical"},
+    "expand, type-2": {"fisher": "type-2"},
+}
+
+
+@pytest.mark.parametrize("other", AVERAGED)
+@pytest.mark.parametrize("one", AVERAGED)
+@pytest.mark.parametrize("preconditioner", [False, True])
+def test_averages_of_one_matrix_are_not_continued_with_another(preconditioner, one, other):
+    made = []
+    for options in (AVERAGED[one], AVERAGED[other]):
+        model, loss_fn, optimizer = make(**options)
+        if preconditioner:
+            optimizer.close()
+            optimizer = kfac_tn.KFACPreconditioner(model, loss_fn, **options)
+        made.append(optimizer)
+        loss_fn(model(make_data()[0]), make_data()[1]).backward()
+        optimizer.step()
+    before = copy.deepcopy(made[1].state_dict())
+    approximations = [AVERAGED[name].get("approximation", "expand") for name in (one, other)]
+    fishers = {AVERAGED[name]["fisher"] for name in (one, other)}
+    message = None
+    if len(fishers) == 2 and "empirical" in fishers:
+        message = "state has averages of fisher="
+    elif len(set(approximations)) == 2:
+        message = f"approximation='{approximations[0]}' for layer '0'"
+    if message is None:
+        made[1].load_state_dict(made[0].state_dict())
+        return
+    with pytest.raises(ValueError, match=message):
+        made[1].load_state_dict(made[0].state_dict())
+    after = made[1].state_dict()
+    assert str(before) == str(after)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_poisoned_batch_leaves_no_trace(kind):
     model, loss_fn, optimizer = make(fisher="empirical", **kind)

@@ -157,6 +157,29 @@ def test_it_continues_bit_for_bit_from_any_step(half, options):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("step_2_is", ["nan", "inf", "zero_grad", "ignored"])
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_a_batch_left_out_leaves_no_trace(step_2_is, options):
+    """As if there had never been such a batch: the samples of the next ones are the same, too."""
+    runs = [Run(False, options) for _ in range(2)]
+    for step in range(12):
+        x, y, _ = batch(0, torch.Generator().manual_seed(step))
+        for run in runs:
+            if step in (2, 5) and run is runs[1]:
+                bad = x.clone()
+                bad[0, 0, 0] = {"nan": torch.nan, "inf": torch.inf}.get(step_2_is, 0.0)
+                run.optimizer.zero_grad()
+                ignored = torch.full_like(y, -100) if step_2_is == "ignored" else y
+                run.loss_fn(run.model(bad), ignored).backward()
+                if step_2_is != "zero_grad":
+                    run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.loss_fn(run.model(x), y).backward()
+            run.optimizer.step()
+    first, second = (tensors_of(run.model, run.optimizer) for run in runs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_warnings_come_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
