@@ -16,6 +16,7 @@ from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
 from kfac_tn.curvature.calls import Call, Calls, Contributions, sum_of_squares
 from kfac_tn.curvature.checks import restored
 from kfac_tn.curvature.compute import check_finite
+from kfac_tn.curvature.order import find_mixed
 from kfac_tn.functional import common
 from kfac_tn.functional.common import cast
 from kfac_tn.hooks import alone, uncompiled
@@ -127,6 +128,7 @@ def compute_ggn_diagonal(
                 verified = len(calls) > 1  # a single example can't be mistaken for another
             unknown |= calls.unknown
             calls.unknown = unknown
+            find_mixed(calls)
             batches += 1
             outputs, targets = calls.outputs.detach(), calls.targets
             weight: Tensor | float = 1.0

@@ -50,27 +50,47 @@ def may_move_rows(outputs: Tensor) -> bool:
     return False
 
 
+def find_mixed(calls: Calls) -> None:
+    """Have parameters differentiated example by example to whom rows of several give gradients.
+
+    ``Calls.verify`` sees that of one example, and what moves or mixes rows by what they contain may
+    leave that one where it is: looked for here, with two more backward passes, where there is such.
+    """
+    if len(calls) == 1 or not may_move_rows(calls.outputs):
+        return
+    generator = torch.Generator().manual_seed(0)
+    column = torch.randn(calls.outputs.shape, generator=generator).to(calls.outputs)
+    order = Order(calls, column)
+
+    def receive(name: str, attribute: str, contributions: Contributions) -> None:
+        if not order.holds_in_any_order(contributions):
+            calls.unknown.add(name)
+
+    calls.backward(column, receive)
+
+
 class Order:
     """What each example's gradient would be if it were larger, by a factor of its own.
 
-    Takes one more backward pass, unless nothing can have moved rows. A row that isn't larger by its
-    example's factor, when gradients arrive as they are, is of another example, or of several: a
-    model that sorts its examples and puts its outputs back has them so, say.
+    Takes one more backward pass. A row that isn't larger by its example's factor, when gradients
+    arrive as they are, is of another example, or of several: a model that sorts its examples and
+    puts its outputs back has them so, say.
 
     Args:
         calls: The calls.
         column: What is to be back-propagated.
+        needed: Whether anything can have moved rows; if not, there is no pass.
     """
 
-    def __init__(self, calls: Calls, column: Tensor) -> None:
+    def __init__(self, calls: Calls, column: Tensor, needed: bool = True) -> None:
         count = len(calls)
         half = column.dtype.itemsize < 4  # which doesn't reach as far, and is rounded more
         spread = 8.0 if half else 20.0
         self._exponents = torch.linspace(-spread / 2, spread / 2, count, dtype=torch.float64)
-        self._tolerance = max(spread / (2 * count), 0.05 if half else 1e-3)
+        # At most half of the way to the next one's, if rounding doesn't take more.
+        self._tolerance = max(min(spread / (2 * count), 0.05), 0.05 if half else 1e-3)
         self._norms: dict[Call, Tensor] = {}
-        # A single example can't be mistaken for another.
-        self._known = count == 1 or (calls.seen_in_few and not may_move_rows(calls.outputs))
+        self._known = count == 1 or not needed  # a single example can't be mistaken for another
         if not self._known:
             factors = self._exponents.exp2().to(column).view(-1, *(1,) * (column.ndim - 1))
             calls.backward(column * factors, self._receive)
@@ -83,11 +103,30 @@ class Order:
         """Whether each row of these is its own example's, or zero."""
         return self._known or all(self._is_own(call, g) for call, g in contributions)
 
+    def holds_in_any_order(self, contributions: Contributions) -> bool:
+        """Whether each row of these is one example's, and none has two; of several calls, its own.
+
+        That is all that sums over examples need.
+        """
+        if self._known or len(contributions) > 1:
+            return self.holds(contributions)
+        ((call, g),) = contributions
+        exponents, rows = self._larger(call, g)
+        exponents = exponents[rows].sort().values
+        nearest = torch.bucketize(exponents, (self._exponents[1:] + self._exponents[:-1]) / 2)
+        off = (exponents - self._exponents[nearest]).abs()
+        return bool((off <= self._tolerance).all() and (nearest.diff() > 0).all())
+
     def _is_own(self, call: Call, g: Tensor) -> bool:
+        exponents, rows = self._larger(call, g)
+        return bool(((exponents - self._exponents).abs() <= self._tolerance)[rows].all())
+
+    def _larger(self, call: Call, g: Tensor) -> tuple[Tensor, Tensor]:
+        """By which power of two each row is larger, and which of them aren't zero."""
         norms = _norms(g)
         larger = self._norms.get(call, torch.zeros_like(norms))
-        off = (larger.log2() - norms.log2() - self._exponents.to(norms)).abs()
-        return bool(((off <= self._tolerance) | ((norms == 0) & (larger == 0))).all())
+        exponents = (larger.log2() - norms.log2()).to(self._exponents)
+        return exponents, ((norms != 0) | (larger != 0)).to(self._exponents.device)
 
 
 def _norms(g: Tensor) -> Tensor:

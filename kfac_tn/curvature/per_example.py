@@ -12,7 +12,7 @@ from torch.nn import Module
 from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.curvature.calls import Calls, Contributions, per_example
 from kfac_tn.curvature.checks import restored
-from kfac_tn.curvature.order import Order
+from kfac_tn.curvature.order import Order, may_move_rows
 from kfac_tn.functional.common import cast
 from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import check_parameters
@@ -91,7 +91,7 @@ def compute_per_example_gradients(
             )
         (column,) = torch.autograd.grad(loss.sum(), predictions)
         calls.verify()
-        order = Order(calls, column)
+        order = Order(calls, column, not calls.seen_in_few or may_move_rows(calls.outputs))
         gradients: dict[str, Tensor] = {}
 
         def receive(name: str, attribute: str, contributions: Contributions) -> None:

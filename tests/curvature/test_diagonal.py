@@ -815,3 +815,68 @@ def test_per_example_gradients_where_examples_are_sorted_inside(way, order):
         expected = torch.autograd.grad(loss, list(model.parameters()))
         for gradient, wanted in zip(gradients.values(), expected, strict=True):
             torch.testing.assert_close(gradient[n], wanted)
+
+
+class PermutedTwice(Permuted):
+    """Calls one layer with its examples in two orders; or with some of them mixed, too."""
+
+    def __init__(self, way, mixed):
+        super().__init__(way)
+        self.mixed = mixed
+
+    def forward(self, batch):
+        x, rank = batch
+        order = rank.argsort()
+        if self.mixed:  # by what they contain, which isn't to be seen in the usual probe
+            return self.outer(torch.tanh(self.inner(x)) + self.inner(x)[order])
+        moved = self.back(torch.tanh(self.inner(2 * x[order])), order.argsort())
+        return self.outer(torch.tanh(self.inner(x)) + moved)
+
+
+@pytest.mark.parametrize("mode", ["exact", "mc"])
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=10, deadline=None)
+@given(order=st.integers(1, 9).flatmap(lambda n: st.permutations(range(n))))
+def test_diagonals_where_a_layer_has_its_examples_in_two_orders(mode, way, order):
+    model, rank = PermutedTwice(way, mixed=False).double(), torch.tensor(order)
+    x, y = torch.randn(len(order), 3).double(), torch.randn(len(order), 2).double()
+    options = {"mode": mode, "mc_samples": 3 if mode == "mc" else 1}
+    sampler = torch.Generator().manual_seed(0)
+    whole = kfac_tn.compute_ggn_diagonal(
+        model, nn.MSELoss(), [((x, rank), y)], generator=sampler, **options
+    )
+    if mode == "mc":
+        sampler = torch.Generator().manual_seed(0)
+        likelihood = kfac_tn.likelihood.likelihood_of(nn.MSELoss())
+        outputs = model((x, rank))
+        roots = [likelihood.sample(outputs.detach(), y, sampler) / 3**0.5 for _ in range(3)]
+        expected = [torch.zeros_like(p) for p in model.parameters()]
+        for n, root in ((n, root) for n in range(len(order)) for root in roots):
+            gradients = torch.autograd.grad(
+                outputs[n], list(model.parameters()), root[n], retain_graph=True
+            )
+            expected = [e + g.square() for e, g in zip(expected, gradients, strict=True)]
+    else:
+        expected = [torch.zeros_like(p) for p in model.parameters()]
+        for output in model((x, rank)).flatten():
+            gradients = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
+            scale = 2 / y.numel()
+            expected = [e + scale * g.square() for e, g in zip(expected, gradients, strict=True)]
+    for actual, wanted in zip(whole.values(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda model, loss_fn, x, y: kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)]),
+        kfac_tn.compute_per_example_gradients,
+    ],
+    ids=["diagonal", "per example"],
+)
+def test_examples_that_are_mixed_by_what_they_contain_are_refused(compute):
+    """Where the first, the middle and the last one are alone."""
+    model, rank = PermutedTwice("index", mixed=True), torch.tensor([0, 2, 1, 3, 4, 5, 6])
+    x, y = (torch.randn(7, 3), rank), torch.randn(7, 2)
+    with pytest.raises(ValueError, match="mixes examples"):
+        compute(model, nn.MSELoss(), x, y)
