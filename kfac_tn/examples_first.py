@@ -49,9 +49,8 @@ def find_shared(
     for count, last in itertools.product({one.record.examples for one in asked}, (False, True)):
         share = rows // count  # of what would be one example's; causal models mix one way alone
         end = slice(rows - share, rows) if last else slice(share)
-        numbers = torch.randn(outputs[end].shape, generator=torch.Generator().manual_seed(0))
         column = torch.zeros_like(outputs)
-        column[end] = numbers.to(column)
+        column[end] = _numbers(outputs[end])
 
         def receive(call: Call, gradient: Tensor, last: bool = last) -> None:
             gradient = gradient.reshape(call.output_shape)
@@ -132,11 +131,10 @@ def check_examples_first(
     if not merged or verified:
         return verified or rows > 1
     share = rows // min(one.record.examples for one in merged)
-    numbers = torch.randn(outputs[:share].shape, generator=torch.Generator().manual_seed(0))
     asked, mixed = {one.record for one in kept}, set[str]()
     for end in (slice(0, share), slice(rows - share, rows)):  # causal models mix one way alone
         column = torch.zeros_like(outputs)
-        column[end] = numbers.to(column)
+        column[end] = _numbers(outputs[end])
 
         def receive(call: Call, gradient: Tensor, end: slice = end) -> None:
             gradient, count = gradient.reshape(call.output_shape), call.examples
