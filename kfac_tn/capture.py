@@ -29,7 +29,17 @@ from kfac_tn.examples_first import (
 )
 from kfac_tn.factors import Gram
 from kfac_tn.functional import common
-from kfac_tn.graph import Found, bypassing, concerns, differentiate, find, output_edge, remember
+from kfac_tn.graph import (
+    Found,
+    Rounds,
+    bypassing,
+    concerns,
+    depends,
+    differentiate,
+    find,
+    output_edge,
+    remember,
+)
 from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.attention import Projection, ProjectionsApart
@@ -119,6 +129,7 @@ class Capture:
         one_hot = any(block.family.one_hot for block in self._blocks.values())
         self._signs = one_hot or bool(self.diagonals)  # for squares of sums over examples
         self._key = object()  # marks our records among those of other captures
+        self._rounds = Rounds()
         self._kept: list[Call] = []
         self._reset()
 
@@ -284,6 +295,12 @@ class Capture:
         values = [*args, *kwargs.values()]
         outputs = kwargs.get("input", values[0])
         targets = kwargs.get("target", values[1])
+        if targets.requires_grad and depends(targets, self._owners):
+            raise ValueError(
+                "The targets of the loss depend on the model's parameters, too, but its curvature "
+                "is that of its first argument: give targets.detach() if they are to be constant, "
+                "or one model's output that all of it depends on, such as f(a) - f(b) and zeros."
+            )
         hook = WeakHook(self, "_at_loss_backward")
         loss.register_hook(lambda gradient: hook(outputs, targets, gradient))
 
@@ -292,6 +309,8 @@ class Capture:
         """Runs inside the user's backward pass, before it enters the model."""
         if not concerns(outputs, [*self._owners, *self.diagonals]):
             return
+        if self._rounds.begins(self._owners):
+            self.discard()
         task = torch._C._current_graph_task_id()
         with plain(outputs.device):
             gradient, weight = common.cast(gradient.detach()), None
@@ -377,7 +396,7 @@ class Capture:
                 moments.add(call, gradient)
 
             gradients = differentiate(outputs, column, found, receive, parameters)
-            one_pass.calls.update((call, None) for call, _ in received)
+            one_pass.join(call for call, _ in received)
             diagonals = (
                 (parameter, (gradient.to_dense() if gradient.is_sparse else gradient).square())
                 for parameter, gradient in zip(parameters, gradients, strict=True)
@@ -420,5 +439,5 @@ class Capture:
             gradient = gradient.detach()
             if call.block.has_factors:
                 one_pass.grad_outputs.append((call, call.grad_output_statistic(gradient)))
-                one_pass.calls[call] = None
+                one_pass.calls[call] = 0
             cast(MomentCollector, one_pass.moments).add(call, gradient)

@@ -227,6 +227,31 @@ def concerns(outputs: Tensor, leaves: Iterable[Tensor]) -> bool:
     return below.isdisjoint(ours) or not any(_executes(node) for node in below)
 
 
+class Rounds:
+    """Tells where gradients begin anew: micro-batches before belong to gradients that were reset.
+
+    By ``model.zero_grad()``, say, after a batch that was skipped, of which no optimizer is told.
+    Backward passes that return gradients instead of accumulating them tell nothing.
+    """
+
+    def __init__(self) -> None:
+        self._task, self._accumulated = -1, False
+
+    def begins(self, leaves: Collection[Tensor]) -> bool:
+        """Whether the backward pass that is running is the first one since gradients were reset."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return False
+        anew = self._accumulated and all(leaf.grad is None for leaf in leaves)
+        self._task = task
+        self._accumulated = any(
+            _executes(get_gradient_edge(leaf).node, returned=False)
+            for leaf in leaves
+            if leaf.requires_grad
+        ) or (self._accumulated and not anew)
+        return anew
+
+
 def depends(x: Tensor, leaves: Collection[Tensor]) -> bool:
     """Whether a tensor was computed from any of these leaves.
 
@@ -239,12 +264,17 @@ def depends(x: Tensor, leaves: Collection[Tensor]) -> bool:
     return any(getattr(node, "variable", None) in leaves for node in _leaves_below(x))
 
 
-def _executes(node: Node) -> bool:
-    """Whether the backward pass that is running gets to a node."""
+def _executes(node: Node, returned: bool = True) -> bool:
+    """Whether the backward pass that is running gets to a node.
+
+    Args:
+        node: The node.
+        returned: What is said of a leaf whose gradient is returned instead of accumulated.
+    """
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf's, whose gradient is returned instead of accumulated
-        return True
+    except RuntimeError:
+        return returned
 
 
 def _leaves_below(outputs: Tensor) -> Iterator[Node]:

@@ -28,17 +28,30 @@ class Pass:
 
     Attributes:
         scale: The factor of its losses in the objective.
-        calls: The calls of layers that it reached.
+        calls: The calls of layers that it reached; those with one number are of one loss.
         grad_outputs: Of the empirical Fisher, what arrived there.
         terms: Of the empirical Fisher, how many the loss is a mean of.
         moments: Of the empirical Fisher, for EKFAC and diagonals.
     """
 
     scale: Tensor
-    calls: dict[Call, None] = field(default_factory=dict)
+    calls: dict[Call, int] = field(default_factory=dict)
     grad_outputs: Received = field(default_factory=list)
     terms: Tensor | int = 1
     moments: MomentCollector | None = None
+
+    def join(self, calls: Iterable[Call]) -> None:
+        """Note the calls that one loss depends on: a layer's belong together, with all before."""
+        mine: defaultdict[LayerBlock, list[Call]] = defaultdict(list)
+        for call in calls:
+            mine[call.block].append(call)
+        for block, each in mine.items():
+            known = {self.calls[call] for call in each if call in self.calls}
+            number = min(known, default=len(self.calls))
+            if len(known) > 1:
+                others = [c for c, n in self.calls.items() if c.block is block and n in known]
+                self.calls.update(dict.fromkeys(others, number))
+            self.calls.update(dict.fromkeys(each, number))
 
 
 class Passes:
@@ -72,7 +85,7 @@ class Passes:
             self._passes[task] = Pass(scale)
         one_pass = self._passes[task]
         one_pass.scale = torch.maximum(one_pass.scale, scale)
-        one_pass.calls.update((one.record, None) for one in reached if not one.record.ignored)
+        one_pass.join(one.record for one in reached if not one.record.ignored)
         return one_pass
 
     def add(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
@@ -137,11 +137,14 @@ class Call:
 
 
 def add_inputs(
-    sums: Sums[LayerBlock], counts: dict[LayerBlock, int], calls: Iterable[Call]
+    sums: Sums[LayerBlock], counts: dict[LayerBlock, int], calls: Mapping[Call, int]
 ) -> None:
-    """Add sums of a a^T, and the numbers of terms, for each block; each call counts once."""
-    rows: dict[tuple[LayerBlock, int], list[tuple[Tensor, int]]] = {}
-    for call in calls:
+    """Add sums of a a^T, and the numbers of terms, for each block; each call counts once.
+
+    Of calls with one number the positions are shared by examples of one loss.
+    """
+    rows: dict[tuple[LayerBlock, int, int], list[tuple[Tensor, int]]] = {}
+    for call, number in calls.items():
         statistic, call.input = call.input, None
         if statistic is None:
             continue
@@ -150,8 +153,9 @@ def add_inputs(
             sums[call.block].add(statistic, 1 if isinstance(statistic, Gram) else count)
             counts[call.block] = counts.get(call.block, 0) + count
         else:  # reduce: average over the positions of all calls before the outer product
-            rows.setdefault((call.block, call.examples), []).append((statistic, call.positions))
-    for (block, examples), parts in rows.items():
+            key = call.block, call.examples, number
+            rows.setdefault(key, []).append((statistic, call.positions))
+    for (block, examples, _), parts in rows.items():
         average, positions = parts[0]
         for further, more in parts[1:]:
             positions += more

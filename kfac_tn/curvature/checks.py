@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,12 +27,59 @@ def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+class ModelState:
+    """What calls of a model change: statistics of batch normalization, features that it keeps.
+
+    That is, buffers, attributes (the mode of each module is one) and the states of ``Generator``
+    objects among these; of other objects that are changed themselves, such as lists, no more is
+    known.
+
+    Example:
+        >>> import torch
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> state = ModelState(norm)
+        >>> _ = norm.eval().running_mean.add_(1)
+        >>> state.restore()
+        >>> norm.running_mean, norm.training
+        (tensor([0., 0.]), True)
+    """
+
+    def __init__(self, model: Module) -> None:
+        self._attributes = [(module, dict(vars(module))) for module in model.modules()]
+        self._buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._generators = [
+            (value, value.get_state())
+            for _, kept in self._attributes
+            for value in kept.values()
+            if isinstance(value, Generator)
+        ]
+
+    def restore(self) -> None:
+        """Put it all back."""
+        for module, kept in self._attributes:
+            for new in vars(module).keys() - kept.keys():
+                del vars(module)[new]
+            vars(module).update(kept)
+        for module, name, buffer, value in self._buffers:
+            module._buffers[name] = buffer
+            expanded = any(
+                s == 0 and n > 1 for n, s in zip(buffer.shape, buffer.stride(), strict=True)
+            )
+            if not expanded:  # else it can't be changed in place
+                # With the value as it was, a graph that saved it may still be differentiated.
+                buffer.data.copy_(value)
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+
 @contextmanager
 def restored(model: Module) -> Iterator[None]:
-    """Put back what calls change: statistics of batch normalization, features that a module keeps.
-
-    That is, buffers and attributes; of objects that are changed themselves, such as lists, no more
-    is known.
+    """Put back what calls change; see ``ModelState``.
 
     Example:
         >>> import torch
@@ -42,28 +89,11 @@ def restored(model: Module) -> Iterator[None]:
         >>> norm.running_mean
         tensor([0., 0.])
     """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    before = ModelState(model)
     try:
         yield
     finally:
-        for module, kept in attributes:
-            for new in vars(module).keys() - kept.keys():
-                del vars(module)[new]
-            vars(module).update(kept)
-        for module, name, buffer, value in before:
-            module._buffers[name] = buffer
-            expanded = any(
-                s == 0 and n > 1 for n, s in zip(buffer.shape, buffer.stride(), strict=True)
-            )
-            if not expanded:  # else it can't be changed in place
-                # With the value as it was, a graph that saved it may still be differentiated.
-                buffer.data.copy_(value)
+        before.restore()
 
 
 def refuse_other_shapes(model: Module, shapes: Mapping[Parameter, torch.Size]) -> None:

@@ -93,6 +93,7 @@ class Adaptive(Scaling):
         ValueError: For values out of range.
     """
 
+    factor: Tensor
     natural = False
     needs_batch = True
     without_batch = "the step rule takes the steps of 'graft'"
@@ -125,6 +126,7 @@ class Adaptive(Scaling):
         self.fresh, self.horizon = fresh, horizon
         self.interval, self.decay = interval, decay
         self.excess = torch.tensor(torch.nan)  # d^T G d / d^T F d; NaN: never measured
+        self.factor = torch.ones(())  # of the user's objective: G and F are without
         self.begun, self.anew = 0, -1  # the step that t is counted from; where m begins anew
         self.length = self._length = 0.0  # t over share alpha, when last looked at, and before
         self._looked = 0  # the step that came next
@@ -163,10 +165,15 @@ class Adaptive(Scaling):
                 best = best * sums.sum() / (weights * sums).sum()
             if proposal.replay is not None:
                 bounds = bound if weights is None else bound * weights
-                form = proposal.replay.form(proposal.directions, bounds, proposal.estimator.capture)
+                current = proposal.current or proposal.gradients
+                products = torch._foreach_mul(directions, [current[p] for p in parameters])
+                slope = (torch.stack([product.sum() for product in products]) * bounds).sum()
+                capture = proposal.estimator.capture
+                form, factor = proposal.replay.form(proposal.directions, bounds, slope, capture)
+                self.factor = torch.where(factor.isnan(), self.factor.to(factor), factor)
                 self._average(form / (bound * bounds * sums).sum())
         excess = self.excess.to(given)
-        alpha = excess.reciprocal() * best
+        alpha = (excess * self.factor.to(given)).reciprocal() * best
         reach = torch.minimum(bound, alpha * self._growth(proposal, given))
         scales = torch.where(excess.isnan(), adam / given, reach)
         scales = scales.nan_to_num(0.0, 0.0, 0.0)  # of directions that are zero
@@ -209,10 +216,10 @@ class Adaptive(Scaling):
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         counts = {"begun": self.begun, "anew": self.anew, "length": self.length}
-        return {"excess": self.excess, **counts}
+        return {"excess": self.excess, "factor": self.factor, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        self.excess = state["excess"].clone()
+        self.excess, self.factor = state["excess"].clone(), state["factor"].clone()
         self.begun, self.anew = state["begun"], state["anew"]
         self.length = self._length = state["length"]
 

@@ -148,6 +148,7 @@ def reduction_ratio(
     gradients: Mapping[Parameter, Tensor],
     before: Mapping[Parameter, Tensor],
     closure: Callable[[], float] | None = None,
+    factor: Tensor | float = 1.0,
 ) -> float:
     """The change of the loss over the predicted one, g^T s + s^T F s / 2, F from the factors.
 
@@ -159,10 +160,13 @@ def reduction_ratio(
         gradients: The loss's at the beginning of the step, by parameter.
         before: The parameters then.
         closure: The user's, by which the loss is computed if there is one.
+        factor: Of the loss in the objective, which is in its gradients and not in F.
     """
     change = replay.change(estimator.capture, closure)
+    if closure is not None:
+        change /= float(factor)
     steps = {p: p - start for p, start in before.items()}
-    linear = torch.stack([(gradients[p] * s).sum() for p, s in steps.items()]).sum()
+    linear = torch.stack([(gradients[p] * s).sum() for p, s in steps.items()]).sum() / factor
     forms = [form.to(linear) for form in estimator.quadratic_forms(steps).values()]
     predicted = float(linear + torch.stack(forms).sum() / 2 if forms else linear)
     return change / predicted if predicted < 0 else -1.0

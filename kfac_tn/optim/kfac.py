@@ -29,7 +29,8 @@ from kfac_tn.optim.checkpoints import Checkpoints
 from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of, reduction_ratio
 from kfac_tn.optim.groups import default_groups
 from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
-from kfac_tn.optim.replay import Replay, without_batch
+from kfac_tn.optim.recording import without_batch
+from kfac_tn.optim.replay import Replay
 from kfac_tn.optim.step_rules import Proposal, StepRule, TrustRegion, moderate
 
 
@@ -316,7 +317,10 @@ class KFAC(Checkpoints):
         factors = self._direct(slopes, updates, lrs, gradients, replay)
         self._apply(updates, factors)
         if before is not None and self._replay is not None:
-            ratio = reduction_ratio(self._replay, self._estimator, gradients, before, closure)
+            factor = self._rule.factor
+            ratio = reduction_ratio(
+                self._replay, self._estimator, gradients, before, closure, factor
+            )
             self._damping_rule.after_step(ratio, self._following_groups())
         self._arm_replay()
         self._grow()

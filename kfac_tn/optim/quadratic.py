@@ -21,7 +21,8 @@ class QuadraticModel(StepRule):
 
     The step is minus u = alpha d + mu u', with d the direction and u' the step before; alpha and mu
     minimize -g^T u + u^T (G + lambda I) u / 2, G the exact GGN on the batch and lambda the damping
-    (Martens & Grosse 2015, Section 7). The learning rate of the group is a factor on top: the model
+    (Martens & Grosse 2015, Section 7), both times the factor of the loss in the objective, if that
+    can be told. The learning rate of the group is a factor on top: the model
     is that of one batch, so where batches are small, take 0.1 or less. Of learning rates that
     differ by group, the model sees the ratios.
 
@@ -38,6 +39,7 @@ class QuadraticModel(StepRule):
         ValueError: If the interval isn't a positive whole number, or the limit not positive.
     """
 
+    factor: Tensor
     lr = 1.0
     own_momentum = True
     needs_batch = True
@@ -51,6 +53,7 @@ class QuadraticModel(StepRule):
             raise ValueError(f"interval is {interval}: it must be a positive whole number.")
         self.interval, self.momentum, self.relative_norm = interval, momentum, relative_norm
         self.coefficients = torch.zeros(2, dtype=torch.float64)
+        self.factor = torch.ones(())
 
     def wants_batch(self, step: int) -> bool:  # noqa: D102
         return is_due(step, self.interval)
@@ -65,13 +68,15 @@ class QuadraticModel(StepRule):
         }
         if proposal.replay is not None:
             vectors = [_in_proportion(each, proposal.lrs) for each in (directions, before)]
-            gram = proposal.replay.gram(vectors, proposal.estimator.capture).double()
-            gram = gram + damping_gram(vectors, proposal.estimator.dampings()).double()
             slopes = [
                 torch.stack([(proposal.gradients[p] * v).sum() for p, v in vector.items()]).sum()
                 for vector in vectors
             ]
-            self.coefficients = minimize(gram, torch.stack(slopes).double())
+            capture = proposal.estimator.capture
+            gram, factor = proposal.replay.gram(vectors, slopes[0], capture)
+            self.factor = torch.where(factor.isnan(), self.factor, factor)
+            gram = gram.double() + damping_gram(vectors, proposal.estimator.dampings()).double()
+            self.coefficients = minimize(gram, torch.stack(slopes).double() / self.factor)
         alpha, mu = self.coefficients.unbind()
         for p, d in directions.items():
             d.mul_(alpha.to(d)).add_(before[p] * mu.to(d))
@@ -82,10 +87,10 @@ class QuadraticModel(StepRule):
         return torch.ones(())
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"coefficients": self.coefficients}
+        return {"coefficients": self.coefficients, "factor": self.factor}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        self.coefficients = state["coefficients"].clone()
+        self.coefficients, self.factor = state["coefficients"].clone(), state["factor"].clone()
 
 
 def _in_proportion(

@@ -1,56 +1,39 @@
-"""The batch of a step, kept to compute the loss or its curvature once more."""
+"""The loss of a recorded batch, or its curvature, computed once more."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.capture import Capture
-from kfac_tn.curvature.batches import copied, tensors_of
+from kfac_tn.curvature.batches import copied
 from kfac_tn.curvature.checks import restored
 from kfac_tn.distributed import Processes
-from kfac_tn.graph import concerns, depends
-from kfac_tn.hooks import WeakHook, alone, recorded, remove, uncompiled
+from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.likelihood import likelihood_of
 from kfac_tn.optim.randomness import RandomState
+from kfac_tn.optim.recording import Batch, Recorder
+
+TOLERANCE = 0.05
+"""By how much slopes may differ that are one; those of central differences are less precise."""
 
 
-@dataclass
-class _Batch:
-    """One call of the model, and of the loss on what it returned."""
-
-    args: tuple
-    kwargs: dict
-    autocast: tuple[bool, torch.dtype]
-    random_state: RandomState
-    output: Tensor | None = None  # until the loss is seen
-    shape: torch.Size | None = None  # in which the loss got it
-    loss_args: tuple = ()
-    loss_kwargs: Mapping[str, Any] | None = None
-    loss: Tensor | None = None
-    weight: Tensor | None = None
-    chained: bool = False  # whether inputs are the work of the model itself, in an earlier call
-    passed_over: bool = False  # whether gradients were reset while it waited for its backward pass
-
-
-class Replay:
-    """Records what model and loss are called with, in steps in which it is armed.
+class Replay(Recorder):
+    """The objective of a recorded step, at other parameters; and its curvature.
 
     The objective is taken to be the loss (of several calls the mean or sum, as the loss reduces,
-    weighted as in the user's objective). A factor of all of it cancels, be it a gradient scaler's.
-    Random numbers, buffers and autocast are as in the recorded call, and afterwards as before.
-    Inputs and targets are copied.
+    weighted as in the user's objective). A factor of all of it isn't in it, be it the user's or a
+    gradient scaler's; the user's is found where gradients are those of the objective alone.
+    Random numbers, buffers, attributes, modes and autocast are as in the recorded call, and
+    afterwards as before.
 
     Args:
         model: The model.
@@ -74,23 +57,9 @@ class Replay:
                 "This rule computes the loss once more, so it needs a loss module with reduction "
                 "'mean' or 'sum'."
             )
-        self.armed = True
-        self.required = required
+        super().__init__(model, loss_fn, required)
         self._processes = processes or Processes(None)
         self.forward_mode, self.inner_graph = True, False
-        self._model, self._loss_fn = model, loss_fn
-        self._batches: list[_Batch] = []
-        self._handles: list[RemovableHandle] = [
-            # before the user's own, which act again when the model is called again
-            model.register_forward_pre_hook(
-                cast(Any, WeakHook(self, "_before")), prepend=True, with_kwargs=True
-            ),
-            model.register_forward_hook(cast(Any, WeakHook(self, "_after"))),
-            loss_fn.register_forward_hook(
-                cast(Any, WeakHook(self, "_after_loss")), with_kwargs=True
-            ),
-        ]
-        weakref.finalize(self, remove, self._handles)
 
     @classmethod
     def where_possible(
@@ -103,42 +72,6 @@ class Replay:
             if required:
                 raise
             return None
-
-    def close(self) -> None:
-        """Remove the hooks, and forget."""
-        remove(self._handles)
-        self.discard()
-
-    def discard(self) -> None:
-        """Forget what was seen since the last step, even if a loss of it is kept."""
-        self._keep_only([])
-
-    def discard_gradients(self) -> None:
-        """Forget batches whose gradients are reset; others may be about to have theirs."""
-        waiting = [b for b in self._batches if b.weight is None and not b.passed_over]
-        for batch in waiting:
-            batch.passed_over = True
-        self._keep_only(waiting)
-
-    def _keep_only(self, batches: list[_Batch]) -> None:
-        for batch in self._batches:
-            if not any(batch is kept for kept in batches):
-                batch.args, batch.kwargs, batch.output = (), {}, None
-                batch.loss_args, batch.loss_kwargs, batch.loss = (), None, None
-        self._batches = batches
-
-    def check(self) -> bool:
-        """Whether there is a batch.
-
-        Raises:
-            RuntimeError: If the loss was computed from something else than the output of one call
-                of the model, and a batch is required.
-        """
-        seen = [batch for batch in self._batches if batch.weight is not None]
-        self._keep_only([] if any(batch.chained for batch in seen) else seen)
-        if self.required and not self._batches:
-            raise RuntimeError(without_batch("the rule that needs it can't go on"))
-        return bool(self._batches)
 
     def change(self, capture: Capture, closure: Callable[[], float] | None = None) -> float:
         """How much the objective has changed since the batch was recorded.
@@ -161,22 +94,43 @@ class Replay:
                     losses.append(self._loss_of(batch, self._outputs(batch)))
         return self._total(losses)
 
-    def gram(self, vectors: Sequence[Mapping[Parameter, Tensor]], capture: Capture) -> Tensor:
+    def gram(
+        self,
+        vectors: Sequence[Mapping[Parameter, Tensor]],
+        slope: Tensor,
+        capture: Capture,
+    ) -> tuple[Tensor, Tensor]:
         """``v_i^T G v_j`` with the exact GGN of the objective, ``[V, V]``.
 
         Needs products with the Jacobian alone (Martens & Grosse 2015, Appendix C), by forward mode;
         by two backward passes for models with an operation that lacks it.
+
+        Args:
+            vectors: v.
+            slope: That of the user's objective along the first: the product with its gradient.
+            capture: Whose hooks are to notice nothing.
+
+        Returns:
+            That, and the factor of the user's objective, which G is without: see ``_factor``.
         """
-        grams = []
+        grams, slopes = [], []
         with self._undisturbed(capture):
             for batch in self._batches:
                 # of attention's kernels, only the plain one can be differentiated twice
                 with self._as_recorded(batch), sdpa_kernel(SDPBackend.MATH):
                     outputs, tangents = self._push_forward(batch, vectors)
-                    grams.append(self._loss_gram(batch, outputs, tangents))
-        return self._total(grams)
+                    gram, own = self._loss_gram(batch, outputs, tangents)
+                    grams.append(gram)
+                    slopes.append(own[0])
+        return self._total(grams), self._factor(self._total(slopes), slope)
 
-    def form(self, vector: Mapping[Parameter, Tensor], factors: Tensor, capture: Capture) -> Tensor:
+    def form(
+        self,
+        vector: Mapping[Parameter, Tensor],
+        factors: Tensor,
+        slope: Tensor,
+        capture: Capture,
+    ) -> tuple[Tensor, Tensor]:
         """``v^T G v`` with the GGN of the objective, by central differences of the outputs.
 
         Two forward passes, which every model has; as accurate as two thirds of the digits are. The
@@ -185,7 +139,11 @@ class Replay:
         Args:
             vector: v, but for a positive factor of each entry.
             factors: These, ``[entries]``.
+            slope: That of the user's objective along v.
             capture: Whose hooks are to notice nothing.
+
+        Returns:
+            That, and the factor of the user's objective, which G is without: see ``_factor``.
         """
         parameters, directions = [p.detach() for p in vector], list(vector.values())
         start = [p.clone() for p in parameters]
@@ -207,68 +165,18 @@ class Replay:
                             ends[-1].append(self._outputs(batch).clone())
             finally:
                 torch._foreach_copy_(parameters, start)
-            forms = []
+            forms, slopes = [], []
             for batch, high, low in zip(self._batches, *ends, strict=True):
                 with self._as_recorded(batch):
                     tangent = (high - low) / (2 * step).to(high.dtype)
-                    forms.append(self._loss_gram(batch, (high + low) / 2, [tangent])[0, 0])
-        return self._total(forms)
-
-    # Hooks -------------------------------------------------------------------------------------
-
-    def _before(self, module: Module, args: tuple, kwargs: dict) -> None:
-        if module is not self._model or not self.armed or not recorded(self):
-            return
-        if not any(p.requires_grad for p in module.parameters()):  # it is another model's loss
-            return
-        self._begin(args, kwargs)
-
-    @torch._disable_dynamo
-    def _begin(self, args: tuple, kwargs: dict) -> None:
-        device = next(self._model.parameters()).device
-        kind = device.type
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        # The model may change its inputs in place, and so may whoever fills in the next batch.
-        own = set(self._model.parameters())
-        chained = any(depends(x, own) for x in tensors_of((args, kwargs)) if x.grad_fn is not None)
-        args, kwargs = copied((args, kwargs))
-        batch = _Batch(args, kwargs, autocast, RandomState(device), chained=chained)
-        self._batches.append(batch)
-
-    def _after(self, module: Module, args: tuple, output: Any) -> None:
-        if module is not self._model or not self.armed or not recorded(self):
-            return
-        if self._batches and isinstance(output, Tensor):
-            self._batches[-1].output = output
-
-    def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
-        if not self.armed or not recorded(self) or not isinstance(loss, Tensor):
-            return
-        values = dict(kwargs)
-        outputs = args[0] if args else values.pop("input")
-        weigh = WeakHook(self, "_weigh")
-        for batch in self._batches:
-            if batch.output is not None and _is_view(outputs, batch.output):
-                batch.output, batch.shape = None, outputs.shape
-                batch.loss_args, batch.loss_kwargs = copied((args[1:], values))
-                batch.loss = loss.detach()
-                if loss.requires_grad:
-                    loss.register_hook(
-                        lambda gradient, batch=batch: weigh(batch, outputs, gradient)
-                    )
-                return
-
-    def _weigh(self, batch: _Batch, outputs: Tensor, gradient: Tensor) -> None:
-        """On a loss: the factor that it has in the objective, added up over backward calls."""
-        if not concerns(outputs, self._model.parameters()):
-            return
-        accurate = torch.promote_types(gradient.dtype, torch.float32)
-        seen = gradient.detach().to(accurate).sum()
-        batch.weight = seen if batch.weight is None else batch.weight + seen
+                    gram, own = self._loss_gram(batch, (high + low) / 2, [tangent])
+                    forms.append(gram[0, 0])
+                    slopes.append(own[0])
+        return self._total(forms), self._factor(self._total(slopes), slope)
 
     # Tools -------------------------------------------------------------------------------------
 
-    def _outputs(self, batch: _Batch) -> Tensor:
+    def _outputs(self, batch: Batch) -> Tensor:
         """What the model returns now; it has a graph within if it differentiates something itself.
 
         As forces are an energy's gradient in the inputs.
@@ -283,33 +191,57 @@ class Replay:
             if self.inner_graph:
                 raise
         self.inner_graph = True
-        batch.random_state.restore()
+        batch.restore()
         return self._outputs(batch)
 
     @torch.enable_grad()
-    def _loss_gram(self, batch: _Batch, outputs: Tensor, tangents: Sequence[Tensor]) -> Tensor:
-        """``t_i^T H t_j`` with the Hessian of the loss in the outputs, ``[T, T]``."""
+    def _loss_gram(
+        self, batch: Batch, outputs: Tensor, tangents: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """``t_i^T H t_j`` with the Hessian of the loss in the outputs, and ``t_i^T g``."""
         outputs = outputs.detach().requires_grad_()
         normalized = getattr(likelihood_of(self._loss_fn), "normalized", lambda outputs: outputs)
         loss = self._loss_of(batch, normalized(outputs))
         (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        slopes = torch.stack([(gradient.detach() * tangent).sum() for tangent in tangents])
         rows = []
         for tangent in tangents:
             (row,) = torch.autograd.grad(gradient, outputs, tangent, retain_graph=True)
             rows.append(torch.stack([(row * other).sum() for other in tangents]))
-        return torch.stack(rows)
+        return torch.stack(rows), slopes
 
-    def _loss_of(self, batch: _Batch, outputs: Tensor) -> Tensor:
+    def _loss_of(self, batch: Batch, outputs: Tensor) -> Tensor:
         return self._loss_fn(outputs, *batch.loss_args, **(batch.loss_kwargs or {}))
 
     def _total(self, values: Sequence[Tensor]) -> Tensor:
-        weights = torch.stack([cast(Tensor, batch.weight) for batch in self._batches])
-        whole = weights.max() if self._loss_fn.reduction == "sum" else weights.sum()
+        weights, whole = self._weights()
         total = sum((w / whole * v for w, v in zip(weights, values, strict=True)), torch.zeros(()))
         return self._processes.mean(cast(Tensor, total))
 
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """The factors of the losses, and that of their mean (or sum) as one loss."""
+        weights = torch.stack([cast(Tensor, batch.weight) for batch in self._batches])
+        return weights, weights.max() if self._loss_fn.reduction == "sum" else weights.sum()
+
+    def _factor(self, replayed: Tensor, slope: Tensor) -> Tensor:
+        """By what the user's objective is larger than the loss; NaN where that can't be told.
+
+        The loss's weight in what was differentiated, if the user's gradient is that of this: a
+        gradient scaler's factor is in the one and not in the other, gradients may have been
+        clipped, or be those of a penalty, too.
+
+        Args:
+            replayed: The slope of the loss along some direction.
+            slope: That of the user's gradient.
+        """
+        _, whole = self._weights()
+        whole = self._processes.mean(whole)
+        expected = whole * replayed.to(whole)
+        same = (slope.to(whole) - expected).abs() <= TOLERANCE * expected.abs()
+        return torch.where(same & (whole > 0), whole, torch.nan)
+
     def _push_forward(
-        self, batch: _Batch, vectors: Sequence[Mapping[Parameter, Tensor]]
+        self, batch: Batch, vectors: Sequence[Mapping[Parameter, Tensor]]
     ) -> tuple[Tensor, list[Tensor]]:
         model = getattr(self._model, "_orig_mod", self._model)  # what torch.compile wraps
         if isinstance(model, DistributedDataParallel):  # whose passes would be synchronized
@@ -318,12 +250,12 @@ class Replay:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
         def call(given: tuple[tuple, dict], parameters: dict[str, Tensor]) -> Tensor:
-            batch.random_state.restore()
             everything = {**{n: b.clone() for n, b in buffers.items()}, **parameters}
             outputs = torch.func.functional_call(model, everything, *given)
             return outputs.reshape(batch.shape)
 
         def on_copies() -> Callable[[dict[str, Tensor]], Tensor]:
+            batch.restore()
             return partial(call, copied((batch.args, batch.kwargs)))
 
         at = {names[p]: p.detach() for p in vectors[0]}
@@ -369,28 +301,9 @@ class Replay:
                 random_state.restore()
 
     @contextmanager
-    def _as_recorded(self, batch: _Batch) -> Iterator[None]:
-        batch.random_state.restore()
+    def _as_recorded(self, batch: Batch) -> Iterator[None]:
+        batch.restore()
         enabled, dtype = batch.autocast
         kind = next(self._model.parameters()).device.type
         with torch.autocast(kind, dtype, enabled=enabled):
             yield
-
-
-def _is_view(tensor: Tensor, base: Tensor) -> bool:
-    """Whether a tensor is another, or has its elements in the same order in another shape."""
-    if tensor is base:
-        return True
-    whole = tensor.is_contiguous() and base.is_contiguous() and tensor.numel() == base.numel()
-    return whole and tensor.data_ptr() == base.data_ptr()
-
-
-def without_batch(consequence: str) -> str:
-    """What the user is told where a rule wants the batch of a step and there is none."""
-    return (
-        "The batch of a step can't be recorded: the loss module wasn't called on the model's "
-        "output itself (or a view of it with another shape), that is not the only one (several "
-        "outputs, or several losses), its reduction is 'none', or the model was called on what it "
-        f"had returned before, so {consequence}. Call loss_fn(model(x), y) (of one model that does "
-        "all calls), or choose rules that need no batch: step_rule='graft' and a fixed damping."
-    )

@@ -77,6 +77,7 @@ class StepRule(ABC):
         any_length: Whether it gives directions a length that theirs has no part in, so that they,
             and ``Proposal.gradients``, may be of moments that aren't corrected for their start.
         horizon: By how much ``reach`` grows with each step, where it does.
+        factor: By what the user's objective is larger than its loss, as far as that was measured.
         without_batch: What follows where there is none, for a message; empty: an error.
     """
 
@@ -86,6 +87,7 @@ class StepRule(ABC):
     needs_batch = False
     any_length = False
     horizon = 0.0
+    factor: Tensor | float = 1.0
     without_batch = ""
 
     @property
