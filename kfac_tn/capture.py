@@ -24,6 +24,7 @@ from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs,
 from kfac_tn.examples_first import (
     check_examples_first,
     check_rows_apart,
+    check_rows_own,
     find_shared,
     refuse_shared,
 )
@@ -43,7 +44,7 @@ from kfac_tn.graph import (
 from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.attention import Projection, ProjectionsApart
-from kfac_tn.likelihood import Likelihood, likelihood_of
+from kfac_tn.likelihood import Likelihood, empirical_factor, likelihood_of
 from kfac_tn.moments import Basis, MomentCollector
 from kfac_tn.passes import Passes
 from kfac_tn.statistics import Call, Statistics, input_statistic
@@ -82,6 +83,7 @@ class Capture:
         basis: Along which the gradients of a layer are squared (its input is kept until then), or
             None for a layer whose aren't, yet.
         joint: Whether input factors have a last row and column for the bias, if there is one.
+        once: Whether one batch tells whose rows are whose; else each is asked, where in doubt.
 
     Raises:
         ValueError: For an unknown ``fisher``, ``mc_samples < 1``, or the empirical Fisher of a loss
@@ -99,6 +101,7 @@ class Capture:
         generator: Callable[[torch.device], torch.Generator | None] = lambda device: None,
         basis: Callable[[LayerBlock], Basis | None] = lambda block: None,
         joint: bool = True,
+        once: bool = True,
     ) -> None:
         if fisher not in get_args(Fisher):
             raise ValueError(f"fisher is {fisher!r}: choose one of {get_args(Fisher)}.")
@@ -114,9 +117,10 @@ class Capture:
         self.mc_samples = mc_samples
         self.generator = generator
         self._basis = basis
-        self._joint = joint
+        self._joint, self._once = joint, once
         self._verified = False  # that the layers' first axis is that of the examples
         self._apart = False  # and that of the outputs, which don't meet before the layers
+        self._own = False  # and that each row is its own example's
         self._shared: dict[tuple[Any, ...], bool] = {}  # whether it isn't, of indices
         self.armed = True
         self.seen_loss = False
@@ -408,6 +412,8 @@ class Capture:
         """The calls whose inputs are kept, from now on until the statistics are taken."""
         find_shared([one for one in found if one.record.keeps], outputs, self._shared)
         self._verified = check_examples_first(found, outputs, self.fisher, self._verified)
+        if not self._own:
+            self._own = check_rows_own(found, outputs) and self._once
         calls = [one.record for one in found if one.record.keeps]
         self._kept += calls
         return calls
@@ -422,7 +428,7 @@ class Capture:
                 "backward() for each, or use fisher='mc'."
             )
         one_pass = self._passes.begin(task, scale)
-        one_pass.terms = self.likelihood.num_terms(outputs.detach(), targets)
+        one_pass.terms = empirical_factor(self.likelihood, outputs.detach(), targets)
         heeded = [one for one in found if not one.record.ignored]
         refuse_shared(find_shared(heeded, outputs, self._shared), outputs)
         one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kfac_tn.graph import Found, differentiate
 from kfac_tn.layers import batch_hint
+from kfac_tn.row_order import are_apart, are_own, enlarged, exponents, may_move_rows, norms
 from kfac_tn.statistics import Call
 
 
@@ -152,6 +154,67 @@ def check_examples_first(
             "no normalization over them, or use curvature='kfac'."
         )
     return True
+
+
+def check_rows_own(found: Sequence[Found[Call]], outputs: Tensor) -> bool:
+    """Refuse calls whose rows are of several examples, or, of a layer's several calls, of others.
+
+    Where models mix examples, or take them in another order, by what they contain (largest numbers
+    of the batch; sorted ones): that is looked for by two backward passes, if there is such in the
+    graph. Rows of a layer that is called once may be in any order: sums over them are the same.
+
+    Args:
+        found: What the outputs depend on.
+        outputs: Of the model, whose first axis is that of the examples, or has it in front.
+
+    Returns:
+        Whether there was something to be asked.
+
+    Raises:
+        ValueError: Naming the layer.
+    """
+    calls = list(dict.fromkeys(one.record for one in found))
+    several = {block for block, n in Counter(c.block for c in calls).items() if n > 1}
+    rows = outputs.shape[0] if outputs.dim() else 1
+    asked: dict[int, list[Call]] = {}
+    for call in calls:
+        averaged = call.block in several and call.block.approximation == "reduce"
+        divided = call.examples > 1 and rows % call.examples == 0
+        if (call.keeps or averaged) and divided and not call.shared:
+            asked.setdefault(call.examples, []).append(call)
+    if not asked or not may_move_rows(outputs):
+        return bool(asked)
+    numbers, mixed = _numbers(outputs), dict[str, None]()
+    for count, mine in asked.items():
+        powers = exponents(numbers, count)
+        column = enlarged(numbers, -0.5 * powers)
+        before, after = (_row_norms(found, outputs, c) for c in (column, enlarged(column, powers)))
+        for call in mine:
+            same = are_own if call.block in several else are_apart
+            zeros = torch.zeros(count, device=outputs.device)
+            both = before.get(call, zeros), after.get(call, zeros)
+            if not same(*both, powers, column):
+                mixed[call.block.name] = None
+    if mixed:
+        raise ValueError(
+            "EKFAC, diagonals and layers that KFAC-reduce calls several times need the gradient of "
+            f"each example, but rows of layers {list(mixed)} depend on several examples (something "
+            "of the whole batch is used), or are in another order in each call. Have the model "
+            "keep examples apart and in their order, or use approximation='expand' and "
+            "curvature='kfac' for these layers."
+        )
+    return True
+
+
+def _row_norms(found: Sequence[Found[Call]], outputs: Tensor, column: Tensor) -> dict[Call, Tensor]:
+    """Of what arrives at each call: ``[examples]``."""
+    result: dict[Call, Tensor] = {}
+
+    def receive(call: Call, gradient: Tensor) -> None:
+        result[call] = norms(gradient.detach().reshape(call.output_shape))
+
+    differentiate(outputs, column, found, receive)
+    return result
 
 
 def _refuse_other_axes(found: Sequence[Found[Call]], outputs: Tensor) -> None:

@@ -133,7 +133,113 @@ def test_channels_may_be_as_many_as_examples(normalized):
     layers = [nn.Conv2d(1, N, 3, padding=1), norm, nn.Tanh(), nn.Conv2d(N, N, 3), nn.Flatten()]
     model, loss_fn = nn.Sequential(*layers, nn.Linear(4 * N, 3)).double(), nn.CrossEntropyLoss()
     x, y = torch.randn(N, 1, 4, 4).double(), torch.randint(3, (N,))
-    curvature = kfac_tn.compute_ekfac(model, loss_fn, [(x, y)], fisher="type-2")
-    if not normalized:
+    if normalized:  # of the curvature of a data set, there is none that were exact
+        optimizer = kfac_tn.KFAC(model, loss_fn, curvature="ekfac", fisher="type-2")
+        for _ in range(2):
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+        with pytest.raises(ValueError, match=r"BatchNorm2d '1' .* model.eval\(\)"):
+            kfac_tn.compute_ekfac(model, loss_fn, [(x, y)], fisher="type-2")
+    else:
+        curvature = kfac_tn.compute_ekfac(model, loss_fn, [(x, y)], fisher="type-2")
         exact = dense_ggn(model, loss_fn, x, y).trace()
         torch.testing.assert_close(curvature.trace(), exact)
+
+
+# Examples that models mix, or take in another order, by what they contain ------------------------
+
+
+class Sorted(nn.Module):
+    """One encoder for two inputs, each sorted by its own key, as for packed sequences."""
+
+    def __init__(self, in_order):
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_order, self.encoder, self.last = in_order, nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def encode(self, x, column):
+        if self.in_order:
+            return self.encoder(x).tanh()
+        order = x[:, column].argsort()
+        return self.encoder(x[order])[order.argsort()].tanh()
+
+    def forward(self, x):
+        return self.last(self.encode(x, 0) + self.encode(2 * x, 1))
+
+
+class Scaled(nn.Module):
+    """By the largest number in the batch, as for quantization."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h / h.abs().max())
+
+
+CORRECTED = {
+    "ekfac": lambda *a, **k: kfac_tn.compute_ekfac(*a, **k),
+    "diagonal": lambda *a, **k: kfac_tn.compute_kfac(*a, curvature="diagonal", **k),
+    "reduce": lambda *a, **k: kfac_tn.compute_kfac(*a, approximation="reduce", **k),
+}
+
+
+def inputs(largest=0, n=8):
+    generator = torch.Generator().manual_seed(largest)
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    x[largest % n] *= 10
+    return x, torch.randn(n, 2, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("fisher", ["mc", "type-2"])
+@pytest.mark.parametrize("compute", CORRECTED.values(), ids=CORRECTED)
+def test_calls_with_the_examples_in_several_orders_are_refused(compute, fisher, batches):
+    """Row by row they don't belong together; in one order they do."""
+    sorted_ones = torch.linspace(-1, 1, 8).double()[:, None].expand(8, 3).contiguous()
+    data = [(sorted_ones, inputs()[1]), inputs()][-batches:]
+    with pytest.raises(ValueError, match=r"rows of layers \['encoder'\] depend"):
+        compute(Sorted(False).double(), nn.MSELoss(), data, fisher=fisher)
+    compute(Sorted(True).double(), nn.MSELoss(), data, fisher=fisher)
+
+
+def test_sums_of_products_need_no_order():
+    """KFAC-expand adds up positions of all calls, whichever example's they are."""
+    data = [inputs()]
+    factors = [
+        kfac_tn.compute_kfac(Sorted(each).double(), nn.MSELoss(), data, fisher="type-2")
+        for each in (True, False)
+    ]
+    torch.testing.assert_close(factors[0].to_dense(), factors[1].to_dense())
+
+
+@pytest.mark.parametrize("largest", range(8))
+@pytest.mark.parametrize("compute", ["ekfac", "diagonal"])
+def test_examples_that_meet_in_a_layer_are_refused(compute, largest):
+    with pytest.raises(ValueError, match=r"rows of layers \['first'\] depend"):
+        CORRECTED[compute](Scaled().double(), nn.MSELoss(), [inputs(largest)], fisher="type-2")
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", "diagonal"])
+def test_the_optimizer_refuses_them_too(curvature):
+    model, loss_fn = Scaled().double(), nn.MSELoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, curvature=curvature, fisher="type-2")
+    if curvature == "ekfac":  # of which the first step has factors alone
+        loss_fn(model(inputs()[0]), inputs()[1]).backward()
+        optimizer.step()
+    loss = loss_fn(model(inputs()[0]), inputs()[1])
+    with pytest.raises(ValueError, match=r"rows of layers \['first'\] depend"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("compute", CORRECTED.values(), ids=CORRECTED)
+def test_random_gradients_are_refused(compute):
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)).double()
+    model = kfac_tn.tn.nn.randomize(conv, keep=0.5, keep_output=0.5)
+    data = [(torch.randn(4, 1, 4, 4).double(), torch.randn(4, 2).double())]
+    with pytest.raises(ValueError, match=r"RandomizedConvNd '0' .* model.eval\(\)"):
+        compute(model.train(), nn.MSELoss(), data)
+    compute(model.eval(), nn.MSELoss(), data)

@@ -157,12 +157,22 @@ def refuse_if_not_exact(model: Module) -> None:
                 "that no example has a gradient of its own: call model.eval() before (with "
                 "track_running_stats=True), or use another normalization."
             )
+    refuse_randomized(model)
+    refuse_scaled_gradients(model)
+
+
+def refuse_randomized(model: Module) -> None:
+    """Refuse models whose gradients are random: squares of these aren't those of exact ones.
+
+    Raises:
+        ValueError: Naming the module.
+    """
+    for name, module in model.named_modules():
         if isinstance(module, RandomizedConvNd) and module.training:
             raise ValueError(
                 f"RandomizedConvNd '{name}' has random gradients in training mode, so that exact "
                 "ones can't be verified: call model.eval() before."
             )
-    refuse_scaled_gradients(model)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

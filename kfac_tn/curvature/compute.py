@@ -19,7 +19,13 @@ from kfac_tn.curvature.batches import (
     with_progress,
 )
 from kfac_tn.curvature.block import Block, DiagonalBlock
-from kfac_tn.curvature.checks import check_graph, refuse_scaled_gradients, restored
+from kfac_tn.curvature.checks import (
+    check_graph,
+    refuse_if_not_exact,
+    refuse_randomized,
+    refuse_scaled_gradients,
+    restored,
+)
 from kfac_tn.curvature.curvature import Curvature
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.kronecker import KroneckerBlock
@@ -94,9 +100,10 @@ def compute_kfac(
         ValueError: For unknown options, a model without trainable parameters, an empty loader,
             results that aren't finite, outputs that have no graph, a loss with
             ``reduction="none"``, a layer larger than ``max_dim``, a weight that is used in other
-            ways than by calling its module, an embedding with ``scale_grad_by_freq``, or
-            ``"forward-only"`` with diagonals or parameters that have no Kronecker structure (freeze
-            them, or choose another Fisher).
+            ways than by calling its module, an embedding with ``scale_grad_by_freq``, tensor
+            dropout in training mode, ``"forward-only"`` with diagonals or parameters that have no
+            Kronecker structure (freeze them, or choose another Fisher), or, for diagonals, batch
+            normalization in training mode and other mixing of examples.
         TypeError: For a loss whose likelihood isn't known; for outputs that are no tensor, or
             batches that are no pairs, and no ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.
@@ -110,6 +117,38 @@ def compute_kfac(
         >>> curvature.blocks["0"].input_factor.shape
         torch.Size([1, 9, 9])
     """
+    counted = kfac_and_counts(
+        model,
+        loss_fn,
+        loader,
+        approximation,
+        fisher,
+        mc_samples,
+        bias,
+        generator,
+        forward,
+        progress_bar,
+        curvature,
+        max_dim,
+    )
+    return counted[0]
+
+
+def kfac_and_counts(
+    model: Module,
+    loss_fn: Module | Likelihood,
+    loader: Iterable[Any],
+    approximation: ApproximationChoice = "expand",
+    fisher: Fisher = "mc",
+    mc_samples: int = 1,
+    bias: Bias = "separate",
+    generator: torch.Generator | None = None,
+    forward: Forward = call_on_pair,
+    progress_bar: bool = False,
+    curvature: CurvatureChoice = "kfac",
+    max_dim: int | None = LARGEST,
+) -> tuple[Curvature, dict[str, int]]:
+    """``compute_kfac``, and by layer the number of vectors that its input factor is a mean over."""
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias is {bias!r}: choose 'joint' or 'separate'.")
     blocks, others = partition(model, approximation, curvature)
@@ -124,8 +163,19 @@ def compute_kfac(
         )
     unit = {block: Basis() for block in blocks if not block.has_factors}
     joint = bias == "joint"
+    refuse_randomized(model)
+    if unit:
+        refuse_if_not_exact(model)
     capture = Capture(
-        blocks, loss_fn, fisher, mc_samples, others, lambda device: generator, unit.get, joint
+        blocks,
+        loss_fn,
+        fisher,
+        mc_samples,
+        others,
+        generator=lambda device: generator,
+        basis=unit.get,
+        joint=joint,
+        once=False,
     )
     with closing(capture):
         go_through(model, with_progress(loader, "KFAC", progress_bar), capture, forward)
@@ -146,7 +196,8 @@ def compute_kfac(
         check_finite(other.name, values)
         computed[other.name] = DiagonalBlock(other.name, values.detach())
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    return Curvature(computed, shapes)
+    counts = {block.name: statistics.counts.get(block, 0) for block in blocks}
+    return Curvature(computed, shapes), counts
 
 
 def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: Forward) -> None:

@@ -123,12 +123,14 @@ def compute_ggn_diagonal(
             calls = Calls(model, batch, forward)
             if len(calls) == 0:
                 continue
+            blind = False  # to what moves rows by their number alone
             if not verified:
                 calls.verify()
                 verified = len(calls) > 1  # a single example can't be mistaken for another
+                blind = not calls.seen_in_few
             unknown |= calls.unknown
             calls.unknown = unknown
-            find_mixed(calls)
+            find_mixed(calls, anyway=blind)
             batches += 1
             outputs, targets = calls.outputs.detach(), calls.targets
             weight: Tensor | float = 1.0

@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from kfac_tn.capture import Capture, Fisher
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
+from kfac_tn.curvature.checks import refuse_if_not_exact
 from kfac_tn.curvature.compute import (
     LARGEST,
     check_finite,
@@ -69,7 +70,8 @@ def compute_ekfac(
 
     Raises:
         ValueError: As ``compute_kfac``; for ``"forward-only"``, which has no gradients; for an
-            iterator; for layers whose inputs don't have the examples in their first axis.
+            iterator; for layers whose inputs don't have the examples in their first axis, for batch
+            normalization in training mode, and for other mixing of examples.
         TypeError: As ``compute_kfac``.
         ImportError: For a progress bar without tqdm.
         NotImplementedError: For a registered layer whose family has no ``input_rows``.
@@ -88,6 +90,9 @@ def compute_ekfac(
             "fisher='forward-only' has no gradients, so no eigenvalues to correct: use "
             "compute_kfac, or another Fisher."
         )
+    # Without factors of their own: nothing but moments is wanted in the second pass.
+    layers, _ = partition(model, approximation, "diagonal")
+    refuse_if_not_exact(model)
     if isinstance(loader, Iterator):
         raise ValueError(
             "EKFAC goes through the loader twice, which an iterator doesn't allow: give a "
@@ -95,8 +100,6 @@ def compute_ekfac(
         )
     statistics = approximation, fisher, mc_samples, bias, generator
     kfac = compute_kfac(model, loss_fn, loader, *statistics, forward, progress_bar, max_dim=max_dim)
-    # Without factors of their own: nothing but moments is wanted in this pass.
-    layers, _ = partition(model, approximation, "diagonal")
     eigen = {}
     for layer in layers:
         block = kfac.blocks[layer.name]
@@ -106,7 +109,15 @@ def compute_ekfac(
         layer: Basis(basis.input_vectors, basis.grad_output_vectors)
         for layer, basis in eigen.items()
     }
-    capture = Capture(layers, loss_fn, fisher, mc_samples, (), lambda device: generator, bases.get)
+    capture = Capture(
+        layers,
+        loss_fn,
+        fisher,
+        mc_samples,
+        generator=lambda device: generator,
+        basis=bases.get,
+        once=False,
+    )
     with closing(capture):
         go_through(model, with_progress(loader, "EKFAC", progress_bar), capture, forward)
         moments = capture.take().moments

@@ -1,65 +1,30 @@
-"""Whether rows of a layer are in the order of the examples, which models may change on the way."""
+"""Whether each example's gradient is that of its row, in an exact pass over a model's calls."""
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
 from kfac_tn.curvature.calls import Call, Calls, Contributions
-
-MOVES = re.compile("Index|Gather|Scatter|Sort|Topk|Masked|Take|Flip|Roll|Rot90|Embedding")
-"""Derivatives of what may give rows another order, by the names of autograd's nodes."""
-
-PARTS = re.compile("Select|Slice|Split|Unbind|Narrow|Chunk")
-"""Of those that may take rows one by one, to be put together again."""
-
-LEFT = {"MmBackward0": "_saved_self_sym_sizes", "AddmmBackward0": "_saved_mat1_sym_sizes"}
-"""Where the shape of a product's first matrix is."""
+from kfac_tn.row_order import are_apart, are_own, enlarged, exponents, may_move_rows, norms
 
 
-def may_move_rows(outputs: Tensor) -> bool:
-    """Whether anything is done on the way to outputs that can move rows by what they contain.
-
-    What moves them by their number alone does so with a few examples, too, and is found there.
-    """
-    seen, waiting = set(), [outputs.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        sources = [source for source, _ in node.next_functions]
-        of_leaf = all(s is None or s.name().endswith("AccumulateGrad") for s in sources)
-        name = node.name()
-        if isinstance(node, BackwardCFunction) or (MOVES.search(name) and not of_leaf):
-            return True
-        if name in LEFT and tuple(getattr(node, LEFT[name])) == (len(outputs),) * 2:
-            return True  # which may be a permutation
-        # Of the first one of several nothing is known without unpacking it.
-        product = name in ("BmmBackward0", "BaddbmmBackward0")
-        if product and node._input_metadata[0].shape[1] == len(outputs):
-            return True
-        if PARTS.match(name) and getattr(node, "_saved_dim", 0) == 0:
-            whole = getattr(node, "_saved_self_sym_sizes", None) or (len(node._input_metadata),)
-            if whole[0] % max(1, len(outputs)) == 0:
-                return True
-        waiting += sources
-    return False
-
-
-def find_mixed(calls: Calls) -> None:
+def find_mixed(calls: Calls, anyway: bool = False) -> None:
     """Have parameters differentiated example by example to whom rows of several give gradients.
 
     ``Calls.verify`` sees that of one example, and what moves or mixes rows by what they contain may
     leave that one where it is: looked for here, with two more backward passes, where there is such.
+
+    Args:
+        calls: The calls; some may become unknown.
+        anyway: Whether to look in any case.
     """
-    if len(calls) == 1 or not may_move_rows(calls.outputs):
+    if len(calls) == 1 or not (anyway or may_move_rows(calls.outputs)):
         return
     generator = torch.Generator().manual_seed(0)
-    column = torch.randn(calls.outputs.shape, generator=generator).to(calls.outputs)
+    numbers = torch.randn(calls.outputs.shape, generator=generator).to(calls.outputs)
+    # From below one to above: whoever is mixed in is larger than one's own, before or after.
+    column = enlarged(numbers, -0.5 * exponents(numbers, len(calls)))
     order = Order(calls, column)
 
     def receive(name: str, attribute: str, contributions: Contributions) -> None:
@@ -83,25 +48,22 @@ class Order:
     """
 
     def __init__(self, calls: Calls, column: Tensor, needed: bool = True) -> None:
-        count = len(calls)
-        half = column.dtype.itemsize < 4  # which doesn't reach as far, and is rounded more
-        spread = 8.0 if half else 20.0
-        self._exponents = torch.linspace(-spread / 2, spread / 2, count, dtype=torch.float64)
-        # At most half of the way to the next one's, if rounding doesn't take more.
-        self._tolerance = max(min(spread / (2 * count), 0.05), 0.05 if half else 1e-3)
+        self._column, self._powers = column, exponents(column, len(calls))
         self._norms: dict[Call, Tensor] = {}
-        self._known = count == 1 or not needed  # a single example can't be mistaken for another
+        # A single example can't be mistaken for another.
+        self._known = len(calls) == 1 or not needed
         if not self._known:
-            factors = self._exponents.exp2().to(column).view(-1, *(1,) * (column.ndim - 1))
-            calls.backward(column * factors, self._receive)
+            calls.backward(enlarged(column, self._powers), self._receive)
 
     def _receive(self, name: str, attribute: str, contributions: Contributions) -> None:
         for call, g in contributions:
-            self._norms[call] = _norms(g)
+            self._norms[call] = norms(g)
 
     def holds(self, contributions: Contributions) -> bool:
         """Whether each row of these is its own example's, or zero."""
-        return self._known or all(self._is_own(call, g) for call, g in contributions)
+        return self._known or all(
+            are_own(*self._both(call, g), self._powers, self._column) for call, g in contributions
+        )
 
     def holds_in_any_order(self, contributions: Contributions) -> bool:
         """Whether each row of these is one example's, and none has two; of several calls, its own.
@@ -111,23 +73,8 @@ class Order:
         if self._known or len(contributions) > 1:
             return self.holds(contributions)
         ((call, g),) = contributions
-        exponents, rows = self._larger(call, g)
-        exponents = exponents[rows].sort().values
-        nearest = torch.bucketize(exponents, (self._exponents[1:] + self._exponents[:-1]) / 2)
-        off = (exponents - self._exponents[nearest]).abs()
-        return bool((off <= self._tolerance).all() and (nearest.diff() > 0).all())
+        return are_apart(*self._both(call, g), self._powers, self._column)
 
-    def _is_own(self, call: Call, g: Tensor) -> bool:
-        exponents, rows = self._larger(call, g)
-        return bool(((exponents - self._exponents).abs() <= self._tolerance)[rows].all())
-
-    def _larger(self, call: Call, g: Tensor) -> tuple[Tensor, Tensor]:
-        """By which power of two each row is larger, and which of them aren't zero."""
-        norms = _norms(g)
-        larger = self._norms.get(call, torch.zeros_like(norms))
-        exponents = (larger.log2() - norms.log2()).to(self._exponents)
-        return exponents, ((norms != 0) | (larger != 0)).to(self._exponents.device)
-
-
-def _norms(g: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g.flatten(1), dim=1)
+    def _both(self, call: Call, g: Tensor) -> tuple[Tensor, Tensor]:
+        before = norms(g)
+        return before, self._norms.get(call, torch.zeros_like(before))

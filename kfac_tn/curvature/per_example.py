@@ -12,10 +12,11 @@ from torch.nn import Module
 from kfac_tn.curvature.batches import Forward, call_on_pair
 from kfac_tn.curvature.calls import Calls, Contributions, per_example
 from kfac_tn.curvature.checks import restored
-from kfac_tn.curvature.order import Order, may_move_rows
+from kfac_tn.curvature.order import Order
 from kfac_tn.functional.common import cast
 from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.layers import check_parameters
+from kfac_tn.row_order import may_move_rows
 
 
 def compute_per_example_gradients(

@@ -780,6 +780,10 @@ class Permuted(nn.Module):
             "unbind": lambda: torch.stack([x.unbind()[n] for n in order.tolist()]),
             "slices": lambda: torch.cat([x[n : n + 1] for n in order.tolist()]),
             "function": lambda: Reordered.apply(x, order),
+            "sparse": lambda: torch.sparse.mm(matrix.to_sparse(), x),
+            "from the right": lambda: (x.T @ matrix.T).T,
+            "repeated": lambda: x.repeat(2, 1)[order],
+            "sums": lambda: (matrix.unsqueeze(-1) * x).sum(1),
         }
         return ways[self.way]()
 
@@ -799,6 +803,7 @@ class Reordered(torch.autograd.Function):
 
 WAYS = ["index", "select", "gather", "take", "scatter", "embedding"]
 WAYS += ["mm", "addmm", "bmm", "einsum", "rows", "unbind", "slices", "function"]
+WAYS += ["sparse", "from the right", "repeated", "sums"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -818,17 +823,11 @@ def test_per_example_gradients_where_examples_are_sorted_inside(way, order):
 
 
 class PermutedTwice(Permuted):
-    """Calls one layer with its examples in two orders; or with some of them mixed, too."""
-
-    def __init__(self, way, mixed):
-        super().__init__(way)
-        self.mixed = mixed
+    """Calls one layer with its examples in two orders."""
 
     def forward(self, batch):
         x, rank = batch
         order = rank.argsort()
-        if self.mixed:  # by what they contain, which isn't to be seen in the usual probe
-            return self.outer(torch.tanh(self.inner(x)) + self.inner(x)[order])
         moved = self.back(torch.tanh(self.inner(2 * x[order])), order.argsort())
         return self.outer(torch.tanh(self.inner(x)) + moved)
 
@@ -838,7 +837,7 @@ class PermutedTwice(Permuted):
 @settings(max_examples=10, deadline=None)
 @given(order=st.integers(1, 9).flatmap(lambda n: st.permutations(range(n))))
 def test_diagonals_where_a_layer_has_its_examples_in_two_orders(mode, way, order):
-    model, rank = PermutedTwice(way, mixed=False).double(), torch.tensor(order)
+    model, rank = PermutedTwice(way).double(), torch.tensor(order)
     x, y = torch.randn(len(order), 3).double(), torch.randn(len(order), 2).double()
     options = {"mode": mode, "mc_samples": 3 if mode == "mc" else 1}
     sampler = torch.Generator().manual_seed(0)
@@ -866,17 +865,43 @@ def test_diagonals_where_a_layer_has_its_examples_in_two_orders(mode, way, order
         torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize(
-    "compute",
-    [
-        lambda model, loss_fn, x, y: kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)]),
-        kfac_tn.compute_per_example_gradients,
-    ],
-    ids=["diagonal", "per example"],
-)
-def test_examples_that_are_mixed_by_what_they_contain_are_refused(compute):
-    """Where the first, the middle and the last one are alone."""
-    model, rank = PermutedTwice("index", mixed=True), torch.tensor([0, 2, 1, 3, 4, 5, 6])
-    x, y = (torch.randn(7, 3), rank), torch.randn(7, 2)
+class Mixing(nn.Module):
+    """What an example's hidden numbers become depends on others, but not on all of them."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.inner, self.outer = way, nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, batch):
+        x, weight = batch
+        h = self.inner(x)
+        ways = {
+            "divided by the largest": lambda: h / h.abs().max(),
+            "times the largest": lambda: h * h.amax(),
+            "largest so far": lambda: torch.where(weight[:, None] > 0, h, h.cummax(0).values),
+            "sorted": lambda: h.sort(0).values,
+            "gathered": lambda: h + h[weight.argsort()] * (weight[:, None] > 0),
+        }
+        return self.outer(ways[self.way]())
+
+
+MIXING = ["divided by the largest", "times the largest", "largest so far", "sorted", "gathered"]
+COMPUTE = {
+    "diagonal": lambda *a: kfac_tn.compute_ggn_diagonal(*a[:2], [a[2:]]),
+    "diagonal, the second batch": lambda model, loss_fn, x, y: kfac_tn.compute_ggn_diagonal(
+        model, loss_fn, [((x[0] * 0 + 1e-3, x[1]), y), (x, y)]
+    ),
+    "per example": kfac_tn.compute_per_example_gradients,
+}
+
+
+@pytest.mark.parametrize("way", MIXING)
+@pytest.mark.parametrize("largest", range(8))
+@pytest.mark.parametrize("compute", COMPUTE.values(), ids=COMPUTE)
+def test_examples_that_are_mixed_by_what_they_contain_are_refused(compute, largest, way):
+    """Whichever example it is that others depend on: one of them looks as if it were alone."""
+    torch.manual_seed(largest)
+    model, x, y = Mixing(way).double(), torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    x[largest] *= 10
     with pytest.raises(ValueError, match="mixes examples"):
-        compute(model, nn.MSELoss(), x, y)
+        compute(model, nn.MSELoss(), (x, torch.randn(8)), y)
