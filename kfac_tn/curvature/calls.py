@@ -314,6 +314,11 @@ class Calls:
             ) from error
         expected = self.outputs[row].detach()
         if not isinstance(outputs, Tensor) or not _close(outputs.detach(), expected):
+            if not self.outputs.isfinite().all():
+                raise ValueError(
+                    "The model's outputs aren't finite: look for NaN or inf in the data, or the "
+                    "parameters."
+                )
             raise ValueError(
                 f"Parameters {list(names)} are differentiated example by example, but the model's "
                 "output for one example alone differs from that in its batch: some module is "
@@ -348,15 +353,15 @@ def sum_of_squares(
         ((call, g),) = contributions
         if attribute == "weight":
             return call.family.weight_diagonal(call.module, call.x, g, max_memory)
-        return call.family.per_example_bias_gradient(call.module, g).square().sum(0)
     # Gradients of several calls add up before they are squared.
     parameter = cast(Tensor, getattr(contributions[0][0].module, attribute))
-    needed = 3 * parameter.numel() * common.accumulation_dtype(parameter).itemsize
+    copies = 2 if len(contributions) == 1 else 3  # of one example's, and their square
+    needed = copies * parameter.numel() * common.accumulation_dtype(parameter).itemsize
     limit = common.UNFOLD_BYTES if max_memory is None else max_memory
     if max_memory is not None and needed > max_memory:
         raise ValueError(
-            f"max_memory={max_memory:,} bytes is too little: gradients of several calls of "
-            f"{contributions[0][0].module} take {needed:,}"
+            f"max_memory={max_memory:,} bytes is too little: one example's gradients of the "
+            f"{attribute} of {contributions[0][0].module} take {needed:,}"
         )
     size = max(1, limit // needed)
     total: Tensor | float = 0.0

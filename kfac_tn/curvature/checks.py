@@ -79,7 +79,7 @@ class ModelState:
 
 @contextmanager
 def restored(model: Module) -> Iterator[None]:
-    """Put back what calls change; see ``ModelState``.
+    """Put back what calls change; see ``ModelState``. And weights that calls normalize in place.
 
     Example:
         >>> import torch
@@ -90,10 +90,17 @@ def restored(model: Module) -> Iterator[None]:
         tensor([0., 0.])
     """
     before = ModelState(model)
+    weights = [
+        (module.weight.data, module.weight.detach().clone())
+        for module in model.modules()
+        if isinstance(module, Embedding | EmbeddingBag) and module.max_norm is not None
+    ]
     try:
         yield
     finally:
         before.restore()
+        for weight, value in weights:
+            weight.copy_(value)
 
 
 def refuse_other_shapes(model: Module, shapes: Mapping[Parameter, torch.Size]) -> None:

@@ -96,7 +96,7 @@ def compute_ggn_diagonal(
         raise ValueError(f"mode is {mode!r}: choose one of {get_args(Mode)}.")
     if mc_samples < 1 or mc_samples != int(mc_samples):
         raise ValueError(f"mc_samples is {mc_samples}: it is a whole number, at least 1.")
-    if max_memory is not None and (isinstance(max_memory, str) or max_memory < 1):
+    if max_memory is not None and (isinstance(max_memory, str) or not 1 <= max_memory < math.inf):
         raise ValueError(f"max_memory is {max_memory}: it must be a positive number of bytes.")
     max_memory = None if max_memory is None else int(max_memory)  # such as 1e9
     likelihood = likelihood_of(loss_fn)
@@ -121,7 +121,7 @@ def compute_ggn_diagonal(
             alone(None),
         ):
             calls = Calls(model, batch, forward)
-            if len(calls) == 0:
+            if calls.outputs.numel() == 0:
                 continue
             blind = False  # to what moves rows by their number alone
             if not verified:

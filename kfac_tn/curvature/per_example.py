@@ -78,8 +78,8 @@ def compute_per_example_gradients(
         alone(None),
     ):
         calls = Calls(model, (x, y), forward)
-        if len(calls) == 0:
-            return {name: _zeros(parameter, 0) for name, parameter in calls.parameters.items()}
+        if calls.outputs.numel() == 0:
+            return {name: _zeros(p, len(calls)) for name, p in calls.parameters.items()}
         predictions = calls.outputs.detach().requires_grad_()
         # Hooks on the module (an optimizer's, say) are for the user's own calls.
         loss = (loss_fn.forward if isinstance(loss_fn, Module) else loss_fn)(

@@ -260,6 +260,18 @@ COMPUTE = {
 }
 
 
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_weights_that_calls_normalize_in_place_are_as_before(compute, kind):
+    if kind is nn.EmbeddingBag and compute in ("kfac", "ekfac"):
+        pytest.skip("which has no factors")
+    model = nn.Sequential(kind(6, 4, max_norm=0.1), nn.Flatten(), nn.Linear(4, 2)).double()
+    before = model[0].weight.detach().clone()
+    indices = torch.arange(5) if kind is nn.Embedding else torch.arange(5)[:, None]
+    COMPUTE[compute](model, nn.CrossEntropyLoss(), [(indices, torch.randint(2, (5,)))] * 2)
+    assert torch.equal(model[0].weight, before)
+
+
 class Reassigned(nn.Module):
     """Counts by making a new buffer, not by changing the old one."""
 

@@ -751,6 +751,94 @@ def test_lower_precision(dtype):
     assert relative_error(diagonal.double(), expected) < (1e-4 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize(
+    ("poison", "unknown"), [(torch.nan, False), (torch.inf, False), (torch.nan, True)]
+)
+def test_infinite_outputs_are_told_to_be_that(poison, unknown):
+    model = (
+        nn.Sequential(nn.Unflatten(1, (1, 3)), nn.RNN(3, 2, batch_first=True), FirstOf())
+        if unknown
+        else nn.Linear(3, 2)
+    )
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    x[1, 1] = poison
+    with pytest.raises(ValueError, match="finite"):
+        kfac_tn.compute_ggn_diagonal(model, nn.MSELoss(), [(x, y)])
+
+
+class FirstOf(nn.Module):
+    """Of a tuple."""
+
+    def forward(self, values):
+        return values[0].flatten(1)
+
+
+def test_outputs_without_positions_are_no_batch():
+    model, loss_fn = nn.Linear(2, 3), nn.MSELoss()
+    full = torch.randn(4, 5, 2), torch.randn(4, 5, 3)
+    empty = torch.randn(4, 0, 2), torch.randn(4, 0, 3)
+    alone = kfac_tn.compute_ggn_diagonal(model, loss_fn, [full])
+    both = kfac_tn.compute_ggn_diagonal(model, loss_fn, [empty, full])
+    for one, other in zip(alone.values(), both.values(), strict=True):
+        assert torch.equal(one, other)
+    gradients = kfac_tn.compute_per_example_gradients(model, nn.MSELoss(reduction="sum"), *empty)
+    assert {name: g.shape for name, g in gradients.items()} == {"weight": (4, 3, 2), "bias": (4, 3)}
+    assert not any(g.any() for g in gradients.values())
+
+
+@pytest.mark.parametrize("max_memory", [0, -1, torch.nan, torch.inf, "1"])
+def test_memory_out_of_range_is_refused(max_memory):
+    data = [(torch.randn(4, 2), torch.randn(4, 3))]
+    with pytest.raises(ValueError, match=f"max_memory is {max_memory}"):
+        kfac_tn.compute_ggn_diagonal(nn.Linear(2, 3), nn.MSELoss(), data, max_memory=max_memory)
+
+
+class Positions(nn.Module):
+    """A bias, a parameter of one's own and a normalization, all as large as an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.norm = nn.Parameter(torch.randn(1, 64, 64)), nn.LayerNorm((64, 64))
+        self.linear = nn.Linear(1, 64 * 64)
+
+    def forward(self, x):
+        return self.norm(self.linear(x).view(len(x), 64, 64) + self.own).mean(1)[:, :3]
+
+
+def test_memory_is_bounded_for_biases_too(monkeypatch):
+    from kfac_tn.curvature.copies import CopiesFamily
+
+    held = []
+    for family in (CopiesFamily, *{type(f) for f in _families(Positions())}):
+        plain = family.per_example_bias_gradient
+
+        def spy(self, module, g, plain=plain):
+            result = plain(self, module, g)
+            held.append(result.numel() * result.element_size())
+            return result
+
+        monkeypatch.setattr(family, "per_example_bias_gradient", spy)
+    torch.manual_seed(0)
+    model, loss_fn = Positions(), nn.MSELoss()
+    data = [(torch.randn(64, 1), torch.randn(64, 3))]
+    whole = kfac_tn.compute_ggn_diagonal(model, loss_fn, data)
+    assert max(held) == 64 * 64 * 64 * 4
+    held.clear()
+    parts = kfac_tn.compute_ggn_diagonal(model, loss_fn, data, max_memory=2**18)
+    assert max(held) <= 2**17  # and as much for their squares
+    for name, part in parts.items():
+        torch.testing.assert_close(part, whole[name])
+    wide = [(data[0][0], torch.randn(64, 64 * 64))]
+    with pytest.raises(ValueError, match=r"max_memory=1,000 bytes .* take"):
+        kfac_tn.compute_ggn_diagonal(model.linear, loss_fn, wide, "mc", 1, 1000)
+
+
+def _families(model):
+    from kfac_tn.layers import gradient_family
+
+    return [f for f in map(gradient_family, model.modules()) if f is not None]
+
+
 class Permuted(nn.Module):
     """Takes its examples in another order inside, as for packed sequences."""
 
