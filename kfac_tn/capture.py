@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
+from kfac_tn.attention_watch import AttentionWatch
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.examples_first import (
     check_examples_first,
@@ -43,7 +44,6 @@ from kfac_tn.graph import (
 )
 from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
-from kfac_tn.layers.attention import Projection, ProjectionsApart
 from kfac_tn.likelihood import Likelihood, empirical_factor, likelihood_of
 from kfac_tn.moments import Basis, MomentCollector
 from kfac_tn.passes import Passes
@@ -52,7 +52,7 @@ from kfac_tn.statistics import Call, Statistics, input_statistic
 Fisher: TypeAlias = Literal["mc", "type-2", "empirical", "forward-only"]
 
 
-class Capture:
+class Capture(AttentionWatch):
     """Watches a model and a loss, and turns what they do into Kronecker factors.
 
     Nothing happens while ``armed`` is false, under ``torch.no_grad()``, in backward passes (where
@@ -137,9 +137,6 @@ class Capture:
         self._kept: list[Call] = []
         self._reset()
 
-        hidden = [module for module in self._blocks if isinstance(module, Projection)]
-        self._projections = {each.weight: each for each in hidden}
-        self._entered: list[tuple[Module, ProjectionsApart]] = []  # attentions at work
         watched = [(module, "_after_layer") for module in self._blocks]
         if isinstance(loss_fn, Module):
             watched.append((loss_fn, "_after_loss"))
@@ -150,12 +147,7 @@ class Capture:
             )
             for module, method in watched
         ]
-        for module in {each.attention: None for each in hidden}:
-            before, after = WeakHook(self, "_before_attention"), WeakHook(self, "_after_attention")
-            self._handles += [
-                module.register_forward_pre_hook(cast(Any, before)),
-                module.register_forward_hook(cast(Any, after), always_call=True),
-            ]
+        self._handles += self._watch_attention(self._blocks)
         self._finalizer = weakref.finalize(self, remove, self._handles)
 
     def close(self) -> None:
@@ -267,28 +259,6 @@ class Capture:
         if self._basis(block) is not None:
             call.keep(x)
         remember(edge, self._key, call, x)
-
-    def _before_attention(self, module: Module, args: tuple) -> None:
-        """Make its projections visible; in backward passes too, where checkpointing repeats it."""
-        if self.armed and recorded(self):
-            self._enter(module)
-
-    def _after_attention(self, module: Module, args: tuple, output: Any) -> None:
-        if self._entered and self._entered[-1][0] is module:
-            self._leave()
-
-    @torch._disable_dynamo
-    def _enter(self, module: Module) -> None:
-        mode = ProjectionsApart(self._projections, self._after_projection)
-        self._entered.append((module, mode))
-        mode.__enter__()
-
-    @torch._disable_dynamo
-    def _leave(self) -> None:
-        self._entered.pop()[1].__exit__(None, None, None)
-
-    def _after_projection(self, module: Module, x: Tensor, output: Tensor) -> None:
-        self._after_layer(module, (x,), {}, output)
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
         if not recorded(self) or not isinstance(loss, Tensor):

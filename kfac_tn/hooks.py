@@ -23,6 +23,15 @@ class WeakHook:
         self._owner = None if owner is None else weakref.ref(owner)
         self._method = method
 
+    @property
+    def __name__(self) -> str:
+        """Only ``torch.jit.script`` asks for one, to compile hooks with the model."""
+        raise AttributeError(
+            "The hooks by which KFAC watches a model can't be compiled by torch.jit.script: call "
+            "close() of the optimizer before, or script a new model with this one's state_dict() "
+            "(copies have the hooks, too, but these do nothing). torch.jit.trace needs neither."
+        )
+
     def __call__(self, *args: Any) -> None:
         """Call the method, if its owner is still there."""
         owner = None if self._owner is None else self._owner()
@@ -54,15 +63,16 @@ def alone(owner: object) -> Iterator[None]:
 def recorded(owner: object) -> bool:
     """Whether what is called is the user's, and autograd records it.
 
-    That is, nobody else is ``alone``, and there is no ``torch.no_grad()`` and no transform of
-    torch.func: tensors that these wrap have no storage to look at, and no graph that ``backward()``
-    walks.
+    That is, nobody else is ``alone``, and there is no ``torch.no_grad()``, no transform of
+    torch.func (tensors that these wrap have no storage to look at, and no graph that ``backward()``
+    walks) and no ``torch.jit.trace``, whose graph would have the statistics in it.
     """
     if _only and _only[-1] is not owner:
         return False
-    return torch.is_grad_enabled() and (
-        torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
-    )
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    tracing = torch._C._get_tracing_state() is not None
+    return not tracing and torch._C._functorch.peek_interpreter_stack() is None
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike
 from typing import Any, TypeVar, get_args
 
@@ -12,7 +15,7 @@ from torch import Size, Tensor
 
 from kfac_tn.curvature.block import Block, Damping, Scalar
 from kfac_tn.curvature.layout import join_vector, split_vector
-from kfac_tn.curvature.storage import map_tensors, pack, unpack
+from kfac_tn.curvature.storage import map_tensors, pack, parameters, unpack
 
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])
 
@@ -119,11 +122,14 @@ class Curvature:
         """Multiply with a number that isn't negative; the blocks are of the same kinds.
 
         Raises:
-            ValueError: If it is negative, since the result would be no curvature.
+            ValueError: If it is negative, since the result would be no curvature; if it isn't
+                finite, or entries of the result wouldn't be.
         """
-        if not factor >= 0:
-            raise ValueError(f"A curvature can't be multiplied by {factor}: it must be at least 0.")
-        return self._map(lambda block: block.scale(factor))
+        if not isinstance(factor, Real | Tensor):
+            return NotImplemented
+        number = _number("factor", factor)
+        scaled = self._map(lambda block: block.scale(factor))
+        return scaled._finite() if number > 1 else scaled
 
     __rmul__ = __mul__
 
@@ -152,28 +158,30 @@ class Curvature:
         blocks = {name: block.add(other.blocks[name]) for name, block in self.blocks.items()}
         return Curvature(blocks, self.shapes)
 
-    def submatrix(self, names: Collection[str]) -> Curvature:
+    def submatrix(self, names: Iterable[str]) -> Curvature:
         """The rows and columns of some parameters.
 
         Args:
-            names: Of the parameters, one at least; their order is that of the model nonetheless.
+            names: Of the parameters, one at least and each once; their order is that of the model
+                nonetheless.
 
         Raises:
-            ValueError: For unknown names or none, or for the weight without the bias of an
-                eigendecomposed block (EKFAC, or an inverse) with ``bias="joint"``.
+            ValueError: For unknown names, repeated ones or none, or for the weight without the bias
+                of an eigendecomposed block (EKFAC, or an inverse) with ``bias="joint"``.
         """
-        unknown = sorted(set(names) - self.shapes.keys())
-        if isinstance(names, str) or unknown or not names:
+        counts = {} if isinstance(names, str) else Counter(list(names))
+        wrong = [name for name, count in counts.items() if count > 1 or name not in self.shapes]
+        if wrong or not counts:
             raise ValueError(
-                f"submatrix() takes a list of names of parameters, of {list(self.shapes)}; "
-                f"not {names if isinstance(names, str) else unknown}."
+                f"submatrix() takes a list of names of parameters, each once, of "
+                f"{list(self.shapes)}; not {wrong or names}."
             )
         wanted = {
-            key: [name for name in block.names if name in names]
+            key: [name for name in block.names if name in counts]
             for key, block in self.blocks.items()
         }
         blocks = {key: self.blocks[key].restrict(mine) for key, mine in wanted.items() if mine}
-        shapes = {name: shape for name, shape in self.shapes.items() if name in names}
+        shapes = {name: shape for name, shape in self.shapes.items() if name in counts}
         return Curvature(blocks, shapes)
 
     # Functions of the eigenvalues -----------------------------------------------------------------
@@ -194,12 +202,13 @@ class Curvature:
                 diagonal blocks are damped exactly.
 
         Raises:
-            ValueError: If the damping isn't positive, ``split`` unknown, or ``"pi"`` for blocks
-                that are no Kronecker products (EKFAC, inverses, sums).
+            ValueError: If the damping isn't positive, or too small for the dtype where the
+                curvature is singular; if ``split`` is unknown, or ``"pi"`` for blocks that are no
+                Kronecker products (EKFAC, inverses, sums).
         """
-        _check_damping(damping, positive=True)
         if split not in get_args(Damping):
             raise ValueError(f"split is {split!r}: choose one of {get_args(Damping)}.")
+        self._check_damping(damping, positive=True)
         return self._map(lambda block: block.inverse(damping, split))
 
     def sqrt(self, damping: Scalar = 0.0) -> Curvature:
@@ -211,7 +220,7 @@ class Curvature:
         Raises:
             ValueError: If the damping is negative.
         """
-        _check_damping(damping)
+        _number("damping", damping)
         return self._map(
             lambda block: block.map_eigenvalues(lambda values: (values + damping).sqrt())
         )
@@ -222,12 +231,14 @@ class Curvature:
         Differentiable with respect to a damping that is a tensor.
 
         Args:
-            damping: Not negative. Default: 0; then minus infinity where an eigenvalue is 0.
+            damping: Not negative. Default: 0; only then it is minus infinity where an eigenvalue
+                is 0.
 
         Raises:
-            ValueError: If the damping is negative.
+            ValueError: If the damping is negative, or positive but too small for the dtype where
+                the curvature is singular.
         """
-        _check_damping(damping)
+        self._check_damping(damping)
         logs = [(block.eigenvalues() + damping).log().sum() for block in self.blocks.values()]
         return torch.stack(logs).sum()
 
@@ -238,7 +249,7 @@ class Curvature:
             damping: Not negative. Default: 0.
 
         Raises:
-            ValueError: If the damping is negative.
+            ValueError: As ``logdet``.
         """
         return self.logdet(damping).exp()
 
@@ -259,9 +270,10 @@ class Curvature:
             By parameter name, ``[n, *shape]``.
 
         Raises:
-            ValueError: If the damping isn't positive, or ``n`` no number of samples.
+            ValueError: If the damping isn't positive, or too small for the dtype where the
+                curvature is singular; if ``n`` is no number of samples.
         """
-        _check_damping(damping, positive=True)
+        self._check_damping(damping, positive=True)
         if n is not None and (n < 0 or n != int(n)):
             raise ValueError(f"n is {n}: it must be a whole number of samples, or None for one.")
         root = self._map(
@@ -286,15 +298,20 @@ class Curvature:
 
         Raises:
             TypeError: For a dtype that isn't real and floating-point.
+            ValueError: For a dtype whose range the entries exceed.
         """
+        narrower = False
 
         def moved(tensor: Tensor) -> Tensor:
+            nonlocal narrower
             result = tensor.to(*args, **kwargs)
             if not result.is_floating_point():
                 raise TypeError(f"A curvature is real and floating-point, not {result.dtype}.")
+            narrower |= torch.finfo(result.dtype).max < torch.finfo(tensor.dtype).max
             return result
 
-        return self._map(lambda block: map_tensors(block, moved))
+        curvature = self._map(lambda block: map_tensors(block, moved))
+        return curvature._finite() if narrower else curvature
 
     def state_dict(self) -> dict[str, Any]:
         """All blocks as plain containers of tensors, strings and numbers."""
@@ -308,15 +325,19 @@ class Curvature:
         """The curvature that ``state_dict`` was taken of.
 
         Raises:
-            ValueError: If it is no such state.
+            ValueError: If it is no such state, or not the whole of it.
         """
-        if not isinstance(state, Mapping) or not {"blocks", "shapes"} <= state.keys():
-            raise ValueError(
-                "This is no state of a Curvature, as state_dict() and save() write it: it lacks "
-                "'blocks' or 'shapes'."
-            )
-        blocks = {name: unpack(block) for name, block in state["blocks"].items()}
-        return cls(blocks, {name: Size(shape) for name, shape in state["shapes"].items()})
+        refusal = "This is no state of a Curvature, as state_dict() and save() write it:"
+        try:
+            blocks = {name: unpack(block) for name, block in state["blocks"].items()}
+            shapes = {name: Size(shape) for name, shape in state["shapes"].items()}
+            held = Counter(entry for block in blocks.values() for entry in parameters(block))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{refusal} {type(error).__name__}: {error}") from error
+        given = Counter(shapes.items())
+        if differing := list((held - given) + (given - held)):
+            raise ValueError(f"{refusal} its blocks and its parameters differ in {differing}.")
+        return cls(blocks, shapes)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a file, which ``load`` (or ``torch.load``, safely) reads."""
@@ -340,6 +361,36 @@ class Curvature:
     def _map(self, function: Callable[[Block], Block]) -> Curvature:
         blocks = {name: function(block) for name, block in self.blocks.items()}
         return Curvature(blocks, self.shapes)
+
+    def _check_damping(self, damping: Scalar, positive: bool = False) -> None:
+        """Check a damping; where a dtype holds neither it nor its inverse, look for small values.
+
+        Other dampings, whose sums with eigenvalues have logarithms and inverses, need no look.
+        """
+        number = _number("damping", damping, positive)
+        for block in self.blocks.values() if number > 0 else ():
+            values = block.eigenvalues()
+            least = torch.finfo(values.dtype).tiny
+            if number < least and bool((values < least).any()):
+                raise ValueError(
+                    f"damping is {number}, which is too small for {values.dtype}: the block of "
+                    f"{' and '.join(block.names)} is singular. Choose at least {least:.2g}, or "
+                    "take `curvature.to(torch.float64)`."
+                )
+
+    def _finite(self) -> Curvature:
+        """The curvature itself, unless entries overflow: the largest ones are on the diagonal."""
+        entries = {name: e for name, e in self.diagonal().items() if not e.is_meta}
+        flags = [entry.isfinite().all() for entry in entries.values()]
+        finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+        names = [name for name, fine in zip(entries, finite, strict=True) if not fine]
+        if names:
+            raise ValueError(
+                f"The curvature of {', '.join(names)} exceeds the range of "
+                f"{entries[names[0]].dtype}: multiply it by less, or keep it in a wider dtype "
+                "(torch.float64)."
+            )
+        return self
 
     def _multiply(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Multiply with vectors whose entries are ``[*batch, *shape]``."""
@@ -370,8 +421,12 @@ class Curvature:
         return bool(columns)
 
 
-def _check_damping(damping: Scalar, positive: bool = False) -> None:
-    scalar = not isinstance(damping, Tensor) or damping.ndim == 0
-    if not scalar or not (damping > 0 if positive else damping >= 0) or damping == float("inf"):
+def _number(name: str, value: Scalar, positive: bool = False) -> float:
+    """A finite scalar that isn't negative, as a number: for a tensor, one wait for its device."""
+    number = math.nan
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0):
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    if not 0 <= number < math.inf or (positive and number == 0):
         kind = "positive" if positive else "at least 0"
-        raise ValueError(f"damping is {damping}: it must be a finite scalar, {kind}.")
+        raise ValueError(f"{name} is {value}: it must be a finite scalar, {kind}.")
+    return number

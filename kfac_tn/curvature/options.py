@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from numbers import Real
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
 
 from kfac_tn.capture import Fisher
-from kfac_tn.columns import Samples
+from kfac_tn.columns import Samples, is_whole
 from kfac_tn.curvature.intervals import Interval
 from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors, LayerBlock
@@ -16,6 +21,81 @@ OtherCurvature: TypeAlias = Literal["diagonal"]
 
 NOISE = 10.0
 """By how much noisy factors are damped more, where nobody says otherwise."""
+
+OVERHEAD = 0.25
+"""What a step may cost more, where nobody says otherwise."""
+
+Range: TypeAlias = Literal[
+    "positive", "positive and finite", "in [0, inf)", "in [0, 1)"
+]  # as messages say it
+
+_RANGES: dict[Range, Callable[[Any], bool]] = {
+    "positive": lambda x: x > 0,
+    "positive and finite": lambda x: 0 < x < float("inf"),
+    "in [0, inf)": lambda x: 0 <= x < float("inf"),
+    "in [0, 1)": lambda x: 0 <= x < 1,
+}
+
+
+def within(value: Any, bounds: Range) -> bool:
+    """Whether something is a number (also in a tensor) in a range; truth values aren't.
+
+    Example:
+        >>> [within(value, "in [0, 1)") for value in (0.5, torch.tensor(0.5), 1, True, "half")]
+        [True, True, False, False, False]
+    """
+    if isinstance(value, Tensor):
+        number = value.numel() == 1 and value.dtype is not torch.bool
+    else:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and bool(_RANGES[bounds](value))
+
+
+def check_number(name: str, value: Any, bounds: Range, *others: object) -> None:
+    """Refuse what is no number in a range.
+
+    Args:
+        name: Of the option.
+        value: Its value.
+        bounds: The range.
+        others: What it may be instead.
+
+    Raises:
+        ValueError: Naming option and value.
+    """
+    if not any(value is other for other in others) and not within(value, bounds):
+        raise ValueError(f"{name} is {value!r}: it must be {bounds}{_or(others)}.")
+
+
+def check_whole(name: str, value: Any, *others: object) -> None:
+    """Refuse what is no positive whole number, nor one of ``others``.
+
+    Raises:
+        ValueError: Naming option and value.
+    """
+    if value not in others and not (is_whole(value) and value >= 1):
+        raise ValueError(f"{name} is {value!r}: it must be a positive whole number{_or(others)}.")
+
+
+def _or(others: Collection[object]) -> str:
+    return "".join(f", or {other!r}" for other in others)
+
+
+def overhead_of(choice: float | None, *intervals: Interval) -> float:
+    """The overhead chosen, or the default.
+
+    Raises:
+        ValueError: For one that isn't positive, or where no interval is ``"auto"``.
+    """
+    if choice is None:
+        return OVERHEAD
+    check_number("overhead", choice, "positive and finite")
+    if "auto" not in intervals:
+        raise ValueError(
+            f"overhead={choice} is for factor_interval='auto' or inverse_interval='auto', but they "
+            f"are {intervals[0]} and {intervals[1]}: leave it out, or give 'auto'."
+        )
+    return choice
 
 
 @dataclass(frozen=True)
@@ -63,45 +143,35 @@ class CurvatureOptions:
     noise_damping: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.factor_decay < 1:
-            raise ValueError(f"factor_decay is {self.factor_decay}: it must be in [0, 1).")
-        for name in ("factor_interval", "inverse_interval"):
-            interval = getattr(self, name)
-            if interval == "auto":
-                continue
-            if isinstance(interval, str) or interval < 1 or interval != int(interval):
-                raise ValueError(
-                    f"{name} is {interval!r}: it must be a positive whole number, or 'auto'."
-                )
-        if self.damping_split not in get_args(Split):
-            raise ValueError(
-                f"damping_split is {self.damping_split!r}: choose one of {get_args(Split)}."
-            )
-        limit = self.max_dim
-        if limit is not None and (isinstance(limit, str) or limit < 1 or limit != int(limit)):
-            raise ValueError(f"max_dim is {limit!r}: it must be a positive whole number, or None.")
-        if self.large_factors not in get_args(LargeFactors):
-            raise ValueError(
-                f"large_factors is {self.large_factors!r}: choose one of {get_args(LargeFactors)}."
-            )
-        if self.other_curvature not in (None, *get_args(OtherCurvature)):
-            raise ValueError(
-                f"other_curvature is {self.other_curvature!r}: choose 'diagonal' or None."
-            )
+        check_number("factor_decay", self.factor_decay, "in [0, 1)")
+        check_number("overhead", self.overhead, "positive and finite")
+        check_number("noise_damping", self.noise_damping, "in [0, inf)", None)
+        check_whole("factor_interval", self.factor_interval, "auto")
+        check_whole("inverse_interval", self.inverse_interval, "auto")
+        check_whole("max_dim", self.max_dim, None)
+        if not is_whole(self.seed):
+            raise ValueError(f"seed is {self.seed!r}: it must be a whole number.")
+        if not isinstance(self.relative_damping, bool):
+            raise ValueError(f"relative_damping is {self.relative_damping!r}: True or False.")
+        choices = {
+            "damping_split": get_args(Split),
+            "large_factors": get_args(LargeFactors),
+            "other_curvature": (*get_args(OtherCurvature), None),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                names = " or ".join(map(repr, known))
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {names}.")
         if self.other_curvature and self.fisher not in ("mc", "type-2"):
             raise ValueError(
                 f"other_curvature={self.other_curvature!r} needs the extra backward passes of "
                 f"fisher='mc' or 'type-2', but fisher is {self.fisher!r}."
             )
-        if not 0 < self.overhead < float("inf"):
-            raise ValueError(f"overhead is {self.overhead}: it must be positive.")
-        noise = self.noise_damping
-        if noise is not None and (isinstance(noise, str) or not 0 <= noise < float("inf")):
-            raise ValueError(f"noise_damping is {noise!r}: it must be in [0, inf), or None.")
-        if not isinstance(self.relative_damping, bool):
-            raise ValueError(f"relative_damping is {self.relative_damping!r}: True or False.")
-        if isinstance(self.seed, str) or self.seed != int(self.seed):
-            raise ValueError(f"seed is {self.seed!r}: it must be a whole number.")
+        if self.mc_samples != "auto" and self.fisher != "mc":
+            raise ValueError(
+                f"mc_samples={self.mc_samples!r} is for fisher='mc', but fisher is "
+                f"{self.fisher!r}: leave it out."
+            )
 
     def check(self, blocks: list[LayerBlock]) -> None:
         """Refuse layers whose curvature can't be had of this Fisher, or damped like this.

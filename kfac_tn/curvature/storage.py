@@ -41,14 +41,58 @@ def pack(value: Any) -> Any:
 
 
 def unpack(state: Any) -> Any:
-    """The inverse of ``pack``."""
+    """The inverse of ``pack``.
+
+    Raises:
+        ValueError: If entries are missing. What is no state raises whatever comes of it.
+    """
     if isinstance(state, dict):
         entries = {name: unpack(entry) for name, entry in state.items() if name != "kind"}
-        return _KINDS[state["kind"]](**entries)
+        kind = _KINDS[state["kind"]]
+        if missing := [f.name for f in fields(kind) if f.name not in entries]:
+            raise ValueError(f"a {kind.__name__} lacks {missing}")
+        return kind(**entries)
     if isinstance(state, list):
         parts = tuple(map(unpack, state))
         return parts if _blocks(parts) else Size(parts)
     return state
+
+
+def parameters(block: Any) -> list[tuple[str, Size]]:
+    """Names and shapes of the parameters of a block that has been unpacked.
+
+    Raises:
+        ValueError: If these aren't the shapes of its tensors.
+    """
+    if isinstance(block, DiagonalBlock):
+        return [(block.name, block.values.shape)]
+    layout = block.layout
+    groups, rows, columns = layout.groups, layout.rows, layout.columns
+    if groups * rows * columns != layout.weight_shape.numel():
+        raise ValueError(f"{layout} can't be divided into its groups")
+    if isinstance(block, SumBlock):
+        for term in block.terms:
+            parameters(term)
+        if {term.layout for term in block.terms} != {layout}:
+            raise ValueError(f"the terms of a sum must be over {layout}")
+    else:
+        own = block.bias == "joint" or isinstance(block, EigenBlock)
+        width = columns + (own and layout.bias_name is not None)
+        tensors = (
+            (block.input_factor, block.grad_output_factor)
+            if isinstance(block, KroneckerBlock)
+            else (block.input_vectors, block.grad_output_vectors, block.values)
+        )
+        actual = [tuple(tensor.shape) for tensor in tensors]
+        shapes = [(groups, width, width), (groups, rows, rows), (groups, rows, width)]
+        shared = [(1, *shape[1:]) for shape in shapes[:2]]  # one factor for all groups
+        fit = [here in some for here, *some in zip(actual, shapes, shared, strict=False)]
+        fit += [here == shape for here, shape in zip(actual[2:], shapes[2:], strict=False)]
+        if not all(fit) or groups not in [size for size, *_ in actual]:
+            raise ValueError(
+                f"tensors over {layout} have shapes {actual}, not {shapes[: len(actual)]}"
+            )
+    return list(zip(layout.names, (layout.weight_shape, Size([groups * rows])), strict=False))
 
 
 def _blocks(parts: tuple) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class CurvatureOperator(_Base):
 
 
 def as_linear_operator(
-    curvature: Curvature, parameters: Collection[str] | None = None
+    curvature: Curvature, parameters: Iterable[str] | None = None
 ) -> CurvatureOperator:
     """A curvature as a ``PyTorchLinearOperator`` of curvlinops, for everything that takes one.
 
@@ -93,9 +93,10 @@ def as_linear_operator(
     Args:
         curvature: Over P parameters, on one device and in one dtype. Its scale is that of the loss
             as the user computes it, as in curvlinops.
-        parameters: Names of those that rows and columns are about, in their order: that of the
-            operators this one is to meet. A dict by name, as curvlinops' main branch takes it, will
-            do. Default: all, in the order of ``model.named_parameters()`` (frozen ones left out).
+        parameters: Names of those that rows and columns are about, each once, in their order: that
+            of the operators this one is to meet. A dict by name, as curvlinops' main branch takes
+            it, will do. Default: all, in the order of ``model.named_parameters()`` (frozen ones
+            left out).
 
     Returns:
         The operator of shape ``(P, P)``. It multiplies with vectors ``[P]``,
@@ -104,8 +105,9 @@ def as_linear_operator(
 
     Raises:
         ValueError: If the curvature is in several dtypes or on several devices; for parameters that
-            it isn't over, or whose part of it has no structure (``Curvature.submatrix``).
-        TypeError: If it is no ``Curvature``.
+            it isn't over, repeated ones, or those whose part of it has no structure
+            (``Curvature.submatrix``).
+        TypeError: If it is no ``Curvature``, or ``parameters`` a set, which has no order.
 
     Example:
         >>> import curvlinops, torch, kfac_tn
@@ -124,6 +126,11 @@ def as_linear_operator(
             f"as_linear_operator takes a kfac_tn.Curvature (of compute_kfac, compute_ekfac), not a "
             f"{type(curvature).__name__}."
         )
+    if isinstance(parameters, set | frozenset):
+        raise TypeError(
+            "parameters is a set, but the operator's rows and columns have an order: give a list."
+        )
     if parameters is None:
         parameters = curvature.shapes
-    return CurvatureOperator(curvature.submatrix(parameters), parameters)
+    names = parameters if isinstance(parameters, str) else list(parameters)
+    return CurvatureOperator(curvature.submatrix(names), names)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kfac_tn.columns import is_whole
 from kfac_tn.curvature.directions import Room
 
 _ONE = torch.ones(())  # a number would be made a tensor for each parameter
@@ -54,24 +55,25 @@ def adam_updates(
         if not chosen:
             continue
         mine = [states[p] or _start(p, states[p]) for p in chosen]
-        grads = [gradients[p] for p in chosen]
-        if any(g.dtype is not s["exp_avg"].dtype for g, s in zip(grads, mine, strict=True)):
-            grads = [g.to(s["exp_avg"].dtype) for g, s in zip(grads, mine, strict=True)]
-        steps, first, second = ([s[name] for s in mine] for name in _STATE)
-        torch._foreach_add_(steps, _ONE, alpha=1)
-        counts = [step.item() for step in steps]
-        left = {count: _left(group, count) for count in set(counts)}
-        results = _fused(group, steps, grads, first, second, counts, left)
-        if results is None:
-            beta1, beta2 = group["betas"]
-            torch._foreach_lerp_(first, grads, 1 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        averages = _corrected(first, counts, left) if corrected or results is None else first
-        if results is None:
-            results = _quotients(group, counts, averages, second)
-        moments.update(zip(chosen, averages if corrected else first, strict=True))
-        updates.update(zip(chosen, results, strict=True))
+        torch._foreach_add_([state["step"] for state in mine], _ONE, alpha=1)
+        for part, among, counts in _by_age(group, chosen, states):
+            mine = [states[p] for p in among]
+            grads = [gradients[p] for p in among]
+            if any(g.dtype is not s["exp_avg"].dtype for g, s in zip(grads, mine, strict=True)):
+                grads = [g.to(s["exp_avg"].dtype) for g, s in zip(grads, mine, strict=True)]
+            steps, first, second = ([s[name] for s in mine] for name in _STATE)
+            left = {count: _left(part, count) for count in set(counts)}
+            results = _fused(part, steps, grads, first, second, counts, left)
+            if results is None:
+                beta1, beta2 = part["betas"]
+                torch._foreach_lerp_(first, grads, 1 - beta1)
+                torch._foreach_mul_(second, beta2)
+                torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            averages = _corrected(first, counts, left) if corrected or results is None else first
+            if results is None:
+                results = _quotients(part, counts, averages, second)
+            moments.update(zip(among, averages if corrected else first, strict=True))
+            updates.update(zip(among, results, strict=True))
     return moments, updates
 
 
@@ -87,13 +89,13 @@ def current_updates(
         chosen = [p for p in group["params"] if p in parameters]
         if not chosen:
             continue
-        mine = [states[p] for p in chosen]
-        counts = [state["step"].item() for state in mine]
-        left = {count: _left(group, count) for count in set(counts)}
-        first = _corrected([state["exp_avg"] for state in mine], counts, left)
-        results = _quotients(group, counts, first, [state["exp_avg_sq"] for state in mine])
-        moments.update(zip(chosen, first, strict=True))
-        updates.update(zip(chosen, results, strict=True))
+        for part, among, counts in _by_age(group, chosen, states):
+            mine = [states[p] for p in among]
+            left = {count: _left(part, count) for count in set(counts)}
+            first = _corrected([state["exp_avg"] for state in mine], counts, left)
+            results = _quotients(part, counts, first, [state["exp_avg_sq"] for state in mine])
+            moments.update(zip(among, first, strict=True))
+            updates.update(zip(among, results, strict=True))
     return moments, updates
 
 
@@ -105,11 +107,15 @@ def with_longer_averages(
 ) -> list[Mapping[str, Any]]:
     """Groups for ``adam_updates`` in which first moments reach back over so many steps, or further.
 
+    Where that grows, no average reaches back over a larger share of its own updates: those of
+    parameters that take few steps are as long as if there had been no others, and those that are
+    no longer than ``betas`` say don't begin anew.
+
     Args:
         groups: Parameter groups; they stay as they are. One whose beta1 is 0 wants no average.
         chosen: Whose averages; those of all others are as ``betas`` say.
         steps: 1 / (1 - beta1); 0: averages begin anew, as this step's gradients.
-        horizon: By how much that has grown with each step, if it has.
+        horizon: By how much that grows with each step, if it does.
 
     Example:
         >>> import torch
@@ -127,29 +133,63 @@ def with_longer_averages(
         longer = [p for p in group["params"] if p in chosen]
         others = [p for p in group["params"] if p not in chosen]
         result.append({**group, "params": others})
+        grown = beta1, horizon, steps
         betas = 1 - 1 / (steps or 1), beta2
-        result.append({**group, "params": longer, "betas": betas, "grown": (beta1, horizon)})
+        result.append({**group, "params": longer, "betas": betas, "grown": grown})
     return result
 
 
 def lengthened(
-    groups: Iterable[Mapping[str, Any]], chosen: Container[Parameter], steps: float
+    groups: Iterable[Mapping[str, Any]],
+    states: Mapping[Any, dict[str, Any]],
+    chosen: Container[Parameter],
+    steps: float,
+    horizon: float = 0.0,
 ) -> dict[Parameter, float]:
-    """How many times further back than ``betas`` say ``with_longer_averages`` makes them reach.
+    """How many times further back than ``betas`` say ``with_longer_averages`` made them reach.
 
     Example:
         >>> import torch
         >>> v, w = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-        >>> list(lengthened([{"params": [v, w], "betas": (0.5, 0.9)}], {w}, 4).values())
+        >>> states = {p: {"step": torch.tensor(8.0)} for p in (v, w)}
+        >>> list(lengthened([{"params": [v, w], "betas": (0.5, 0.9)}], states, {w}, 4).values())
         [2.0]
     """
     return {
-        p: steps * (1 - group["betas"][0])
+        p: times
         for group in groups
         if group["betas"][0] and steps * (1 - group["betas"][0]) > 1
         for p in group["params"]
-        if p in chosen
+        if p in chosen and states.get(p)
+        if (times := _own(steps, horizon, states[p]["step"].item()) * (1 - group["betas"][0])) > 1
     }
+
+
+def _own(steps: float, horizon: float, count: float) -> float:
+    """Over how many steps an average of so many updates reaches back."""
+    return min(steps, horizon * count) if horizon else steps
+
+
+def _by_age(
+    group: Mapping[str, Any], chosen: Sequence[Parameter], states: Mapping[Any, dict[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], list[Parameter], list[float]]]:
+    """Groups with betas of their own of parameters that had more updates and fewer, and these."""
+    counts = [states[p]["step"].item() for p in chosen]
+    beta1, beta2 = group["betas"]
+    first, horizon, steps = group.get("grown", (beta1, 0.0, 0.0))
+
+    def beta_of(count: float) -> float:
+        if not horizon:
+            return beta1
+        young = horizon * count * (1 - first) <= 1
+        return first if young else 1 - 1 / (_own(steps, horizon, count) or 1)
+
+    members: dict[float, list[int]] = {}
+    for index, count in enumerate(counts):
+        members.setdefault(beta_of(count), []).append(index)
+    for beta, among in members.items():
+        part = {**group, "betas": (beta, beta2)}
+        yield part, [chosen[i] for i in among], [counts[i] for i in among]
 
 
 def _start(parameter: Parameter, state: dict[str, Any]) -> dict[str, Any]:
@@ -207,14 +247,15 @@ def _corrected(
 def _left(group: Mapping[str, Any], count: float) -> float:
     r"""What is left of a first moment's start, zero, after so many steps: the product of all beta1.
 
-    Where averages grow, it was 1 - 1 / (horizon s) in step s, since that is more than at first:
+    Where averages grow, it was 1 - 1 / (horizon s) in the parameter's own step s, since that is
+    more than at first:
 
     .. math::
         \prod_{s = a}^{t} \left(1 - \frac{1}{h s}\right) =
         \frac{\Gamma(t + 1 - 1/h) \, \Gamma(a)}{\Gamma(t + 1) \, \Gamma(a - 1/h)}
     """
     beta1 = group["betas"][0]
-    first, horizon = group.get("grown", (beta1, 0.0))
+    first, horizon, _ = group.get("grown", (beta1, 0.0, 0.0))
     if not beta1 or not horizon:
         return beta1**count
     start = int(1 / (horizon * (1 - first))) + 1
@@ -284,6 +325,39 @@ def _fused(
 def accurate(parameter: Tensor) -> torch.dtype:
     """The dtype of its moments: squares of gradients underflow in half precision."""
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def check_moments(name: str, parameter: Tensor, entry: Mapping[str, Any]) -> None:
+    """Refuse a saved state of a parameter that can't be continued with.
+
+    Shapes are those of a tensor each: torch's fused kernel reads memory that isn't there otherwise.
+
+    Raises:
+        ValueError: Naming the parameter, and what is wrong.
+    """
+
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f"The state of parameter '{name}' {what}.")
+
+    missing = [each for each in _STATE if each not in entry]
+    if missing:
+        refuse(f"has no {missing}: it isn't one of KFAC")
+    shapes = dict.fromkeys((*_STATE, "previous"), parameter.shape) | {"step": torch.Size()}
+    for each, value in entry.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            refuse(f"has {value!r} for '{each}', which is a tensor of floating-point numbers")
+        if value.shape != shapes.get(each, value.shape):
+            refuse(
+                f"has moments of another shape, {list(value.shape)} instead of "
+                f"{list(shapes[each])} for '{each}': it is another model's"
+            )
+        if not value.to(accurate(parameter)).isfinite().all():
+            refuse(f"has '{each}' with values that aren't finite (NaN or inf): it is spoiled")
+    count = entry["step"].item()
+    if count < 0 or not is_whole(count):
+        refuse(f"has {count} for 'step', which counts updates: it is spoiled")
+    if bool((entry["exp_avg_sq"] < 0).any()):
+        refuse("has a negative 'exp_avg_sq', an average of squares: it is spoiled")
 
 
 def cast_moments(states: Mapping[Any, dict[str, Any]]) -> None:

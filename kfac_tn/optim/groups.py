@@ -12,8 +12,16 @@ from torch.optim import Optimizer
 
 from kfac_tn.curvature.checks import trainable
 from kfac_tn.curvature.estimator import CurvatureEstimator
+from kfac_tn.curvature.options import Range, check_number, within
 from kfac_tn.layers import CurvatureChoice, LayerBlock, check_model, partition
-from kfac_tn.optim.damping_rules import check_damping
+from kfac_tn.optim.adam import check_moments
+
+_NUMBERS: dict[str, Range] = {
+    "lr": "in [0, inf)",
+    "eps": "in [0, inf)",
+    "weight_decay": "in [0, inf)",
+    "damping": "positive and finite",
+}
 
 
 def default_groups(
@@ -55,27 +63,67 @@ def check_group(group: dict[str, Any], options: Collection[str], model: Module) 
 
 
 def check_options(group: Mapping[str, Any]) -> None:
-    """Refuse values out of range, before they spoil parameters or state.
+    """Refuse options that are missing or out of range, before they spoil parameters or state.
 
     Raises:
         ValueError: Naming the option.
     """
-    for name in ("lr", "eps", "weight_decay"):
-        if not _within(group[name], float("inf")):
-            raise ValueError(f"{name} is {group[name]}: it must be in [0, inf).")
-    check_damping(group["damping"])
+    missing = sorted({"betas", *_NUMBERS} - group.keys())
+    if missing:
+        raise ValueError(f"A parameter group has no {missing}: KFAC needs these options in each.")
+    for name, bounds in _NUMBERS.items():
+        check_number(name, group[name], bounds)
     betas = group["betas"]
     two = isinstance(betas, Sequence) and len(betas) == 2
-    if not two or not all(_within(beta, 1) for beta in betas):
+    if not two or not all(within(beta, "in [0, 1)") for beta in betas):
         raise ValueError(f"betas are {betas}: two are needed, both in [0, 1).")
 
 
-def _within(value: Any, limit: float) -> bool:
-    """Whether something is a number in [0, limit)."""
-    try:
-        return bool(0 <= value < limit)
-    except TypeError:
-        return False
+def arranged(
+    saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Saved groups in the order of one's own, and their parameters, too, by name.
+
+    Where not all have names, or these are others (of a wrapped model, say), it is by position, as
+    in torch.
+
+    Raises:
+        ValueError: If parameters of one name are in other groups here.
+
+    Example:
+        >>> saved = [{"params": [0, 1], "param_names": ["v", "w"]}]
+        >>> arranged(saved, [{"params": [], "param_names": ["w", "v"]}])
+        [{'params': [1, 0], 'param_names': ['w', 'v']}]
+    """
+    if not all("param_names" in group for group in (*saved, *own)):
+        return [dict(group) for group in saved]
+    names = [list(group["param_names"]) for group in own]
+    found = {frozenset(group["param_names"]): group for group in saved}
+    if len(found) == len(saved) and found.keys() == {frozenset(each) for each in names}:
+        return [_reordered(found[frozenset(each)], each) for each in names]
+    here, there = _places(own), _places(saved)
+    moved = sorted(name for name in here.keys() & there.keys() if here[name] != there[name])
+    if moved:
+        raise ValueError(
+            f"The state has parameters {moved} in groups with others than here: make the optimizer "
+            "with the groups that the state was taken with, in any order."
+        )
+    return [dict(group) for group in saved]
+
+
+def _reordered(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """A group with its parameters in the order of these names."""
+    numbers = dict(zip(group["param_names"], group["params"], strict=True))
+    return {**group, "params": [numbers[name] for name in names], "param_names": names}
+
+
+def _places(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Where parameters are, by name."""
+    return {
+        name: (row, column)
+        for row, group in enumerate(groups)
+        for column, name in enumerate(group["param_names"])
+    }
 
 
 class GroupedOptimizer(Optimizer):
@@ -220,12 +268,15 @@ class GroupedOptimizer(Optimizer):
                 each, times = [updates[p] for p in scaled], [factors[p] for p in scaled]
                 torch._foreach_addcmul_(scaled, each, times, value=-lr)
 
-    def _saved_moments(self, state_dict: dict[str, Any]) -> dict[Parameter, dict[str, Any]]:
+    def _saved_moments(self, state_dict: Mapping[str, Any]) -> dict[Parameter, dict[str, Any]]:
         """The entries of a state by parameter.
 
         Raises:
-            ValueError: If a moment hasn't the shape of its parameter.
+            ValueError: If options or moments are missing or out of range, or a moment hasn't the
+                shape of its parameter.
         """
+        for group in state_dict["param_groups"]:
+            check_options(group)
         mine, saved = (
             [p for group in groups for p in group["params"]]
             for groups in (self.param_groups, state_dict["param_groups"])
@@ -233,11 +284,6 @@ class GroupedOptimizer(Optimizer):
         # torch compares the lengths
         entries = {p: state_dict["state"].get(i, {}) for p, i in zip(mine, saved, strict=False)}
         for parameter, entry in entries.items():
-            shape = entry.get("exp_avg", parameter).shape
-            if shape != parameter.shape:
-                raise ValueError(
-                    f"The state has moments of shape {list(shape)} for parameter "
-                    f"'{self._name(parameter)}' of shape {list(parameter.shape)}: it is another "
-                    "model's."
-                )
+            if entry:
+                check_moments(self._name(parameter), parameter, entry)
         return entries

@@ -13,7 +13,13 @@ from kfac_tn.capture import Fisher
 from kfac_tn.columns import Samples
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
-from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
+from kfac_tn.curvature.options import (
+    CurvatureOptions,
+    OtherCurvature,
+    Split,
+    check_number,
+    overhead_of,
+)
 from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
@@ -31,7 +37,7 @@ from kfac_tn.optim.groups import default_groups
 from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
 from kfac_tn.optim.recording import without_batch
 from kfac_tn.optim.replay import Replay
-from kfac_tn.optim.step_rules import Proposal, StepRule, TrustRegion, moderate
+from kfac_tn.optim.step_rules import Proposal, StepRule, TrustRegion, kl_clip_of, moderate
 
 
 class KFAC(Checkpoints):
@@ -52,12 +58,13 @@ class KFAC(Checkpoints):
     with A and B the moving averages of the layer's Kronecker factors, hats for damping, nu and s
     of the ``step_rule``. By default nu is 0.2, and steps go as far as the quadratic model of the
     loss promises progress, its curvature measured along d, but within a trust region of the norm
-    of 4 u; as training goes on, beta1 grows such that m reaches back over a fifth of all steps, and
-    begins anew where steps go uphill (see ``kfac_tn.optim.Adaptive``). Other parameters take Adam's
-    step u. Statistics are renewed every ``factor_interval`` steps and inverses every
-    ``inverse_interval`` (more often at the beginning: whenever a quarter more steps have been
-    taken), by extra backward passes that start when ``backward()`` reaches the loss; other steps
-    cost two matrix products per layer more than Adam's.
+    of 4 u; as training goes on, beta1 grows such that m reaches back over a fifth of all steps (of
+    a parameter that is used in some only: of these), and begins anew where steps go uphill (see
+    ``kfac_tn.optim.Adaptive``). Other parameters take Adam's step u. Statistics are renewed every
+    ``factor_interval`` steps and inverses every ``inverse_interval`` (more often at the beginning:
+    whenever a quarter more steps have been taken), by extra backward passes that start when
+    ``backward()`` reaches the loss; other steps cost two matrix products per layer more than
+    Adam's.
 
     Layers that are pruned, reparametrized or given another ``forward``, or whose weight is used
     without calling the layer, lose their curvature, and frozen ones that are unfrozen get one: with
@@ -106,9 +113,9 @@ class KFAC(Checkpoints):
         fisher: ``"mc"``, ``"type-2"`` (exact; wants the examples on an axis of their own),
             ``"empirical"`` (the gradients of your own pass, penalties on activations included) or
             ``"forward-only"`` (KFAC alone).
-        mc_samples: Samples of the targets for ``"mc"``, each a backward pass. ``"auto"``: as many
-            as give B of one batch full rank, at most 4: more than one for layers with more outputs
-            than the batch has examples (and positions), small heads aside.
+        mc_samples: Samples of the targets for ``"mc"`` (else a number is refused), each a backward
+            pass. ``"auto"``: as many as give B of one batch full rank, at most 4: more than one for
+            layers with more outputs than the batch has examples (and positions), small heads aside.
         damping: Added to each block B (x) A: a number, a function of the number of steps taken, or
             a rule of ``kfac_tn.optim``, such as ``LevenbergMarquardt()``. Acts on the
             option of that name of the parameter groups that have none of their own.
@@ -127,11 +134,12 @@ class KFAC(Checkpoints):
         factor_interval: Steps between updates of A and B, or ``"auto"``: as many as keep a step's
             cost below ``overhead``, by counting operations (``kfac_tn.curvature.intervals``).
         inverse_interval: Steps between inversions, or ``"auto"``.
-        overhead: What a step may cost more than the model's own passes, with ``"auto"``.
+        overhead: What a step may cost more than the model's own passes. None: 0.25. Only with
+            ``"auto"``; without any, a number is refused.
         step_rule: ``"adaptive"``; ``"graft"``: s = |u| / |d|; ``"kl_clip"``: d, shrunk such that
             lr^2 d^T m stays below ``kl_clip`` (over all layers together); ``"fixed"``: s = 1;
             ``"quadratic"``: s and momentum from the exact GGN. Or a rule of ``kfac_tn.optim``.
-        kl_clip: The limit of the rule of that name.
+        kl_clip: The limit of the rule of that name. None: 1e-3. With another, a number is refused.
         trust_region: Limit on lr^2 d^T F d, above which steps are shrunk; by default none.
         other_lr: Learning rate of the parameters without Kronecker structure, in a parameter group
             of their own; by default ``lr`` for ``"adaptive"`` and ``"graft"``, else 1e-3.
@@ -185,22 +193,21 @@ class KFAC(Checkpoints):
         factor_decay: float = 0.9,
         factor_interval: Interval = 50,
         inverse_interval: Interval = 100,
-        overhead: float = 0.25,
+        overhead: float | None = None,
         step_rule: StepRuleName | StepRule = "adaptive",
-        kl_clip: float = 1e-3,
+        kl_clip: float | None = None,
         trust_region: float | None = None,
         other_lr: float | None = None,
         params: Iterable[dict[str, Any]] | None = None,
         seed: int = 0,
         process_group: ProcessGroup = "all",
     ) -> None:
-        self._rule = step_rule_of(step_rule, kl_clip)
+        self._rule = step_rule_of(step_rule, kl_clip_of(kl_clip, step_rule))
         self._damping_rule = damping_rule_of(damping)
         self._trust_region = None if trust_region is None else TrustRegion(trust_region)
         if other_lr is not None and params is not None:
             raise ValueError("other_lr and params exclude each other: set lr in the groups.")
-        if other_lr is not None and not 0 <= other_lr < float("inf"):
-            raise ValueError(f"other_lr is {other_lr}: it must be in [0, inf).")
+        check_number("other_lr", other_lr, "in [0, inf)", None)
         group_lr = other_lr  # others with curvature of their own need none
         other_lr = 1e-3 if other_lr is None and self._rule.natural else other_lr
         self._model, self._loss_fn, self._other_lr = model, loss_fn, other_lr
@@ -218,7 +225,7 @@ class KFAC(Checkpoints):
             factor_decay=factor_decay,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
-            overhead=overhead,
+            overhead=overhead_of(overhead, factor_interval, inverse_interval),
             seed=seed,
             process_group=process_group,
         )
@@ -276,7 +283,9 @@ class KFAC(Checkpoints):
 
         Raises:
             RuntimeError: If the loss module was never called, a gradient is sparse, or a parameter
-                has another shape than before.
+                has another shape than before. Also what the model raises when it is called once
+                more, for a measurement (where memory runs out, say): the parameters are as before
+                then, but the gradient is in the averages, and the step counts.
         """
         loss = None
         if closure is not None:
@@ -388,7 +397,9 @@ class KFAC(Checkpoints):
             replay=replay,
             waiting=[] if self._rule.may_wait else None,
             current=current,
-            reaches=lengthened(self.param_groups, estimator.layer_of, reach),
+            reaches=lengthened(
+                self.param_groups, self.state, estimator.layer_of, reach, self._rule.horizon
+            ),
         )
         directions = proposal.directions
         if self._trust_region is None:

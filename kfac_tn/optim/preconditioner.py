@@ -12,14 +12,21 @@ from kfac_tn.capture import Fisher
 from kfac_tn.columns import Samples
 from kfac_tn.curvature.estimator import CurvatureEstimator
 from kfac_tn.curvature.intervals import Interval
-from kfac_tn.curvature.options import CurvatureOptions, OtherCurvature, Split
+from kfac_tn.curvature.options import (
+    CurvatureOptions,
+    OtherCurvature,
+    Split,
+    check_number,
+    overhead_of,
+)
 from kfac_tn.distributed import ProcessGroup
 from kfac_tn.layers import ApproximationChoice, CurvatureChoice, LargeFactors
 from kfac_tn.likelihood import Likelihood
 from kfac_tn.optim.base import CurvatureUser
-from kfac_tn.optim.damping_rules import DampingRule, check_damping, damping_rule_of
+from kfac_tn.optim.checkpoints import check_curvature
+from kfac_tn.optim.damping_rules import DampingRule, damping_rule_of
 from kfac_tn.optim.quadratic import StepRuleName, step_rule_of
-from kfac_tn.optim.step_rules import KLClip, Proposal, StepRule
+from kfac_tn.optim.step_rules import KLClip, Proposal, StepRule, kl_clip_of
 
 
 class KFACPreconditioner(CurvatureUser):
@@ -35,7 +42,7 @@ class KFACPreconditioner(CurvatureUser):
         step_rule: ``"graft"``: each preconditioned gradient gets the norm that the plain one had,
             so that the optimizer's learning rate stays good. ``"kl_clip"``: shrunk such that
             lr^2 d^T g stays below ``kl_clip``; needs ``lr``. ``"fixed"``: as it is.
-        kl_clip: The limit of the rule of that name.
+        kl_clip: The limit of the rule of that name; None: 1e-3.
         lr: For ``"kl_clip"``: the learning rate of the optimizer; set ``preconditioner.lr`` when it
             changes.
         approximation: See ``KFAC``, as for all that follow.
@@ -53,7 +60,7 @@ class KFACPreconditioner(CurvatureUser):
         factor_decay: Decay of the factors' moving averages.
         factor_interval: Steps between statistics, or ``"auto"``.
         inverse_interval: Steps between inversions, or ``"auto"``.
-        overhead: What a step may cost more with ``"auto"``.
+        overhead: What a step may cost more with ``"auto"``; None: 0.25.
         seed: Of the samples.
         process_group: The processes that share each batch; call ``step`` once their gradients are
             averaged.
@@ -83,7 +90,7 @@ class KFACPreconditioner(CurvatureUser):
         loss_fn: Module | Likelihood,
         *,
         step_rule: StepRuleName | StepRule = "graft",
-        kl_clip: float = 1e-3,
+        kl_clip: float | None = None,
         lr: float | None = None,
         approximation: ApproximationChoice = "expand",
         curvature: CurvatureChoice = "kfac",
@@ -99,17 +106,13 @@ class KFACPreconditioner(CurvatureUser):
         factor_decay: float = 0.9,
         factor_interval: Interval = 50,
         inverse_interval: Interval = 100,
-        overhead: float = 0.25,
+        overhead: float | None = None,
         seed: int = 0,
         process_group: ProcessGroup = "all",
     ) -> None:
-        self._rule = step_rule_of(step_rule, kl_clip)
+        self._rule = step_rule_of(step_rule, kl_clip_of(kl_clip, step_rule))
         if self._rule.needs_batch:
             raise ValueError("This step rule needs the whole optimizer: use KFAC.")
-        if isinstance(self._rule, KLClip) != (lr is not None):
-            raise ValueError("step_rule='kl_clip' needs lr, and the other rules take none.")
-        if lr is not None and not 0 <= lr < float("inf"):
-            raise ValueError(f"lr is {lr}: it must be in [0, inf).")
         self._damping_rule = damping_rule_of(damping)
         if self._damping_rule.needs_batch:
             raise ValueError(
@@ -117,6 +120,7 @@ class KFACPreconditioner(CurvatureUser):
                 "number or a function of the step as damping, or use KFAC."
             )
         self.lr, self.damping = lr, self._damping_rule.initial
+        self._check_options()
         self._model, self._loss_fn = model, loss_fn
         self._options = CurvatureOptions(
             approximation=approximation,
@@ -132,11 +136,22 @@ class KFACPreconditioner(CurvatureUser):
             factor_decay=factor_decay,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
-            overhead=overhead,
+            overhead=overhead_of(overhead, factor_interval, inverse_interval),
             seed=seed,
             process_group=process_group,
         )
         self._prepare()
+
+    def _check_options(self) -> None:
+        """Refuse what users set, before it spoils gradients or state.
+
+        Raises:
+            ValueError: Naming the option.
+        """
+        if isinstance(self._rule, KLClip) != (self.lr is not None):
+            raise ValueError("step_rule='kl_clip' needs lr, and the other rules take none.")
+        check_number("lr", self.lr, "in [0, inf)", None)
+        check_number("damping", self.damping, "positive and finite")
 
     def _prepare(self, covered: Collection[str] = ()) -> None:
         self._estimator = CurvatureEstimator(
@@ -163,7 +178,9 @@ class KFACPreconditioner(CurvatureUser):
         Raises:
             RuntimeError: If the loss module was never called, or a parameter has another shape than
                 before.
+            ValueError: If ``lr`` or ``damping`` was set out of range.
         """
+        self._check_options()
         self._estimator.check_shapes()
         if not self._estimator.closed and self._estimator.outdated():
             self._estimator.grow()
@@ -176,7 +193,7 @@ class KFACPreconditioner(CurvatureUser):
         if not gradients or not self._estimator.is_sound([*gradients.values()], ": skip its step."):
             self._estimator.discard()
             return not gradients
-        group = {"damping": check_damping(self.damping)}
+        group = {"damping": self.damping}
         self._damping_rule.before_step(self._estimator.steps, [group])
         self.damping = group["damping"]
         self._estimator.cast()
@@ -197,11 +214,13 @@ class KFACPreconditioner(CurvatureUser):
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ValueError: If the state is of a model with other layers, or of an optimizer; nothing is
-                changed then.
+            ValueError: If the state is of a model with other layers, or of an optimizer, or has
+                what isn't finite; nothing is changed then.
         """
         if "damping" not in state_dict:
             raise ValueError("The state has no 'damping': it isn't one of KFACPreconditioner.")
+        check_number("damping", state_dict["damping"], "positive and finite")
+        check_curvature(state_dict)
         self._estimator.cover(state_dict.get("covered", ()))
         self._estimator.load_state_dict(state_dict)
         self.damping = state_dict["damping"]

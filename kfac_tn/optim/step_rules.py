@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_tn.curvature.estimator import CurvatureEstimator
+from kfac_tn.curvature.options import check_number
 from kfac_tn.optim.replay import Replay
+
+KL_CLIP = 1e-3
+"""The limit of ``KLClip`` where nobody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ class StepRule(ABC):
         """Refuse the state of another kind of rule.
 
         Raises:
-            ValueError: If it has other entries than this rule's.
+            ValueError: If it has other entries than this rule's, or a tensor is none there, or a
+                number.
         """
         needed = self.state_dict().keys()
         if needed != state.keys():
@@ -137,6 +143,13 @@ class StepRule(ABC):
                 f"{type(self).__name__} needs {sorted(needed)}. Make the optimizer with the "
                 "step_rule that the state was taken with."
             )
+        for name, mine in self.state_dict().items():
+            for kind in (Tensor, Real):
+                if isinstance(mine, kind) and not isinstance(state[name], kind):
+                    raise ValueError(
+                        f"The state of the step rule has {state[name]!r} for '{name}', where "
+                        f"{type(self).__name__} has {mine!r}: it is damaged."
+                    )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Continue where ``state_dict`` was taken."""
@@ -207,9 +220,8 @@ class KLClip(StepRule):
         ValueError: If it isn't positive.
     """
 
-    def __init__(self, limit: float = 1e-3) -> None:
-        if not limit > 0:
-            raise ValueError(f"kl_clip is {limit}: it must be positive.")
+    def __init__(self, limit: float = KL_CLIP) -> None:
+        check_number("kl_clip", limit, "positive")
         self.limit = limit
 
     def scale(self, proposal: Proposal) -> Tensor:  # noqa: D102
@@ -217,6 +229,23 @@ class KLClip(StepRule):
         gradients = [proposal.gradients[p] for p in directions]
         lrs = [proposal.lrs[p] for p in directions]
         return clip_kl(list(directions.values()), gradients, lrs, self.limit)
+
+
+def kl_clip_of(choice: float | None, step_rule: object) -> float:
+    """The limit chosen for the rule ``"kl_clip"``, or the default.
+
+    Raises:
+        ValueError: For one that isn't positive, or given with another rule.
+    """
+    if choice is None:
+        return KL_CLIP
+    check_number("kl_clip", choice, "positive")
+    if step_rule != "kl_clip":
+        other = repr(step_rule) if isinstance(step_rule, str) else type(step_rule).__name__
+        raise ValueError(
+            f"kl_clip={choice} is for step_rule='kl_clip', but step_rule is {other}: leave it out."
+        )
+    return choice
 
 
 def graft(directions: list[Tensor], references: list[Tensor]) -> Tensor:
@@ -329,8 +358,7 @@ class TrustRegion:
     """
 
     def __init__(self, limit: float) -> None:
-        if not limit > 0:
-            raise ValueError(f"trust_region is {limit}: it must be positive.")
+        check_number("trust_region", limit, "positive")
         self.limit = limit
 
     def scale(self, proposal: Proposal, rule: StepRule) -> Tensor:

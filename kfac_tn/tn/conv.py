@@ -69,6 +69,9 @@ class ConvSpec:
         def normalise(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
+        if self.transposed not in (True, False):
+            raise ValueError(f"transposed={self.transposed!r} must be True or False")
+        normalise("transposed", bool(self.transposed))
         normalise("input_shape", integers("input_shape", self.input_shape))
         normalise("weight_shape", integers("weight_shape", self.weight_shape))
         normalise("groups", integers("groups", (self.groups,))[0])
@@ -135,7 +138,7 @@ class ConvSpec:
                 raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
             spans = (d * (k - 1) for d, k in zip(self.dilations, self.kernel_size, strict=True))
             return tuple((span // 2, span - span // 2) for span in spans)
-        if isinstance(padding, Real) or all(isinstance(p, Real) for p in padding):
+        if not isinstance(padding, Iterable) or all(isinstance(p, Real) for p in padding):
             return tuple((p, p) for p in self._per_dimension("padding", 0))
         pairs = [() if isinstance(p, Real) else integers("padding", p) for p in padding]
         if len(pairs) != self.dimensions or any(len(pair) != 2 for pair in pairs):
@@ -262,16 +265,39 @@ def integers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
         values: Its numbers, of any type.
 
     Raises:
-        ValueError: If one isn't whole.
+        ValueError: If one isn't whole, or they are no numbers.
 
     Example:
         >>> integers("stride", (2, 3.0))
         (2, 3)
     """
-    values = tuple(values)
-    whole = tuple(map(int, values))
-    if whole != values:
-        raise ValueError(f"{name}={values} must be integers")
+    try:
+        values = tuple(values)
+        whole = tuple(map(int, values))
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != values:
+        raise ValueError(f"{name}={values!r} must be integers")
+    return whole
+
+
+def positive(name: str, value: Any) -> int:
+    """A number of things, at least one.
+
+    Args:
+        name: Name of the option.
+        value: Its number, of any type.
+
+    Raises:
+        ValueError: If it is no whole number, or none of the things.
+
+    Example:
+        >>> positive("columns", 2.0)
+        2
+    """
+    (whole,) = integers(name, (value,))
+    if whole < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
     return whole
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from fractions import Fraction
 from math import prod
 
-from kfac_tn.tn.conv import ConvSpec
+from kfac_tn.tn.conv import ConvSpec, positive
 from kfac_tn.tn.network import Network
 from kfac_tn.tn.node import Node, Operand
 from kfac_tn.tn.operations import builder, forward, positions, unfold_input
@@ -153,7 +153,8 @@ def _gram(rows: Network, share: tuple[str, ...], columns: tuple[str, ...]) -> Ne
 
 def _weight_gradients(spec: ConvSpec, columns: int) -> Network:
     """Network of `[V, N, *weight.shape]`: each column's and each example's gradient."""
-    product = forward(spec).contract_with("grad_output", ("v",), ("n",), leading={"v": columns})
+    leading = {"v": positive("columns", columns)}
+    product = forward(spec).contract_with("grad_output", ("v",), ("n",), leading=leading)
     return product.differentiate("weight")
 
 
@@ -171,6 +172,9 @@ def ggn_diagonal(spec: ConvSpec, columns: int = 1) -> Network:
     Returns:
         Network from `input` and `grad_output`, `[V, N, C_out, *O]`, to a tensor shaped as the
         weight. A sum: the scale of the loss is in `grad_output`.
+
+    Raises:
+        ValueError: If `columns` is no number of columns.
 
     Example:
         >>> network = ggn_diagonal(ConvSpec((2, 3, 5), (4, 3, 2)), columns=10)
@@ -200,7 +204,8 @@ def ggn_gram(spec: ConvSpec, columns: int = 1, second: ConvSpec | None = None) -
         `second`, the last two axes are those of the further operands `input_2` and `grad_output_2`.
 
     Raises:
-        ValueError: If the two convolutions' weights don't have the same shape and groups.
+        ValueError: If the two convolutions' weights don't have the same shape and groups, or
+            `columns` is no number of columns.
 
     Example:
         >>> ggn_gram(ConvSpec((2, 3, 5), (4, 3, 2)), columns=10).shape
@@ -228,6 +233,9 @@ def ggn_block(spec: ConvSpec, columns: int = 1) -> Network:
     Returns:
         Network from `input` and `grad_output`, `[V, N, C_out, *O]`, to `[d, d]`, `d` the number of
         weights, in the order of `weight.flatten()`.
+
+    Raises:
+        ValueError: If `columns` is no number of columns.
 
     Example:
         >>> ggn_block(ConvSpec((2, 3, 5), (4, 3, 2)), columns=10).shape

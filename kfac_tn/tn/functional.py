@@ -320,6 +320,8 @@ def _convolve(
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"bias of shape {tuple(bias.shape)} must have shape ({channels},)")
     x, weight, bias = cast_as_autocast(x, weight, bias)
+    if bias is not None and bias.dtype != weight.dtype:  # their sum would have the wider one
+        raise ValueError(f"bias has dtype {bias.dtype}, weight {weight.dtype}: they must share it")
     output = _apply(
         "conv", "output", {"input": x, "weight": weight}, x.shape, weight.shape, *options
     )

@@ -36,9 +36,9 @@ class Network(Manipulations):
         sizes: Pairs of index and size, sorted by index, of exactly the indices of the nodes.
 
     Raises:
-        ValueError: If sizes are missing or contradict a constant's shape, an index occurs twice in
-            one tensor, an output index belongs to no node, or the nodes of one operand differ in
-            shape.
+        ValueError: If sizes are missing, no whole numbers of at least 1, or contradict a constant's
+            shape, an index occurs twice in one tensor, an output index belongs to no node, or the
+            nodes of one operand differ in shape.
 
     Example:
         >>> from kfac_tn.tn import Node

@@ -18,6 +18,10 @@ Axes: TypeAlias = tuple[tuple[str, ...], ...]
 """The axes of a tensor. Each is a tuple of named indices, slowest first, as `(g c)` in einops."""
 
 
+RESERVED = ("self", "memory_limit", "algorithm")
+"""Names that no operand has: `Network.evaluate` takes operands beside these, by name."""
+
+
 class Constant(Protocol):
     """What a node may hold besides an operand: a symbol that can make its own tensor."""
 
@@ -37,12 +41,13 @@ class Operand:
     axis that is read through a pattern, the legs of the pattern as axes, kernel position first.
 
     Attributes:
-        name: Keyword under which `Network.evaluate` takes the tensor.
+        name: Keyword under which `Network.evaluate` takes the tensor; none of `RESERVED`.
         patterns: Axes of the tensor, in their order, and the pattern through which each is read.
             What is read must be inside: a view has no zeros. Default: none, the tensor as it is.
 
     Raises:
-        ValueError: If the axes are not in their order, or a pattern is no view.
+        ValueError: If the name is reserved, the axes are not in their order, or a pattern is no
+            view.
 
     Example:
         >>> from kfac_tn.tn import Network
@@ -62,6 +67,10 @@ class Operand:
     patterns: tuple[tuple[int, IndexPattern], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.name in RESERVED:
+            raise ValueError(
+                f"an operand can't be named {self.name!r}: evaluate() has an argument of this name"
+            )
         axes = [axis for axis, _ in self.patterns]
         if axes != sorted(set(axes)) or min(axes, default=0) < 0:
             raise ValueError(f"axes must be in their order, and not negative: {axes}")

@@ -30,7 +30,8 @@ class IndexPattern:
         stride: Input positions between neighbouring outputs.
         dilation: Input positions between neighbouring kernel elements.
         padding: Positions added before the input; negative: positions that no window reaches.
-            Those after it follow from `output_size`.
+            Those after it follow from `output_size`. Windows that see nothing but zeros see the
+            same next to the input, where they are put.
         padding_mode: One of `"zeros"`, `"circular"`, `"reflect"`, `"replicate"`.
         summed: Axes among `"koi"` that the tensor is summed over. Summed over `"o"`, the pattern
             is the `[kernel_size, input_size]` matrix that sums over positions before any product.
@@ -55,6 +56,17 @@ class IndexPattern:
     padding_mode: str = "zeros"
     summed: str = ""
 
+    def __post_init__(self) -> None:
+        if self.padding_mode == "zeros":
+            # What crops the input to what windows see would have to crop more than there is.
+            nearest = max(min(self.padding, self._reach + 1), -self.input_size)
+            object.__setattr__(self, "padding", nearest)
+
+    @property
+    def _reach(self) -> int:
+        """Input positions from the first to the last that windows see."""
+        return (self.output_size - 1) * self.stride + (self.kernel_size - 1) * self.dilation
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor: kernel, output and input size, without the summed axes."""
@@ -69,8 +81,7 @@ class IndexPattern:
     @property
     def overhang(self) -> tuple[int, int]:
         """Positions that windows need before and after the input; negative after it: unused."""
-        last = (self.output_size - 1) * self.stride + (self.kernel_size - 1) * self.dilation
-        return self.padding, last - self.padding - (self.input_size - 1)
+        return self.padding, self._reach - self.padding - (self.input_size - 1)
 
     @property
     def legs(self) -> tuple[tuple[int, int], ...]:

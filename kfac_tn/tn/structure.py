@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -31,9 +32,9 @@ class Structure:
         operands: Shape of each operand, by name.
 
     Raises:
-        ValueError: If sizes are missing or contradict a constant's shape, an index occurs twice in
-            one tensor, an output index belongs to no node, or the nodes of one operand differ in
-            shape.
+        ValueError: If sizes are missing, no whole numbers of at least 1, or contradict a constant's
+            shape, an index occurs twice in one tensor, an output index belongs to no node, or the
+            nodes of one operand differ in shape.
     """
 
     nodes: tuple[Node, ...]
@@ -50,6 +51,8 @@ class Structure:
 
         derive("size", dict(self.sizes))
         derive("output_indices", tuple(index for axis in self.output for index in axis))
+        if wrong := {i: n for i, n in self.sizes if not isinstance(n, Integral) or n < 1}:
+            raise ValueError(f"sizes must be whole numbers, at least 1: not {wrong}")
         held = {index for node in self.nodes for index in node.indices}
         if missing := held ^ set(self.size):
             raise ValueError(f"sizes must name the indices of the nodes exactly: see {missing}")

@@ -287,6 +287,16 @@ def test_submatrices(recipes, seed, random):
             close(part.logdet(0.1), (matrix[places][:, places] + 0.1 * eye).logdet())
 
 
+def test_submatrices_by_whatever_yields_names():
+    curvature, _ = make_curvature(MIXED, 0)
+    names = ["layer2.weight", "layer0.weight", "layer0.bias"]
+    expected = curvature.submatrix(names)
+    for same in ((name for name in names), dict.fromkeys(names), set(names), iter(names)):
+        part = curvature.submatrix(same)
+        assert part.shapes == expected.shapes
+        assert torch.equal(part.to_dense(), expected.to_dense())
+
+
 @settings(max_examples=30)
 @given(RECIPES, st.integers(0, 1000))
 def test_files_and_moves(recipes, seed):
@@ -365,6 +375,72 @@ def test_singular_without_damping():
     assert zero.logdet(1.0) == 0
 
 
+SINGULAR = {
+    "kronecker": [("kronecker", 1, 2, (3,), None, 1, False)],
+    "eigen": [("kronecker", 1, 2, (3,), "joint", 1, False)],
+    "diagonal": [("diagonal", 1, 2, (3,), None, 1, False)],
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "damping"), [(torch.float32, 1e-50), (torch.half, 1e-9), (torch.half, 1e-5)]
+)
+@pytest.mark.parametrize("kind", SINGULAR)
+def test_dampings_that_the_dtype_does_not_hold(kind, dtype, damping):
+    """Refused where they are needed, taken where they are not; double precision holds them."""
+    double, _ = make_curvature(SINGULAR[kind], 0)
+    if kind == "eigen":
+        double = kfac_tn.Curvature({n: b.eigen() for n, b in double.blocks.items()}, double.shapes)
+    if kind == "diagonal":
+        double.blocks["layer0"].values[0] = 0
+    singular = double.to(dtype)
+    for refused in (
+        singular.inverse,
+        lambda each: singular.inverse(each, "pi" if kind == "kronecker" else "exact"),
+        singular.logdet,
+        singular.det,
+        singular.sample,
+    ):
+        for each in (damping, torch.tensor(damping, dtype=torch.float64)):
+            with pytest.raises(ValueError, match=r"too small for torch.*layer0.*float64"):
+                refused(each)
+    assert singular.logdet() == -math.inf
+    assert singular.sqrt(damping).trace().isfinite()
+    assert double.inverse(damping).trace().isfinite()
+    assert double.logdet(damping).isfinite()
+    least = float(torch.finfo(dtype).tiny)
+    v = torch.ones(len(singular.eigenvalues()), dtype=dtype)
+    assert (singular.inverse(least) @ v).isfinite().all()
+    assert singular.logdet(least).isfinite()
+    assert all(entry.isfinite().all() for entry in singular.sample(least).values())
+    regular = singular.inverse(1.0)  # itself a curvature
+    assert (regular.inverse(damping) @ v).isfinite().all()
+
+
+def test_only_small_dampings_and_large_factors_are_looked_at(monkeypatch):
+    """Devices are waited for where a result might not be finite, and nowhere else."""
+    curvature, _ = make_curvature(MIXED, 0)
+    single = curvature.to(torch.float32)
+    single.eigenvalues()  # whose decompositions wait for themselves
+    looks = []
+    for name in ("__bool__", "tolist"):
+        plain = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor, name, lambda self, _f=plain: looks.append(1) or _f(self), raising=True
+        )
+    for call in (
+        lambda: single.inverse(1e-30),
+        lambda: single.logdet(1e-30),
+        lambda: 0.5 * single,
+        lambda: single.to(torch.float64),
+        lambda: single.to("cpu"),
+    ):
+        call()
+        assert not looks
+    2 * single
+    assert len(looks) == 1
+
+
 def test_one_decomposition_serves_all(monkeypatch):
     curvature, _ = make_curvature([("kronecker", 1, 2, (3,), None, 3, False)], 0)
     calls = []
@@ -399,6 +475,11 @@ def test_a_decomposition_that_does_not_converge_is_made_in_float64(monkeypatch):
     [
         (lambda c: -1 * c, "-1.*at least 0"),
         (lambda c: math.nan * c, "nan"),
+        (lambda c: math.inf * c, "factor is inf.*finite"),
+        (lambda c: c * torch.tensor(math.inf), "factor is .*inf.*finite"),
+        (lambda c: c * torch.ones(2), "factor is tensor.*scalar"),
+        (lambda c: c.to(torch.float32) * 1e300, "layer0.weight.* exceeds .*float64"),
+        (lambda c: (1e6 * c).to(torch.half), "layer0.weight.* exceeds .*multiply it by less"),
         (lambda c: c + c.submatrix(["layer2.weight"]), r"\['layer0', 'layer1'\] differ"),
         (lambda c: c + diagonal(c), "layer0.weight.*aren't over the same"),
         (lambda c: diagonal(c) + c, "diagonal for 'layer0.weight', the other a KroneckerBlock"),
@@ -406,6 +487,8 @@ def test_a_decomposition_that_does_not_converge_is_made_in_float64(monkeypatch):
         (lambda c: c.submatrix(["nose"]), "nose"),
         (lambda c: c.submatrix("layer0.weight"), "list of names"),
         (lambda c: c.submatrix([]), "list of names"),
+        (lambda c: c.submatrix(name for name in ["layer2.weight", "nose"]), "nose"),
+        (lambda c: c.submatrix(["layer2.weight"] * 2), r"each once.*not \['layer2.weight'\]"),
         (lambda c: c.inverse(1.0, "pi"), "'pi'.*layer1.weight.*'exact'"),
         (lambda c: c.logdet(-1.0), "damping is -1"),
         (lambda c: c.sqrt(-1.0), "damping is -1"),
@@ -413,6 +496,8 @@ def test_a_decomposition_that_does_not_converge_is_made_in_float64(monkeypatch):
         (lambda c: c.sample(1.0, -1), "n is -1.*whole number"),
         (lambda c: c.sample(1.0, 2.5), "n is 2.5.*whole number"),
         (lambda c: c.inverse(math.inf), "damping is inf.*finite"),
+        (lambda c: c.inverse(None), "damping is None"),
+        (lambda c: c.inverse("0.1"), "damping is 0.1: it must be a finite scalar"),
         (lambda c: c.inverse(torch.ones(1)), "damping is tensor.*scalar"),
         (lambda c: c.logdet(torch.ones(2)), "damping is tensor.*scalar"),
         (lambda c: c @ torch.zeros(3), r"\[\d+\].*not \[3\]"),
@@ -450,11 +535,73 @@ def test_blocks_say_what_they_are_made_of():
     assert torch.equal(again.to_dense(), inverse.to_dense())
 
 
+def test_groups_that_share_a_factor_are_saved_and_loaded():
+    """As those of an embedding, whose rows have one output factor."""
+    layout = Layout("weight", Size([3, 2]), None, 3, transposed=True)
+    block = KroneckerBlock(layout, torch.rand(3, 1, 1), torch.rand(1, 2, 2))
+    for each in (block, block.eigen(), block.add(block)):
+        curvature = kfac_tn.Curvature({"": each}, {"weight": Size([3, 2])})
+        loaded = kfac_tn.Curvature.from_state_dict(curvature.state_dict())
+        assert torch.equal(loaded.trace(), curvature.trace())
+
+
 @pytest.mark.parametrize("content", [{"weight": torch.ones(2)}, [torch.ones(2)], torch.ones(2)])
 def test_other_files_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "file.pt")
     with pytest.raises(ValueError, match="no state of a Curvature"):
         kfac_tn.Curvature.load(tmp_path / "file.pt")
+
+
+def broken(kind, change):
+    """A state with one thing changed in the block of a kind."""
+    curvature, _ = make_curvature(MIXED, 0)
+    if kind == "SumBlock":
+        curvature = curvature + curvature
+    state = copy.deepcopy(curvature.state_dict())
+    change(state, next(b for b in state["blocks"].values() if b["kind"] == kind))
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("DiagonalBlock", lambda s, b: s["blocks"].pop("layer0"), "differ in .*layer0.bias"),
+        ("DiagonalBlock", lambda s, b: s["shapes"].pop("layer0.bias"), "differ in .*layer0.bias"),
+        ("DiagonalBlock", lambda s, b: s["blocks"].update(other=b), "differ in .*layer2.weight"),
+        ("DiagonalBlock", lambda s, b: s["shapes"].update({"layer0.bias": [7]}), r"Size\(\[7\]\)"),
+        ("DiagonalBlock", lambda s, b: s["blocks"].update(layer0={}), "kind"),
+        ("DiagonalBlock", lambda s, b: s["blocks"].update(layer0=None), "NoneType"),
+        ("DiagonalBlock", lambda s, b: s.update(blocks=[]), "list"),
+        ("DiagonalBlock", lambda s, b: b.update(kind="DiagonalBlocks"), "DiagonalBlocks"),
+        ("DiagonalBlock", lambda s, b: b.update(kind="Layout"), "a Layout lacks"),
+        ("DiagonalBlock", lambda s, b: b.update(values=torch.ones(3)), r"Size\(\[3\]\)"),
+        ("DiagonalBlock", lambda s, b: b.update(values=None), "NoneType"),
+        ("DiagonalBlock", lambda s, b: b.update(scale=1), "scale"),
+        ("KroneckerBlock", lambda s, b: b.pop("input_factor"), "lacks .'input_factor'"),
+        ("KroneckerBlock", lambda s, b: b.pop("bias"), "lacks .'bias'"),
+        ("KroneckerBlock", lambda s, b: b.update(bias="separate"), r"\(2, 3, 3\).*\(2, 2, 2\)"),
+        ("KroneckerBlock", lambda s, b: b.update(input_factor=torch.ones(2, 4, 4)), "2, 4, 4"),
+        (
+            "KroneckerBlock",
+            lambda s, b: b.update(
+                input_factor=torch.ones(1, 3, 3), grad_output_factor=torch.ones(1, 2, 2)
+            ),
+            "1, 3, 3",
+        ),
+        ("KroneckerBlock", lambda s, b: b.update(grad_output_factor=torch.ones(2, 2)), "2, 2"),
+        ("KroneckerBlock", lambda s, b: b["layout"].update(groups=0), "ZeroDivisionError"),
+        ("KroneckerBlock", lambda s, b: b["layout"].update(groups=3), "groups"),
+        ("KroneckerBlock", lambda s, b: b["layout"].pop("transposed"), "lacks .'transposed'"),
+        ("EigenBlock", lambda s, b: b.update(values=torch.ones(1, 1, 1)), "1, 1, 1"),
+        ("SumBlock", lambda s, b: b.update(terms=[]), "terms"),
+        ("SumBlock", lambda s, b: b["terms"].pop(0) and b["terms"][0].pop("bias"), "lacks"),
+        ("SumBlock", lambda s, b: b["terms"][0]["layout"].update(bias_name=None), "tensors over"),
+        ("SumBlock", lambda s, b: b["terms"][0]["layout"].update(weight_name="w"), "terms of a"),
+    ],
+)
+def test_broken_states_are_refused(kind, change, message):
+    with pytest.raises(ValueError, match=f"no state of a Curvature.*{message}"):
+        kfac_tn.Curvature.from_state_dict(broken(kind, change))
 
 
 def test_a_parameter_without_axes():

@@ -147,10 +147,10 @@ def test_combinations_with_curvlinops_operators(curvature):
     close(part @ torch.eye(4, dtype=torch.float64), dense[rows][:, columns])
 
 
-@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("given", [list, dict, iter])
 @pytest.mark.parametrize("names", [["6.bias", "0.weight", "1.bias", "6.weight"], ["3.weight"]])
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "sum", "inverse"])
-def test_parameters_in_the_order_of_other_operators(name, names, as_dict):
+def test_parameters_in_the_order_of_other_operators(name, names, given):
     """By their names, or as the dict that operators on curvlinops' main branch are made of."""
     model, data = build()
     parameters = {name: model.get_parameter(name) for name in names}
@@ -161,7 +161,7 @@ def test_parameters_in_the_order_of_other_operators(name, names, as_dict):
     )
     places = torch.cat([pieces[name] for name in names])
     dense = curvature.to_dense()[places][:, places]
-    operator = as_linear_operator(curvature, parameters if as_dict else names)
+    operator = as_linear_operator(curvature, given(parameters))
     assert operator.shape == dense.shape
     vector = torch.randn(len(dense), dtype=torch.float64)
     close(operator @ vector, dense @ vector)
@@ -249,6 +249,12 @@ def test_refused():
         as_linear_operator(curvature.to_dense())
     with pytest.raises(ValueError, match="nose"):
         as_linear_operator(curvature, ["0.weight", "nose"])
+    with pytest.raises(ValueError, match=r"each once.*not \['6.bias'\]"):
+        as_linear_operator(curvature, ["6.bias", "6.bias"])
+    with pytest.raises(ValueError, match=r"list of names .*not 6.bias"):
+        as_linear_operator(curvature, "6.bias")
+    with pytest.raises(TypeError, match=r"parameters is a set.* order.*list"):
+        as_linear_operator(curvature, {"6.bias", "6.weight"})
     blocks = {**curvature.blocks, "0": curvature.to(torch.float32).blocks["0"]}
     with pytest.raises(ValueError, match=r"one dtype.*curvature\.to"):
         as_linear_operator(kfac_tn.Curvature(blocks, curvature.shapes))

@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kfac_tn.optim.adam import adam_updates, current_updates, with_longer_averages
+from kfac_tn.optim.adam import (
+    adam_updates,
+    current_updates,
+    lengthened,
+    with_longer_averages,
+)
 
 
 def contiguous(shape: tuple[int, ...]) -> torch.Tensor:
@@ -77,16 +82,50 @@ def test_growing_averages_of_a_constant_are_the_constant(beta1, horizon, fused):
     gradient = gradient if fused else gradient.mT  # for which there is no fused kernel
     w = nn.Parameter(torch.zeros_like(gradient))
     group = {"params": [w], "betas": (beta1, 0.999), "eps": 1e-8}
-    v = nn.Parameter(w.detach().clone())  # takes its first step later
-    group["params"].append(v)
-    states: dict = {w: {}, v: {}}
+    late, rare = nn.Parameter(w.detach().clone()), nn.Parameter(w.detach().clone())
+    group["params"] += [late, rare]
+    states: dict = {w: {}, late: {}, rare: {}}
     for step in range(1, 200):
-        groups = with_longer_averages([group], {w, v}, max(1.0, horizon * step), horizon)
-        gradients = {w: gradient} if step < 20 else {w: gradient, v: gradient}
+        anew = step == 120 and horizon < 1  # averages begin anew
+        reach = 0.0 if anew else max(1.0, horizon * step)
+        groups = with_longer_averages([group], set(states), reach, horizon)
+        taking = [w] + [late] * (step >= 20) + [rare] * (step % 10 == 0)
+        gradients = dict.fromkeys(taking, gradient)
         found = adam_updates(groups, states, gradients)
-        torch.testing.assert_close(found[0][w], gradient, rtol=1e-9, atol=0)
-        torch.testing.assert_close(found[1][w], gradient.sign(), rtol=1e-4, atol=0)
+        for p in taking:
+            # The correction doesn't know of that; by then there is next to nothing to correct.
+            rtol = 1e-9 if step < 120 else 0.1
+            torch.testing.assert_close(found[0][p], gradient, rtol=rtol, atol=0)
+            torch.testing.assert_close(found[1][p], gradient.sign(), rtol=max(rtol, 1e-4), atol=0)
         torch.testing.assert_close(found, current_updates(groups, states, gradients))
+
+
+@pytest.mark.parametrize("every", [2, 7, 30])
+def test_averages_of_rare_steps_are_as_if_there_were_no_others(every):
+    """Bit for bit those of a parameter alone; its reach, which steps take up, too."""
+    torch.manual_seed(0)
+    options = {"betas": (0.8, 0.99), "eps": 1e-8}
+    often, rare, alone = (nn.Parameter(torch.zeros(3, 2)) for _ in range(3))
+    both, single = [{"params": [often, rare], **options}], [{"params": [alone], **options}]
+    states: dict = {p: {} for p in (often, rare, alone)}
+    count = 0
+    for step in range(1, 400):
+        gradients = {often: torch.randn(3, 2)}
+        if step % every == 0:
+            count += 1
+            gradients[rare] = gradient = torch.randn(3, 2)
+            single_reach = max(1.0, 0.2 * count)
+            groups = with_longer_averages(single, {alone}, single_reach, 0.2)
+            expected = adam_updates(groups, states, {alone: gradient})
+        reach = max(1.0, 0.2 * step)
+        found = adam_updates(
+            with_longer_averages(both, {often, rare}, reach, 0.2), states, gradients
+        )
+        if rare in gradients:
+            assert all(torch.equal(f[rare], e[alone]) for f, e in zip(found, expected, strict=True))
+            times = lengthened(both, states, {often, rare}, reach, 0.2)
+            wanted = lengthened(single, states, {alone}, single_reach, 0.2)
+            assert times.get(rare) == wanted.get(alone)
 
 
 def test_averages_that_are_nearly_all_gradients_are_the_state_itself():

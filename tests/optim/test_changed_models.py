@@ -271,7 +271,7 @@ def grown(**options):
 INVALID_GROUPS = {
     "a part of a layer": (lambda new: {"params": [new.weight]}, "miss.*hidden.1.bias"),
     "a parameter twice": (lambda new: {"params": [new.weight] * 2}, "miss.*hidden.1.bias"),
-    "lr": (lambda new: {"params": list(new.parameters()), "lr": "fast"}, "lr is fast"),
+    "lr": (lambda new: {"params": list(new.parameters()), "lr": "fast"}, "lr is 'fast'"),
     "betas": (lambda new: {"params": list(new.parameters()), "betas": 0.9}, "betas are 0.9"),
     "damping": (lambda new: {"params": list(new.parameters()), "damping": abs}, "damping is"),
     "options": (lambda new: {"params": list(new.parameters()), "nu": 1}, "no option.*nu"),

@@ -18,6 +18,7 @@ from kfac_tn.curvature.checks import all_finite
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 EAGER = {"factor_interval": 1, "inverse_interval": 1}
+NAN, INF = float("nan"), float("inf")
 
 
 def make_model(dtype=torch.float64) -> nn.Sequential:
@@ -367,6 +368,35 @@ def test_foreign_parameters_cannot_be_added_later():
         ({"approximation": None}, "approximation is None for layer"),
         ({"curvature": True}, "curvature is True for layer"),
         ({"other_lr": 0.1, "params": []}, "exclude each other"),
+        ({"kl_clip": 5.0}, "kl_clip=5.0 is for step_rule='kl_clip', but step_rule is 'adaptive'"),
+        ({"kl_clip": 1.0, "step_rule": kfac_tn.optim.Graft()}, "but step_rule is Graft: leave"),
+        ({"kl_clip": 1e-3, "step_rule": "graft"}, "kl_clip=0.001 is for.*'graft': leave it out"),
+        *[
+            ({"mc_samples": 8, "fisher": fisher}, f"mc_samples=8 is for fisher='mc'.*'{fisher}'")
+            for fisher in ("type-2", "empirical", "forward-only")
+        ],
+        ({"overhead": 0.01}, "overhead=0.01 is for factor_interval='auto'.*are 50 and 100"),
+        *[
+            ({name: value}, f"{name} is {value!r}: it must be a positive whole number")
+            for name in ("factor_interval", "inverse_interval", "max_dim")
+            for value in (True, float("nan"), float("inf"), "often", 0.5, -1)
+        ],
+        ({"factor_interval": None}, "factor_interval is None"),
+        *[({"mc_samples": value}, f"mc_samples is {value}") for value in (True, INF, NAN, None)],
+        *[({"seed": value}, f"seed is {value}: it must be a whole") for value in (True, NAN, None)],
+        *[
+            ({name: value}, f"{name} is '?{value}'?: it must be")
+            for name in ("lr", "eps", "weight_decay", "damping", "factor_decay", "noise_damping")
+            for value in (True, NAN, INF, "x")
+        ],
+        *[({"trust_region": value}, f"trust_region is {value!r}") for value in (True, NAN, "x", 0)],
+        *[({"other_lr": value}, f"other_lr is {value!r}") for value in (True, NAN, INF, "x")],
+        *[
+            ({"kl_clip": value, "step_rule": "kl_clip"}, f"kl_clip is {value!r}")
+            for value in (True, NAN, "x", 0)
+        ],
+        ({"overhead": "x", "factor_interval": "auto"}, "overhead is 'x'"),
+        ({"betas": (0.9, True)}, r"betas are \(0.9, True\)"),
     ],
     ids=str,
 )
@@ -376,6 +406,27 @@ def test_hyper_parameters_out_of_range_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         kfac_tn.KFAC(model, loss_fn, **options)
     assert not any(m._forward_hooks for m in [*model.modules(), loss_fn])
+
+
+@pytest.mark.parametrize(
+    ("options", "same_as"),
+    [
+        ({"step_rule": "kl_clip", "kl_clip": 1e-3}, {"step_rule": "kl_clip"}),
+        ({"fisher": "type-2", "mc_samples": "auto"}, {"fisher": "type-2"}),
+        (
+            {"factor_interval": "auto", "inverse_interval": 4.0, "overhead": 0.25},
+            {"factor_interval": "auto", "inverse_interval": 4},
+        ),
+    ],
+    ids=str,
+)
+def test_defaults_may_be_given_where_they_act(options, same_as):
+    ends = []
+    for each in (options, same_as):
+        model, loss_fn, optimizer = make(**each)
+        train(optimizer, model, loss_fn, 3)
+        ends.append(values(model))
+    assert same(*ends)
 
 
 @pytest.mark.parametrize(
@@ -869,6 +920,71 @@ def test_factors_that_cannot_be_inverted_are_reported_and_the_last_inverse_kept(
         train(optimizer, model, loss_fn, 1, start=1)
     assert torch.equal(moving.input_inverse, kept)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("step_rule", [kfac_tn.optim.Adaptive(interval=1), "quadratic"], ids=str)
+def test_a_measurement_that_fails_leaves_the_parameters_and_training_goes_on(step_rule):
+    """The error is the user's to see; all that counts steps has counted this one."""
+    failing = []
+
+    class Fails(nn.Sequential):
+        def forward(self, x):
+            if failing:
+                raise RuntimeError("out of memory")
+            return super().forward(x)
+
+    model, loss_fn, optimizer = make(Fails(*make_model()), step_rule=step_rule)
+    train(optimizer, model, loss_fn, 2)
+    before, (x, y) = values(model), make_data(seed=2)
+    optimizer.zero_grad()
+    loss_fn(model(x), y).backward()
+    failing.append(True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    failing.clear()
+    assert same(values(model), before)
+    train(optimizer, model, loss_fn, 2, start=3)
+    assert optimizer.steps_taken == 5
+    assert all(state["step"] == 5 for state in optimizer.state.values())
+    assert not same(values(model), before)
+    assert all(value.isfinite().all() for value in snapshot(model, optimizer))
+
+
+# TorchScript -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make_one", [kfac_tn.KFAC, kfac_tn.KFACPreconditioner])
+def test_scripting_a_watched_model_says_what_to_do(make_one):
+    model, (x, _) = make_model(), make_data()
+    optimizer = make_one(model, nn.CrossEntropyLoss())
+    with pytest.raises(AttributeError, match=r"call close\(\) of the optimizer before"):
+        torch.jit.script(model)
+    optimizer.close()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_a_watched_model_is_traced_as_if_nobody_watched():
+    """Between the passes of a step, which notices nothing."""
+    ends = []
+    for traced in (False, True):
+        model, loss_fn, optimizer = make()
+        x, y = make_data()
+        loss = loss_fn(model(x), y)
+        if traced:
+            script, alone = torch.jit.trace(model, x), torch.jit.trace(make_model(), x)
+            kinds, expected = (
+                [node.kind() for node in each.inlined_graph.nodes()] for each in (script, alone)
+            )
+            assert kinds == expected
+            with torch.no_grad():
+                torch.testing.assert_close(script(2 * x), model(2 * x))
+        loss.backward()
+        optimizer.step()
+        ends.append(values(model))
+    assert same(*ends)
 
 
 # Intervals ---------------------------------------------------------------------------------------

@@ -175,6 +175,11 @@ def test_layers_with_part_of_their_gradients_keep_these():
         ({"step_rule": "graft", "lr": 0.1}, "take none"),
         ({"step_rule": "newton"}, "'newton'"),
         ({"kl_clip": -1.0}, "kl_clip is -1.0"),
+        ({"kl_clip": 1.0}, "kl_clip=1.0 is for step_rule='kl_clip', but step_rule is 'graft'"),
+        ({"overhead": 1.0}, "overhead=1.0 is for factor_interval='auto'"),
+        ({"mc_samples": 2}, "mc_samples=2 is for fisher='mc'"),
+        ({"step_rule": "kl_clip", "lr": True}, "lr is True"),
+        ({"damping": True}, "damping is True"),
         ({"step_rule": "kl_clip", "lr": -1.0}, "lr is -1.0"),
         ({"damping": 0.0}, "damping is 0.0"),
         ({"factor_decay": 2.0}, "factor_decay is 2.0"),
@@ -245,15 +250,25 @@ def test_coverage_and_repr():
     assert repr(preconditioner.coverage()) in repr(preconditioner)
 
 
-def test_a_damping_out_of_range_is_refused_before_anything_is_changed():
-    model, loss_fn, preconditioner = make()
-    expected = gradients(model, loss_fn)
-    preconditioner.damping = -1.0
-    with pytest.raises(ValueError, match=r"damping is -1.0"):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("damping", -1.0, "damping is -1.0"),
+        ("damping", "small", "damping is 'small'"),
+        ("lr", float("nan"), "lr is nan"),
+        ("lr", -1.0, "lr is -1.0"),
+        ("lr", None, "needs lr"),
+    ],
+)
+def test_what_is_set_out_of_range_is_refused_before_anything_is_changed(name, value, message):
+    model, loss_fn, preconditioner = make(step_rule="kl_clip", lr=0.1)
+    expected, good = gradients(model, loss_fn), getattr(preconditioner, name)
+    setattr(preconditioner, name, value)
+    with pytest.raises(ValueError, match=message):
         preconditioner.step()
     assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
     assert preconditioner.steps_taken == 0
-    preconditioner.damping = 1e-3
+    setattr(preconditioner, name, good)
     preconditioner.step()
     assert preconditioner.factors()
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from kfac_tn import tn
 from kfac_tn.tn.plan import recipe
 from kfac_tn.tn.steps import Convolve, ConvolveBackward, ConvolveTransposed
-from tests.tn.test_operations import ANY, ANY_4D, BUILDERS
+from tests.tn.test_operations import ANY, ANY_4D, BEFORE_THE_INPUT, BUILDERS, far
 
 torch.set_num_threads(1)
 MORE_BEHIND = tn.ConvSpec((1, 1, 3), (1, 1, 1), dilation=3, transposed=True, output_padding=2)
@@ -30,7 +30,10 @@ def operands_of(network, dtype=torch.float64):
 @pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: builder.__name__)
 @settings(max_examples=25)
 @example(spec=MORE_BEHIND, simplified=False)
-@given(spec=st.one_of(ANY, ANY_4D), simplified=st.booleans())
+@example(spec=BEFORE_THE_INPUT[0], simplified=True)
+@example(spec=BEFORE_THE_INPUT[2], simplified=False)
+@example(spec=BEFORE_THE_INPUT[3], simplified=True)
+@given(spec=st.one_of(ANY, ANY_4D, far()), simplified=st.booleans())
 def test_every_algorithm_gives_the_same(builder, spec, simplified):
     network = builder(spec)
     network = network.simplify() if simplified else network

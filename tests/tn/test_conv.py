@@ -24,6 +24,7 @@ def test_spec_is_normalised():
     whole = tn.ConvSpec(size, (6, 2, 3, 4), 1.0, spec.padding, (1, 3.0), 2.0)
     assert whole == spec
     assert {type(n) for n in (whole.groups, *whole.strides, *whole.dilations)} == {int}
+    assert tn.ConvSpec((1, 2, 5), (2, 1, 2), transposed=np.bool_(True)).transposed is True
     assert tn.forward(explicit) is tn.forward(spec)
     assert tn.ConvSpec((1, 1, 5), (1, 1, 2), padding="valid").padding == ((0, 0),)
     assert tn.ConvSpec((1, 1, 5, 5), (1, 1, 2, 2), padding=(1,)).padding == ((1, 1), (1, 1))
@@ -62,6 +63,18 @@ def test_spec_is_normalised():
         ({"padding": (1, 0.5)}, "padding=.* must be integers"),
         ({"padding": ((0, 0.5), (1, 1))}, "padding=.* must be integers"),
         ({"output_padding": 0.5}, "output_padding=.* must be integers"),
+        ({"input_shape": 4}, "input_shape=4 must be integers"),
+        ({"weight_shape": "abcd"}, "weight_shape=.* must be integers"),
+        ({"stride": None}, "stride=None must be integers"),
+        ({"stride": float("nan")}, "stride=.*nan.* must be integers"),
+        ({"padding": None}, "padding=None must be integers"),
+        ({"padding": (None, 1)}, "padding=None must be integers"),
+        ({"padding": float("inf")}, "padding=.*inf.* must be integers"),
+        ({"dilation": None}, "dilation=None must be integers"),
+        ({"groups": None}, "groups=.*None.* must be integers"),
+        ({"output_padding": None}, "output_padding=None must be integers"),
+        ({"transposed": "no"}, "transposed='no' must be True or False"),
+        ({"transposed": None}, "transposed=None must be True or False"),
     ],
 )
 def test_refused_specs(options, message):

@@ -390,6 +390,14 @@ def test_tensors_without_data():
         (lambda: convNd(rand(1, 3, 5), rand(4, 3, 2), padding="same", stride=2), "needs stride 1"),
         (lambda: convNd(rand(1, 3, 5), rand(4, 3, 2).float()), "share dtype"),
         (
+            lambda: convNd(rand(1, 3, 5), rand(4, 3, 2), rand(4).float()),
+            "bias has dtype torch.float32, weight torch.float64",
+        ),
+        (
+            lambda: conv_transposeNd(rand(1, 3, 5), rand(3, 4, 2), rand(4) + 0j),
+            "bias has dtype torch.complex128, weight torch.float64",
+        ),
+        (
             lambda: conv_transposeNd(rand(1, 3, 5), rand(3, 2, 2), output_padding=1),
             "output_padding=1",
         ),

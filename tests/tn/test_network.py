@@ -2,6 +2,7 @@
 
 import pickle
 from fractions import Fraction
+from inspect import signature
 
 import pytest
 import torch
@@ -172,6 +173,10 @@ def test_simplify(builder):
         ([Node(Operand("a"), (("i",),))], (("i",), ("i",)), {"i": 2}, "twice"),
         ([Node(Operand("a"), (("i",),))], (("j",),), {"i": 2, "j": 2}, "no node: {'j'}"),
         ([Node(Operand("a"), (("i",),))], (), {}, "sizes"),
+        *(
+            ([Node(Operand("a"), (("i",),))], (), {"i": size}, "sizes .* at least 1: not {'i': ")
+            for size in (0, -1, 1.5, "3", None)
+        ),
         ([Node(Delta(3), (("i",), ("j",)))], (), {"i": 2, "j": 3}, r"\(2, 3\), expected \(3, 3\)"),
         (
             [Node(Operand("a"), (("i",),)), Node(Operand("a"), (("j",),))],
@@ -184,6 +189,15 @@ def test_simplify(builder):
 def test_refused_networks(nodes, output, sizes, message):
     with pytest.raises(ValueError, match=message):
         Network.build(nodes, output, sizes)
+
+
+def test_names_that_evaluation_takes_for_itself_are_refused():
+    arguments = signature(Network.evaluate).parameters.values()
+    reserved = {each.name for each in arguments if each.kind != each.VAR_KEYWORD}
+    assert reserved == {"self", "memory_limit", "algorithm"}
+    for name in reserved:
+        with pytest.raises(ValueError, match=f"can't be named '{name}'"):
+            tn.forward(SPEC).replace("input", name)
 
 
 @pytest.mark.parametrize("method", ["evaluate", "einsum"])

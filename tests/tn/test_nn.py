@@ -131,6 +131,20 @@ def test_asymmetric_padding():
     assert ConvNd(2, 3, (2, 3), padding=((1, 1), (2, 2))).padding == (1, 2)
 
 
+def test_windows_before_the_input():
+    """In the last two dimensions, with room left between the two: only the bias is seen."""
+    conv = ConvNd(1, 2, (1, 1, 2), (2, 1, 3), padding=((3, 3), (0, 3), (3, 0)), **F64)
+    x = rand(2, 1, 1, 3, 1).requires_grad_()
+    padded = F.pad(x, (3, 0, 0, 3, 3, 3))
+    expected = F.conv3d(padded, conv.weight, conv.bias, conv.stride)
+    assert_close(conv(x), expected)
+    leaves = (x, *conv.parameters())
+    cotangent = rand(*expected.shape, seed=1)
+    ours, theirs = (torch.autograd.grad(y, leaves, cotangent) for y in (conv(x), expected))
+    for own, their in zip(ours, theirs, strict=True):
+        assert_close(own, their)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -144,6 +158,8 @@ def test_asymmetric_padding():
         ({"groups": 0}, "groups=0"),
         ({"stride": 0}, "stride=0"),
         ({"dilation": (1, 2, 3)}, "dilation=.* has 3 entries for 2 dimensions"),
+        ({"stride": None}, "stride=None"),
+        ({"padding": None}, "padding=None"),
         ({"padding": -1}, "padding=-1"),
         ({"padding": "full"}, "padding='full'"),
         ({"padding": "same", "stride": 2}, "padding='same' needs stride 1"),

@@ -64,6 +64,42 @@ ANY = st.one_of(specs(), specs(transposed=True))
 ANY_4D = st.one_of(specs(4, 4), specs(4, 4, transposed=True))
 
 
+@st.composite
+def far(draw):
+    """Convolutions with more padding than kernel: along some axes, windows see nothing else."""
+    dimensions, transposed = draw(st.integers(1, 3)), draw(st.booleans())
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(dimensions))
+
+    stride = each(1, 6)
+    try:
+        return tn.ConvSpec(
+            (draw(st.integers(1, 2)), 2, *each(1, 2)),
+            (2, draw(st.integers(1, 2)), *each(1, 2)),
+            stride,
+            tuple(zip(each(0, 5), each(0, 2), strict=True)),
+            each(1, 2),
+            transposed=transposed,
+            output_padding=tuple(s - 1 for s in stride) if transposed else 0,
+            padding_mode=draw(st.sampled_from(["zeros"] + ["replicate"] * (not transposed))),
+        )
+    except ValueError as error:
+        assume("leaves no output" not in str(error))
+        assume("spans" not in str(error))
+        assume("does not take" not in str(error))
+        raise
+
+
+BEFORE_THE_INPUT = (
+    tn.ConvSpec((1, 1, 1), (1, 1, 2), stride=3, padding=((3, 0),)),
+    tn.ConvSpec((1, 1, 1), (1, 1, 2), stride=3, padding=((3, 0),), padding_mode="replicate"),
+    tn.ConvSpec((2, 1, 1, 3, 1), (1, 1, 1, 1, 2), (2, 1, 3), ((3, 3), (0, 3), (3, 0))),
+    tn.ConvSpec((1, 1, 1), (1, 1, 1), 6, ((5, 0),), transposed=True, output_padding=5),
+)
+"""All windows are in the padding before the input, with room left between the two."""
+
+
 # ---- the oracle: torch's convolutions, and loops over the kernel where it has none ---------------
 
 
@@ -243,9 +279,20 @@ def test_four_dimensions(spec):
     check(spec)
 
 
+@pytest.mark.parametrize("spec", BEFORE_THE_INPUT)
+def test_windows_before_the_input(spec):
+    check(spec)
+
+
+@settings(max_examples=120)
+@given(spec=far())
+def test_more_padding_than_kernel(spec):
+    check(spec)
+
+
 @pytest.mark.slow
 @settings(max_examples=2000)
-@given(spec=st.one_of(ANY, ANY_4D))
+@given(spec=st.one_of(ANY, ANY_4D, far()))
 def test_many(spec):
     check(spec)
 
@@ -358,6 +405,15 @@ def test_unknown_sampling_is_refused():
     for builder in (tn.randomized_input_vjp, tn.randomized_weight_vjp):
         with pytest.raises(ValueError, match=r"along='batch' is none of \('channels', "):
             builder(spec, "batch")
+
+
+@pytest.mark.parametrize("builder", [tn.ggn_diagonal, tn.ggn_gram, tn.ggn_block])
+def test_numbers_of_columns(builder):
+    spec = tn.ConvSpec((2, 4, 3), (4, 2, 2), groups=2)
+    assert builder(spec, 2.0) == builder(spec, 2)
+    for columns in (0, -1, 1.5, "a", None):
+        with pytest.raises(ValueError, match="columns="):
+            builder(spec, columns)
 
 
 # ---- two batches --------------------------------------------------------------------------------

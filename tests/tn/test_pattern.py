@@ -57,6 +57,19 @@ def test_sums(pattern, axis, other):
     assert (summed.tensor(torch.float64) == dense.sum(over)).all()
 
 
+@pytest.mark.parametrize("summed", ["", "o", "ki"])
+def test_windows_in_zeros_are_equal_wherever_they_are(summed):
+    near, far, behind = (
+        IndexPattern(2, 2, 3, stride=4, padding=padding, summed=summed) for padding in (6, 9, -5)
+    )
+    assert near == far
+    assert not near.tensor(torch.float64).any()
+    assert not behind.tensor(torch.float64).any()
+    assert near.overhang == (6, -3)  # all of the input is behind what they see, or before it
+    assert behind.overhang == (-3, 6)
+    assert IndexPattern(2, 2, 3, stride=4, padding=5).tensor(torch.float64).any()
+
+
 def test_unknown_padding_mode():
     with pytest.raises(ValueError, match="padding_mode"):
         wrap(torch.arange(3), 3, "mirror")
