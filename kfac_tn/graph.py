@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from kfac_tn.hooks import unhooked
+
 Record = TypeVar("Record")
 Owner = TypeVar("Owner")
 
@@ -197,13 +199,14 @@ def differentiate(
     ]
     try:
         edges = [GradientEdge(one.node, one.output_nr) for one in deepest]
-        gradients = torch.autograd.grad(
-            [outputs],
-            cast(Any, [*edges, *parameters]),
-            [column],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        with unhooked(parameters):
+            gradients = torch.autograd.grad(
+                [outputs],
+                cast(Any, [*edges, *parameters]),
+                [column],
+                retain_graph=True,
+                allow_unused=True,
+            )
     finally:
         for handle in handles:
             handle.remove()

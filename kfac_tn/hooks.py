@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.tn.autocast import is_enabled
@@ -83,6 +84,29 @@ def uncompiled() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def unhooked(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Without the user's hooks on parameters, which are for gradients of the user's passes.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones((), requires_grad=True)
+        >>> _ = w.register_hook(lambda gradient: 100 * gradient)
+        >>> with unhooked([w]):
+        ...     torch.autograd.grad(2 * w, w)
+        (tensor(2.),)
+    """
+    hooks = [h for p in parameters if (h := p._backward_hooks)]  # dicts that autograd looks into
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, before in zip(hooks, kept, strict=True):
+            each.update(before)
 
 
 def remove(handles: Iterable[RemovableHandle]) -> None:

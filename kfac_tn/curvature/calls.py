@@ -18,7 +18,7 @@ from kfac_tn.curvature.checks import check_graph, refuse_if_not_exact
 from kfac_tn.curvature.copies import Copies, CopiesFamily, WatchCopies
 from kfac_tn.functional import common
 from kfac_tn.graph import bypassing, differentiate, find, output_edge, remember
-from kfac_tn.hooks import plain
+from kfac_tn.hooks import plain, unhooked
 from kfac_tn.layers import (
     GradientFamily,
     batch_hint,
@@ -328,14 +328,16 @@ class Calls:
             )
 
         def gradients(column: Tensor, names: Sequence[str]) -> list[Tensor]:
-            found = torch.autograd.grad(
-                outputs,
-                [self.parameters[name] for name in names],
-                column.to(outputs.dtype),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            parameters = [self.parameters[name] for name in names]
+            with unhooked(parameters):
+                found = torch.autograd.grad(
+                    outputs,
+                    parameters,
+                    column.to(outputs.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
             return [_dense(gradient) for gradient in found]
 
         return gradients

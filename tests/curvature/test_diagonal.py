@@ -786,6 +786,21 @@ def test_outputs_without_positions_are_no_batch():
     assert not any(g.any() for g in gradients.values())
 
 
+@pytest.mark.parametrize("unknown", [False, True])
+def test_hooks_of_parameters_have_no_part_in_it(unknown):
+    layers = [nn.Unflatten(1, (1, 3)), nn.RNN(3, 2, batch_first=True), FirstOf()]
+    model = nn.Sequential(*layers) if unknown else nn.Linear(3, 2)
+    x, y, loss_fn = torch.randn(4, 3), torch.randn(4, 2), nn.MSELoss()
+    results = []
+    for _ in range(2):
+        diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
+        gradients = kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+        results.append([*diagonal.values(), *gradients.values()])
+        for parameter in model.parameters():
+            parameter.register_hook(lambda g: 10 * g)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("max_memory", [0, -1, torch.nan, torch.inf, "1"])
 def test_memory_out_of_range_is_refused(max_memory):
     data = [(torch.randn(4, 2), torch.randn(4, 3))]

@@ -148,6 +148,27 @@ def test_states_without_it_and_with_it_do_not_mix():
         make(other_curvature=None)[2].load_state_dict(optimizer.state_dict())
 
 
+def test_hooks_of_parameters_see_the_users_pass_alone():
+    """And don't change the diagonal."""
+    states, calls = [], []
+    for factor in (1.0, 100.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).double()
+        loss_fn = nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, other_curvature="diagonal")
+        handle = model[1].weight.register_hook(lambda g, f=factor: (calls.append(f), f * g)[1])
+        x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        states.append(optimizer.state_dict()["curvature"]["factors"]["1.weight"]["values"])
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        handle.remove()
+        loss_fn(model(x), y).backward()
+    assert torch.equal(*states)
+    assert calls == [1.0, 1.0, 100.0, 100.0]
+
+
 def test_a_poisoned_batch_leaves_no_trace():
     model, loss_fn, optimizer = make()
     train(model, loss_fn, optimizer, 2)
