@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, TypeAlias
+from numbers import Real
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kfac_tn.layers import LayerBlock
-from kfac_tn.likelihood import Likelihood
+from kfac_tn.likelihood import Likelihood, empirical_factor
 
 Samples: TypeAlias = int | Literal["auto"]
 
@@ -19,6 +20,16 @@ MOST_SAMPLES = 4
 
 _SMALL = 0.1
 """Share of the largest layer's parameters below which a layer has no say in their number."""
+
+
+def is_whole(value: Any) -> bool:
+    """Whether something is a whole number; truth values aren't.
+
+    Example:
+        >>> [is_whole(value) for value in (3, 3.0, 2.5, float("inf"), float("nan"), True, None)]
+        [True, True, False, False, False, False, False]
+    """
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(value % 1 == 0)
 
 
 def samples_of(choice: Samples, sizes: Mapping[LayerBlock, tuple[int, int]]) -> int:
@@ -35,7 +46,7 @@ def samples_of(choice: Samples, sizes: Mapping[LayerBlock, tuple[int, int]]) -> 
         ValueError: For another choice.
     """
     if choice != "auto":
-        if isinstance(choice, str) or choice < 1 or choice != int(choice):
+        if not is_whole(choice) or choice < 1:
             raise ValueError(f"mc_samples is {choice}: it is a whole number, at least 1.")
         return int(choice)
     rows = {
@@ -76,7 +87,7 @@ def empirical_column(
         predictions = outputs.detach().requires_grad_()
         loss = loss_fn(predictions, targets)
     (gradient,) = torch.autograd.grad(loss, predictions)
-    terms = likelihood.num_terms(predictions.detach(), targets)
+    terms = empirical_factor(likelihood, predictions.detach(), targets)
     return gradient * torch.as_tensor(terms, dtype=gradient.dtype, device=gradient.device).sqrt()
 
 

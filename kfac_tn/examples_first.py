@@ -175,10 +175,11 @@ def check_rows_own(found: Sequence[Found[Call]], outputs: Tensor) -> bool:
     """
     calls = list(dict.fromkeys(one.record for one in found))
     several = {block for block, n in Counter(c.block for c in calls).items() if n > 1}
+    together = Counter((c.block, c.examples) for c in calls)  # whose rows are averaged
     rows = outputs.shape[0] if outputs.dim() else 1
     asked: dict[int, list[Call]] = {}
     for call in calls:
-        averaged = call.block in several and call.block.approximation == "reduce"
+        averaged = together[call.block, call.examples] > 1 and call.block.approximation == "reduce"
         divided = call.examples > 1 and rows % call.examples == 0
         if (call.keeps or averaged) and divided and not call.shared:
             asked.setdefault(call.examples, []).append(call)

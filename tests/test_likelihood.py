@@ -16,9 +16,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
+import kfac_tn
 from kfac_tn.likelihood import (
     CrossEntropyLikelihood,
     MSELikelihood,
+    empirical_factor,
     likelihood_of,
     register_likelihood,
 )
@@ -425,12 +427,42 @@ def test_number_of_terms(reduction):
         (cross_entropy, (2, 3, 2), indices, 3.5),
         (cross_entropy, (2, 3, 2), torch.full((2, 3, 2), 1 / 3), 4),
         (nn.CrossEntropyLoss(reduction=reduction), (2, 3, 2), indices, 3),
-        (nn.MSELoss(reduction=reduction), (5, 2), torch.zeros(5, 2), 5),
+        (nn.MSELoss(reduction=reduction), (5, 2), torch.zeros(5, 2), 10),
+        (nn.MSELoss(reduction=reduction), (5, 3, 2), torch.zeros(5, 3, 2), 30),
+        (nn.PoissonNLLLoss(reduction=reduction), (5, 2), torch.zeros(5, 2), 10),
         (nn.MSELoss(reduction=reduction), (), torch.tensor(0.0), 1),
-        (nn.BCEWithLogitsLoss(reduction=reduction), (5, 2), torch.zeros(5, 2), 5),
+        (nn.BCEWithLogitsLoss(reduction=reduction), (5, 2), torch.zeros(5, 2), 10),
     ):
         actual = likelihood_of(loss_fn).num_terms(torch.zeros(shape), targets)
         assert actual == (expected if mean else 1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 2)])
+@pytest.mark.parametrize("loss_class", [nn.MSELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss])
+def test_the_empirical_fisher_of_elementwise_losses_is_a_mean_over_examples(
+    loss_class, shape, reduction
+):
+    """Of the outer product of the gradient that each has alone."""
+    loss_fn, outputs = loss_class(reduction=reduction), logits(*shape)
+    targets = logits(*shape, seed=1).sigmoid()
+    mean = reduction == "mean"
+
+    def gradient(z, y):
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(loss_fn(z, y), z)[0].flatten(1)
+
+    examples = zip(outputs.split(1), targets.split(1), strict=True)
+    expected = sum(g.T @ g for g in (gradient(z, y) for z, y in examples)) / (5 if mean else 1)
+    g = gradient(outputs, targets)
+    assert_close(empirical_factor(likelihood_of(loss_fn), outputs, targets) * g.T @ g, expected)
+
+
+def test_the_empirical_fisher_of_positions_is_a_mean_over_them():
+    loss_fn, targets = nn.CrossEntropyLoss(), torch.tensor([[0, 2], [1, -100]])
+    assert empirical_factor(likelihood_of(loss_fn), logits(2, 3, 2), targets) == 3
+    assert empirical_factor(HalfSquare(), logits(2, 3), logits(2, 3)) == 1
+    assert empirical_factor(likelihood_of(nn.MSELoss()), logits(), logits()) == 1
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -446,6 +478,134 @@ def test_options_without_a_fisher_in_natural_parameters_are_refused():
         likelihood.sample(torch.zeros(2, 1), torch.ones(2, 1))
     with pytest.raises(ValueError, match=r"must be class indices.*CrossEntropyLoss takes prob"):
         likelihood_of(nn.NLLLoss()).columns(torch.zeros(2, 3), torch.full((2, 3), 1 / 3))
+
+
+OWN_LOSSES = [
+    nn.MSELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.CrossEntropyLoss,
+    nn.NLLLoss,
+]
+UNKNOWN_REDUCTIONS = ["Mean", "avg", "batchmean", "elementwise_mean", "", None, 1]
+
+
+@pytest.mark.parametrize("reduction", UNKNOWN_REDUCTIONS)
+@pytest.mark.parametrize("loss_class", OWN_LOSSES)
+def test_unknown_reductions_are_refused(loss_class, reduction):
+    """Whatever isn't known would pass for a sum."""
+    match = rf"{loss_class.__name__}.*reduction={reduction!r}: choose one of \('mean'"
+    with pytest.raises(ValueError, match=match):
+        likelihood_of(loss_class(reduction=reduction))
+    loss_fn = loss_class()
+    likelihood, targets = likelihood_of(loss_fn), torch.zeros(2, 3)
+    loss_fn.reduction = reduction
+    for method in (likelihood.columns, likelihood.sample, likelihood.num_terms):
+        with pytest.raises(ValueError, match=match):
+            method(torch.zeros(2, 3), targets)
+    with pytest.raises(ValueError, match=match):
+        _ = likelihood.reduction
+    for use in (kfac_tn.KFAC, lambda *args: kfac_tn.compute_ggn_diagonal(*args, [])):
+        with pytest.raises(ValueError, match=match):
+            use(nn.Linear(3, 3), loss_fn)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("reduction", UNKNOWN_REDUCTIONS)
+def test_unknown_reductions_of_ones_own_losses_are_refused(reduction):
+    loss_fn = HalfSquare()
+    loss_fn.reduction = reduction
+    with pytest.raises(ValueError, match=rf"HalfSquare.*reduction={reduction!r}"):
+        likelihood_of(loss_fn)
+    register_likelihood(nn.CTCLoss, lambda loss: loss_fn)
+    with pytest.raises(ValueError, match=rf"HalfSquare.*reduction={reduction!r}"):
+        likelihood_of(nn.CTCLoss())
+
+
+@pytest.mark.parametrize("smoothing", [1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("targets", [torch.tensor([0, 1]), torch.full((2, 3), 1 / 3)])
+def test_label_smoothing_that_is_none_is_refused(targets, smoothing):
+    match = f"CrossEntropyLoss.*label_smoothing={smoothing}: it must be in"
+    with pytest.raises(ValueError, match=match):
+        likelihood_of(nn.CrossEntropyLoss(label_smoothing=smoothing))
+    loss_fn = nn.CrossEntropyLoss()
+    likelihood = likelihood_of(loss_fn)
+    loss_fn.label_smoothing = smoothing
+    for method in (likelihood.columns, likelihood.sample, likelihood.num_terms):
+        with pytest.raises(ValueError, match=match):
+            method(torch.zeros(2, 3), targets)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 2, 255])
+def test_ignored_classes_of_probabilities_are_refused_where_the_loss_refuses_them(ignore_index):
+    loss_fn, outputs, targets = nn.CrossEntropyLoss(), logits(2, 3), probabilities((2, 3))
+    loss_fn.ignore_index = ignore_index
+    likelihood = likelihood_of(loss_fn)
+    if ignore_index < 0:
+        check_columns(loss_fn, outputs, targets, 2)
+        return
+    with pytest.raises(RuntimeError, match="ignore_index"):
+        loss_fn(outputs, targets)
+    for method in (likelihood.columns, likelihood.sample, likelihood.num_terms):
+        with pytest.raises(ValueError, match=f"ignore_index={ignore_index}.*are probabilities"):
+            method(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("loss_class", "name"),
+    [
+        (nn.CrossEntropyLoss, "weight"),
+        (nn.NLLLoss, "weight"),
+        (nn.BCEWithLogitsLoss, "weight"),
+        (nn.BCEWithLogitsLoss, "pos_weight"),
+    ],
+)
+def test_negative_weights_of_a_loss_are_refused(loss_class, name):
+    """However they came about; zeros and NaN, which is the data's affair, aren't."""
+    match = rf"the {name} of {loss_class.__name__}\(\) is negative somewhere \(-2\)"
+    negative = torch.tensor([1.0, -2.0, 0.0]).double()
+    with pytest.raises(ValueError, match=match):
+        likelihood_of(loss_class(**{name: negative}))
+    loss_fn = loss_class(**{name: torch.tensor([1.0, 0.0, torch.nan]).double()})
+    likelihood, outputs = likelihood_of(loss_fn), logits(2, 3)
+    elementwise = loss_class is nn.BCEWithLogitsLoss
+    targets = torch.ones(2, 3) if elementwise else torch.tensor([0, 1])
+    list(likelihood.columns(outputs, targets))
+    getattr(loss_fn, name)[2] = -2.0  # in place
+    with pytest.raises(ValueError, match=match):
+        likelihood.columns(outputs, targets)
+    setattr(loss_fn, name, torch.ones(3).double())
+    list(likelihood.columns(outputs, targets))
+    setattr(loss_fn, name, negative)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=match):
+            likelihood.sample(outputs, targets)
+
+
+def test_the_way_out_for_a_policy_gradient():
+    """The refusal of advantages says it; done so, they leave no trace in the curvature."""
+    torch.manual_seed(0)
+    x, actions = torch.randn(6, 3), torch.randint(2, (6,))
+    advantages = torch.tensor([1.0, -1.0, 0.5, -2.0, 1.0, 1.0])
+    model, loss_fn = nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="none")
+    optimizer = kfac_tn.KFAC(model, loss_fn)
+    with pytest.raises(ValueError, match=r"must not be negative.*advantages.*optimizer\.observe"):
+        (loss_fn(model(x), actions) * advantages).mean().backward()
+    optimizer.close()
+
+    def factors(weights):
+        options = {"step_rule": "graft", "damping": 0.1, "fisher": "type-2"}
+        optimizer = kfac_tn.KFAC(model, nn.CrossEntropyLoss(), lr=0.0, **options)
+        outputs = model(x)
+        optimizer.observe(outputs, actions)
+        (loss_fn(outputs, actions) * weights).mean().backward()
+        optimizer.step()
+        (found,) = optimizer.factors().values()
+        return found.input, found.grad_output
+
+    plain = factors(torch.ones(6))
+    assert plain[1].any()
+    torch.testing.assert_close(factors(advantages), plain)
 
 
 @pytest.mark.parametrize("loss_class", [nn.MSELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss])

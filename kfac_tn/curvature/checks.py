@@ -157,6 +157,22 @@ def refuse_if_not_exact(model: Module) -> None:
     Raises:
         ValueError: Naming the module.
     """
+    refuse_batch_statistics(model)
+    for name, module in model.named_modules():
+        if isinstance(module, RandomizedConvNd) and module.training:
+            raise ValueError(
+                f"RandomizedConvNd '{name}' has random gradients in training mode, so that exact "
+                "ones can't be verified: call model.eval() before."
+            )
+    refuse_scaled_gradients(model)
+
+
+def refuse_batch_statistics(model: Module) -> None:
+    """Refuse normalization by the batch's own statistics.
+
+    Raises:
+        ValueError: Naming the module.
+    """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
@@ -164,21 +180,22 @@ def refuse_if_not_exact(model: Module) -> None:
                 "that no example has a gradient of its own: call model.eval() before (with "
                 "track_running_stats=True), or use another normalization."
             )
-    refuse_randomized(model)
-    refuse_scaled_gradients(model)
 
 
-def refuse_randomized(model: Module) -> None:
-    """Refuse models whose gradients are random: squares of these aren't those of exact ones.
+def refuse_random_gradients(model: Module) -> None:
+    """Refuse gradients that are random where layers have theirs: squares have a bias.
+
+    Of inputs that are kept in part, only gradients of weights are.
 
     Raises:
         ValueError: Naming the module.
     """
     for name, module in model.named_modules():
-        if isinstance(module, RandomizedConvNd) and module.training:
+        if isinstance(module, RandomizedConvNd) and module.training and module.keep_output < 1:
             raise ValueError(
-                f"RandomizedConvNd '{name}' has random gradients in training mode, so that exact "
-                "ones can't be verified: call model.eval() before."
+                f"RandomizedConvNd '{name}' has keep_output={module.keep_output}, by which the "
+                "gradients of layers before it are random in training mode: call model.eval() "
+                "before."
             )
 
 

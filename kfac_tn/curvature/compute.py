@@ -21,8 +21,8 @@ from kfac_tn.curvature.batches import (
 from kfac_tn.curvature.block import Block, DiagonalBlock
 from kfac_tn.curvature.checks import (
     check_graph,
-    refuse_if_not_exact,
-    refuse_randomized,
+    refuse_batch_statistics,
+    refuse_random_gradients,
     refuse_scaled_gradients,
     restored,
 )
@@ -163,9 +163,9 @@ def kfac_and_counts(
         )
     unit = {block: Basis() for block in blocks if not block.has_factors}
     joint = bias == "joint"
-    refuse_randomized(model)
+    refuse_random_gradients(model)
     if unit:
-        refuse_if_not_exact(model)
+        refuse_batch_statistics(model)
     capture = Capture(
         blocks,
         loss_fn,

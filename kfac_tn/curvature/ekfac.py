@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from kfac_tn.capture import Capture, Fisher
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
-from kfac_tn.curvature.checks import refuse_if_not_exact
+from kfac_tn.curvature.checks import refuse_batch_statistics
 from kfac_tn.curvature.compute import (
     LARGEST,
     check_finite,
@@ -92,7 +92,7 @@ def compute_ekfac(
         )
     # Without factors of their own: nothing but moments is wanted in the second pass.
     layers, _ = partition(model, approximation, "diagonal")
-    refuse_if_not_exact(model)
+    refuse_batch_statistics(model)
     if isinstance(loader, Iterator):
         raise ValueError(
             "EKFAC goes through the loader twice, which an iterator doesn't allow: give a "

@@ -197,6 +197,8 @@ class CurvatureEstimator(Division):
         fresh = {block.name for block in (*statistics.factors, *statistics.moments)}
         self._note(fresh, wanting.values())
         for (kind, damping), movings in wanting.items():
+            if relative:
+                self._warn_of_rounding(damping, movings[0].blocks[0])
             for name in kind.renew(movings, damping, relative):
                 self.warn(
                     f"The factors of layer '{name}' can't be inverted: its last good inverse stays "
@@ -208,6 +210,16 @@ class CurvatureEstimator(Division):
         self.steps += 1
         self._generators.clear()
         self.capture.armed = is_due(self.steps, self.intervals[0])
+
+    def _warn_of_rounding(self, damping: float, block: LayerBlock) -> None:
+        """Gradients are rounded, and where there is no curvature all is divided by the damping."""
+        dtype = torch.promote_types(block.weight.dtype, torch.float32)
+        if damping < torch.finfo(dtype).eps:
+            self.warn(
+                f"A damping of {damping:.2g} (of the mean eigenvalue) is below the precision of "
+                f"{dtype}: directions of layer '{block.name}' and others may be rounding errors. "
+                f"Choose {torch.finfo(dtype).eps:.1g} at least, or train in float64."
+            )
 
     def _average(self) -> Statistics:
         """Average the statistics of a step in, and return them."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.curvature.block import DiagonalBlock
-from kfac_tn.curvature.compute import compute_kfac, matrix_layout
+from kfac_tn.curvature.compute import kfac_and_counts, matrix_layout
 from kfac_tn.curvature.diagonal import compute_ggn_diagonal
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.per_example import compute_per_example_gradients
@@ -33,6 +33,8 @@ class KFACTNBackend(_Interface):
     whole data set, however it is divided into batches. Grouped convolutions have a pair of factors
     for each group, transposed ones factors in an order of their own (``GroupedKron``; after
     ``load_state_dict`` call ``restore``), parameters without Kronecker structure their diagonal.
+    (What is loaded from a checkpoint doesn't know over how many positions its input factors are
+    means: a fit that goes on from there weighs it by examples alone.)
     ``"diag"``: the exact diagonal of the GGN, of every parameter, without Jacobians. ``"full"`` and
     the predictive distributions are laplace-torch's own, from Jacobians that take one backward pass
     for each output (``torch.func`` in laplace-torch takes one for each output of each example).
@@ -98,7 +100,7 @@ class KFACTNBackend(_Interface):
     def kron(self, x: Any, y: Tensor, N: int) -> tuple[Tensor, Any]:
         """The loss and the factors of one batch, which add up over the N examples."""
         with self._only(self.params):
-            curvature = compute_kfac(
+            curvature, counts = kfac_and_counts(
                 self.model,
                 self.lossfunc,
                 [(x, y)],
@@ -107,18 +109,25 @@ class KFACTNBackend(_Interface):
                 self.num_samples,
             )
         blocks = curvature.blocks
-        # B is a sum over examples, A a mean: weighted so, batches add up to the whole set.
+        # B is a sum over examples, A a mean: weighted so, batches add up to the whole set if all
+        # have the same number of positions; else AveragedKron corrects it.
         share = len(y) / N
+        positions: dict[str, float] = {}
         others = [name for name, block in blocks.items() if isinstance(block, DiagonalBlock)]
         segments = {name: _rows(values) for name, values in self._diagonal(x, y, others).items()}
-        for block in blocks.values():
+        for layer, block in blocks.items():
             if isinstance(block, KroneckerBlock):
-                segments.update(_factors(block, self.factor, share))
-        kfacs = [factors for name in self._names() for factors in segments[name]]
-        return self._loss(x, y), self.arrange(kfacs)
+                factors = _factors(block, self.factor, share)
+                segments.update(factors)
+                positions.update(dict.fromkeys(factors, counts[layer] / len(y)))
+        named = [(name, factors) for name in self._names() for factors in segments[name]]
+        each = [positions.get(name, 1.0) for name, _ in named]
+        return self._loss(x, y), self.arrange([factors for _, factors in named], each, share)
 
-    def arrange(self, kfacs: list[Factors]) -> Any:
-        """Factors of all segments as laplace-torch's own ``Kron``, or ours where that won't do."""
+    def arrange(
+        self, kfacs: list[Factors], positions: Sequence[float] | None = None, share: float = 1.0
+    ) -> AveragedKron:
+        """Factors of all segments as a ``Kron``; the other arguments are ``AveragedKron``'s."""
         with self._only(self.params):
             layers, _ = partition(self.model, self.approximation)
         layouts = {name: matrix_layout(layer) for layer in layers for name in layer.parameters}
@@ -135,8 +144,9 @@ class KFACTNBackend(_Interface):
                 counts.append(shape.numel() // shape[-1])
                 orders.append(places.flatten())
         if max(counts) == 1 and not any(layout.transposed for layout in layouts.values()):
-            return _Kron(kfacs)
-        return GroupedKron(kfacs, counts, torch.cat(orders).to(kfacs[0][0].device))
+            return AveragedKron(kfacs, positions, share)
+        order = torch.cat(orders).to(kfacs[0][0].device)
+        return GroupedKron(kfacs, counts, order, positions, share)
 
     def diag(self, x: Any, y: Tensor, N: int | None = None) -> tuple[Tensor, Tensor]:
         """The loss and the GGN's diagonal of one batch, ``[P]``."""
@@ -198,7 +208,63 @@ class KFACTNBackend(_Interface):
                 parameter.requires_grad_(True)
 
 
-class GroupedKron(_Kron):
+class AveragedKron(_Kron):
+    """A ``laplace.utils.Kron`` whose input factors are means over all positions of all examples.
+
+    laplace-torch weighs those of batches by numbers of examples. Where these have different numbers
+    of positions, sums are corrected to be means over all of them.
+
+    Args:
+        kfacs: Factors of all segments, in order.
+        positions: By segment, the number of vectors for each example that its input factor is a
+            mean over; None if that isn't known, and examples alone count.
+        share: Of all examples, by which input factors are multiplied.
+    """
+
+    def __init__(
+        self, kfacs: list[Factors], positions: Sequence[float] | None = None, share: float = 1.0
+    ) -> None:
+        super().__init__(kfacs)
+        self.positions, self._share = positions, share
+        self._trace = _trace_of_inputs(kfacs)
+
+    @property
+    def share(self) -> float:
+        """Of all examples by now: when it goes on, laplace-torch discounts what it has in place."""
+        now = _trace_of_inputs(self.kfacs)
+        return self._share if now == self._trace else self._share * now / self._trace
+
+    def __add__(self, other: Any) -> Any:
+        if not isinstance(other, AveragedKron):
+            return self.__radd__(other)
+        kfacs, mine, theirs = super().__add__(other).kfacs, self.share, other.share
+        if self.positions is None or other.positions is None:
+            return self._like(kfacs, None, mine + theirs)
+        positions = []
+        both = zip(self.kfacs, other.kfacs, self.positions, other.positions, strict=True)
+        for factors, (ours, others, p, q) in zip(kfacs, both, strict=True):
+            vectors = (mine * p + theirs * q) / (mine + theirs)
+            if len(factors) == 2 and p != q:
+                factors[1] = (p * ours[1] + q * others[1]) / vectors
+            positions.append(p if p == q else vectors)
+        return self._like(kfacs, positions, mine + theirs)
+
+    def __radd__(self, other: Any) -> Any:
+        # What laplace-torch starts with, zeros for each parameter; or what it has loaded.
+        return _Kron.__add__(other, self) if _is_started(other) else self
+
+    def __mul__(self, scalar: float | Tensor) -> Any:
+        return self._like(super().__mul__(scalar).kfacs, self.positions, self.share)
+
+    __rmul__ = __mul__
+
+    def _like(
+        self, kfacs: list[Factors], positions: Sequence[float] | None, share: float
+    ) -> AveragedKron:
+        return AveragedKron(kfacs, positions, share)
+
+
+class GroupedKron(AveragedKron):
     """A ``laplace.utils.Kron`` whose segments needn't be the parameters, nor lie in their order.
 
     A grouped convolution has a segment for each group. That of a transposed one lies by rows of
@@ -209,30 +275,38 @@ class GroupedKron(_Kron):
         kfacs: Factors of all segments, in order.
         counts: Number of segments of each parameter.
         order: Where the segments' entries lie among the flat parameters, ``[P]``.
+        positions: This and the following as in ``AveragedKron``.
+        share: See there.
     """
 
-    def __init__(self, kfacs: list[Factors], counts: Sequence[int], order: Tensor) -> None:
-        super().__init__(kfacs)
+    def __init__(
+        self,
+        kfacs: list[Factors],
+        counts: Sequence[int],
+        order: Tensor,
+        positions: Sequence[float] | None = None,
+        share: float = 1.0,
+    ) -> None:
+        super().__init__(kfacs, positions, share)
         self.counts, self.order = tuple(counts), order
 
-    def __add__(self, other: Any) -> GroupedKron:
+    def __add__(self, other: Any) -> Any:
         if not isinstance(other, GroupedKron):
             return self.__radd__(other)
         if self.counts != other.counts or not torch.equal(self.order, other.order):
             raise ValueError("Kronecker factors of different models can't be added.")
-        return GroupedKron(super().__add__(other).kfacs, self.counts, self.order)
+        return super().__add__(other)
 
-    def __radd__(self, other: Any) -> GroupedKron:
-        # What laplace-torch starts with: zeros for each parameter, which know nothing of groups.
-        started = any(bool(factor.any()) for factors in other.kfacs for factor in factors)
-        if started or len(other) != len(self.counts):
+    def __radd__(self, other: Any) -> Any:
+        # zeros for each parameter know nothing of groups
+        if _is_started(other) or len(other) != len(self.counts):
             raise ValueError("Kronecker factors with groups and without can't be added.")
         return self
 
-    def __mul__(self, scalar: float | Tensor) -> GroupedKron:
-        return GroupedKron(super().__mul__(scalar).kfacs, self.counts, self.order)
-
-    __rmul__ = __mul__
+    def _like(
+        self, kfacs: list[Factors], positions: Sequence[float] | None, share: float
+    ) -> GroupedKron:
+        return GroupedKron(kfacs, self.counts, self.order, positions, share)
 
     def decompose(self, damping: bool = False) -> GroupedKronDecomposed:
         """By the eigenvalues of all factors."""
@@ -335,6 +409,16 @@ def restore(la: Any) -> None:
     """
     la.H_facs = la.backend.arrange(la.H_facs.kfacs)
     la.H = la.H_facs.decompose(damping=la.damping)
+
+
+def _is_started(kron: Any) -> bool:
+    """Whether it has more than the zeros that laplace-torch starts with."""
+    return any(bool(factor.any()) for factors in kron.kfacs for factor in factors)
+
+
+def _trace_of_inputs(kfacs: list[Factors]) -> float:
+    """Of all input factors together."""
+    return sum(float(f[1].diagonal(dim1=-2, dim2=-1).sum()) for f in kfacs if len(f) == 2)
 
 
 def _sum_of_output(outputs: Tensor, c: int) -> Tensor:

@@ -7,6 +7,7 @@ loss only for its columns ``s_nv``. Here they are made, exactly or as a Monte-Ca
 the loss *as the user computes it*: its reduction, class weights and ignored targets included.
 """
 
+from kfac_tn.likelihood.empirical import empirical_factor
 from kfac_tn.likelihood.protocol import Likelihood
 from kfac_tn.likelihood.registry import likelihood_of, register_likelihood
 from kfac_tn.likelihood.torch_losses import (
@@ -24,6 +25,7 @@ __all__ = [
     "MSELikelihood",
     "NLLLikelihood",
     "PoissonNLLLikelihood",
+    "empirical_factor",
     "likelihood_of",
     "register_likelihood",
 ]

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+REDUCTIONS = ("mean", "sum", "none")
+
 
 class NaturalParameterLikelihood(ABC):
     """A torch loss that is a sum of terms ``c * (A(z) - <T(y), z>)``.
@@ -34,14 +36,20 @@ class NaturalParameterLikelihood(ABC):
 
     def __init__(self, loss: Any) -> None:
         self.loss = loss
+        self._seen: dict[str, tuple[Tensor, int | None]] = {}  # weights, and their versions
+        self._check()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.loss})"
 
     @property
     def reduction(self) -> str:
-        """The loss module's reduction: ``"mean"``, ``"sum"`` or ``"none"``."""
-        return self.loss.reduction
+        """The loss module's reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+        Raises:
+            ValueError: It is another by now.
+        """
+        return check_reduction(self.loss)
 
     def columns(
         self, outputs: Tensor, targets: Tensor, weight: Tensor | None = None
@@ -50,7 +58,8 @@ class NaturalParameterLikelihood(ABC):
 
         Raises:
             ValueError: The shapes of outputs and targets don't fit; a weight is given although the
-                loss is reduced, is not shaped like the unreduced loss, or is negative somewhere.
+                loss is reduced, is not shaped like the unreduced loss, or is negative somewhere; an
+                option of the loss can't be honoured (any more).
         """
         # Not a generator itself: errors are raised by the call, and no context outlives it.
         with plain_arithmetic(outputs):
@@ -78,22 +87,75 @@ class NaturalParameterLikelihood(ABC):
             return self._scaled(self._score(outputs, generator), scale)
 
     def num_terms(self, outputs: Tensor, targets: Tensor) -> Tensor | int:
-        """Count the examples under a mean, 1 otherwise; see :meth:`Likelihood.num_terms`."""
-        if self.reduction != "mean" or outputs.ndim == 0:
+        """What ``"mean"`` divides by, 1 otherwise; see :meth:`Likelihood.num_terms`.
+
+        Raises:
+            ValueError: As :meth:`columns`.
+        """
+        if self.reduction != "mean":
             return 1
-        return outputs.shape[0]
+        with plain_arithmetic(outputs):
+            return self._checked_terms(working(outputs), targets)[1]
 
     def _coefficient(self, outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
         """``c`` of each term, reduction and weight included, shaped like the unreduced loss."""
-        coefficient, divisor = self._terms(outputs, targets)
+        coefficient, divisor = self._checked_terms(outputs, targets)
         if self.reduction == "none":
-            return coefficient if weight is None else coefficient * _checked(weight, coefficient)
+            return (
+                coefficient if weight is None else coefficient * self._checked(weight, coefficient)
+            )
         if weight is not None:
             raise ValueError(
                 f"a weight applies to reduction='none' only, but this loss has reduction="
                 f"{self.reduction!r} and weighs its terms itself"
             )
         return coefficient / divisor if self.reduction == "mean" else coefficient
+
+    def _checked_terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
+        self._check()  # again: options may change
+        return self._terms(outputs, targets)
+
+    def _check(self) -> None:
+        """Refuse options that the loss would refuse when called, or that have no curvature."""
+        check_reduction(self.loss)
+
+    def _check_weight(self, name: str) -> None:
+        """Refuse one of the loss's own weights that is negative somewhere.
+
+        Its numbers are looked at when it is new or changed: on a GPU that waits for them.
+        """
+        weight = getattr(self.loss, name)
+        # Under a dispatch mode (fake tensors, say) it may have no numbers.
+        if weight is None or torch._C._len_torch_dispatch_stack() > 0:
+            return
+        version = None if weight.is_inference() else weight._version
+        seen, of_version = self._seen.get(name, (None, None))
+        if seen is weight and of_version == version:
+            return
+        if (weight < 0).any():
+            raise ValueError(
+                f"the {name} of {self.loss} is negative somewhere ({float(weight.min()):g}), so "
+                f"that its curvature isn't positive semi-definite: give {name}s of 0 or more"
+            )
+        self._seen[name] = weight, version
+
+    def _checked(self, weight: Tensor, unreduced: Tensor) -> Tensor:
+        """What the user's own reduction multiplies by, in the dtype of the unreduced loss."""
+        if weight.shape != unreduced.shape:
+            raise ValueError(
+                f"the weight must have the shape of the unreduced loss, {tuple(unreduced.shape)}, "
+                f"but has {tuple(weight.shape)}"
+            )
+        if (weight < 0).any():
+            name = type(self.loss).__name__
+            raise ValueError(
+                f"the weight that the elements of {self.loss} are multiplied by must not be "
+                f"negative: the loss Hessian would have no real root. If these are advantages, the "
+                f"policy's Fisher information doesn't depend on them: give the optimizer {name}(), "
+                f"call optimizer.observe(outputs, actions) before backward(), and compute the "
+                f"objective with another {name}(reduction='none')"
+            )
+        return weight.detach().to(unreduced.dtype)
 
     @abstractmethod
     def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
@@ -123,6 +185,17 @@ class ElementwiseLikelihood(NaturalParameterLikelihood):
         """``sqrt(A''(outputs))``, elementwise."""
 
 
+def check_reduction(loss: Any) -> str:
+    """The reduction of a loss, or of a likelihood.
+
+    Raises:
+        ValueError: It is none that torch has: whatever isn't known would pass for a sum.
+    """
+    if loss.reduction not in REDUCTIONS:
+        raise ValueError(f"{loss} has reduction={loss.reduction!r}: choose one of {REDUCTIONS}")
+    return loss.reduction
+
+
 @contextmanager
 def plain_arithmetic(outputs: Tensor) -> Iterator[None]:
     """Neither gradients nor autocast, which would compute in half precision."""
@@ -149,19 +222,6 @@ def require_same_shape(outputs: Tensor, targets: Tensor) -> None:
             f"targets must have the shape of the outputs, {tuple(outputs.shape)}, but have "
             f"{tuple(targets.shape)}"
         )
-
-
-def _checked(weight: Tensor, unreduced: Tensor) -> Tensor:
-    if weight.shape != unreduced.shape:
-        raise ValueError(
-            f"the weight must have the shape of the unreduced loss, {tuple(unreduced.shape)}, but "
-            f"has {tuple(weight.shape)}"
-        )
-    if (weight < 0).any():
-        raise ValueError(
-            "the weight must not be negative: the loss Hessian would have no real root"
-        )
-    return weight.detach().to(unreduced.dtype)
 
 
 def each_element(shape: torch.Size) -> Iterator[tuple[EllipsisType | int, ...]]:

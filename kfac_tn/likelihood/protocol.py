@@ -71,7 +71,9 @@ class Likelihood(Protocol):
     def num_terms(self, outputs: Tensor, targets: Tensor) -> Tensor | int:
         """Count the terms that the reduction averages, ``M``; 1 if it doesn't.
 
+        That is what it divides their sum by, and so the weight of a batch in the mean over several.
         The empirical Fisher is ``M * sum_n g_n g_n^T`` with ``g_n`` the gradient of the reduced
-        loss on account of example ``n``. A tensor where a number would cost a host synchronisation.
+        loss on account of example ``n`` (see ``empirical_factor`` for torch's elementwise losses).
+        A tensor where a number would cost a host synchronisation.
         """
         ...

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn import functional as F
 
+from kfac_tn.likelihood.natural_parameters import check_reduction
 from kfac_tn.likelihood.protocol import Likelihood
 from kfac_tn.likelihood.torch_losses import (
     BCEWithLogitsLikelihood,
@@ -66,7 +67,8 @@ def likelihood_of(loss_fn: object) -> Likelihood:
 
     Raises:
         TypeError: The loss isn't known. The message says what would be.
-        ValueError: It has an option that can't be honoured (``PoissonNLLLoss``, ``log_input``).
+        ValueError: It has an option that can't be honoured: a reduction that torch doesn't have, a
+            negative weight, ``PoissonNLLLoss(log_input=False)``.
 
     Example:
         >>> likelihood_of(nn.MSELoss())
@@ -79,6 +81,7 @@ def likelihood_of(loss_fn: object) -> Likelihood:
     if not isinstance(loss_fn, type):
         missing = _missing_members(loss_fn)
         if not missing:
+            check_reduction(loss_fn)
             return cast(Likelihood, loss_fn)
         factory = _FACTORIES.get(type(loss_fn))
         if factory is not None:
@@ -132,6 +135,7 @@ def _made_by(factory: Callable[[Any], Likelihood], loss_fn: object) -> Likelihoo
             f"the factory registered for {_name(type(loss_fn))} returned {likelihood!r}, which has "
             f"no {', '.join(missing)}: see kfac_tn.likelihood.Likelihood"
         )
+    check_reduction(likelihood)
     return likelihood
 
 

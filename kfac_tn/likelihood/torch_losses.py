@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -12,9 +11,7 @@ from kfac_tn.likelihood.natural_parameters import (
     ElementwiseLikelihood,
     NaturalParameterLikelihood,
     each_element,
-    plain_arithmetic,
     require_same_shape,
-    working,
 )
 
 
@@ -64,14 +61,13 @@ class CrossEntropyLikelihood(NaturalParameterLikelihood):
     def _label_smoothing(self) -> float:
         return self.loss.label_smoothing
 
-    def num_terms(self, outputs: Tensor, targets: Tensor) -> Tensor | int:
-        """What ``"mean"`` divides by (see the class), 1 otherwise.
-
-        Raises:
-            ValueError: The shapes of outputs and targets don't fit.
-        """
-        with plain_arithmetic(outputs):
-            return self._terms(working(outputs), targets)[1] if self.reduction == "mean" else 1
+    def _check(self) -> None:
+        super()._check()
+        self._check_weight("weight")
+        if not 0 <= self._label_smoothing <= 1:
+            raise ValueError(
+                f"{self.loss} has label_smoothing={self._label_smoothing}: it must be in [0, 1]"
+            )
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
         class_dim = _class_dim(outputs)
@@ -90,6 +86,11 @@ class CrossEntropyLikelihood(NaturalParameterLikelihood):
             )
 
         if targets.shape == outputs.shape and targets.is_floating_point():
+            if self.loss.ignore_index >= 0:
+                raise ValueError(
+                    f"{self.loss} has ignore_index={self.loss.ignore_index}, which is for class "
+                    f"indices, but the targets are probabilities: leave it out"
+                )
             probabilities = targets.to(outputs.dtype).movedim(class_dim, -1)
             target_weight = (probabilities * class_weight).sum(-1)
             coefficient = (1 - smoothing) * target_weight + smoothing * class_weight.mean()
@@ -223,6 +224,11 @@ class BCEWithLogitsLikelihood(ElementwiseLikelihood):
         Martens (2020), section 9.2; Dangel et al. (2020), appendix A.
     """
 
+    def _check(self) -> None:
+        super()._check()
+        self._check_weight("weight")
+        self._check_weight("pos_weight")
+
     def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
         require_same_shape(outputs, targets)
         targets = targets.to(outputs.dtype)
@@ -265,11 +271,8 @@ class PoissonNLLLikelihood(ElementwiseLikelihood):
         McCullagh & Nelder (1989), Generalized linear models, section 6.2.
     """
 
-    def __init__(self, loss: Any) -> None:
-        super().__init__(loss)
-        self._check()
-
     def _check(self) -> None:
+        super()._check()
         if not self.loss.log_input:
             raise ValueError(
                 f"{self.loss} takes rates, which aren't the natural parameters of the Poisson "
@@ -278,7 +281,6 @@ class PoissonNLLLikelihood(ElementwiseLikelihood):
             )
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
-        self._check()  # again: options may change
         require_same_shape(outputs, targets)
         return torch.ones_like(outputs), outputs.numel()
 

@@ -92,7 +92,8 @@ class LevenbergMarquardt(DampingRule):
         initial: The damping to begin with.
         decay: By step; the paper's 19/20.
         interval: Steps between evaluations; the paper's 5.
-        minimum: Damping never falls below; float32 has seven digits.
+        minimum: Damping never falls below; float32 has seven digits, and what has no curvature is
+            divided by it.
         maximum: Nor rises above.
 
     Raises:
@@ -113,7 +114,7 @@ class LevenbergMarquardt(DampingRule):
         initial: float = 1e-3,
         decay: float = 0.95,
         interval: int = 5,
-        minimum: float = 1e-8,
+        minimum: float = 1e-6,
         maximum: float = 1e4,
     ) -> None:
         if not 0 < minimum <= initial <= maximum:

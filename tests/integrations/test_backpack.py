@@ -831,6 +831,20 @@ class Swap(nn.Module):
         return x.mT
 
 
+class Rows(nn.Module):
+    """A function of the whole batch."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+    def extra_repr(self):
+        return "..."
+
+
 class Noise(nn.Module):
     """Random in every mode."""
 
@@ -840,6 +854,10 @@ class Noise(nn.Module):
 
 def weight_norm(bias):
     return nn.utils.parametrizations.weight_norm(nn.Linear(4, 3, bias=bias))
+
+
+def mix_last(x):
+    return torch.cat([torch.zeros_like(x[:-1]), x[-2:-1]])
 
 
 ALL = [
@@ -882,6 +900,26 @@ REFUSALS = {
         r"Swap\(\) mixes examples",
         ALL,
     ),
+    "mixing with those before": (
+        lambda: doubled(nn.Linear(4, 4), Rows(lambda x: x.cumsum(0)), nn.Linear(4, 3)),
+        r"Rows\(...\) mixes examples",
+        ALL,
+    ),
+    "mixing a little of the last two": (
+        lambda: doubled(nn.Linear(4, 4), Rows(lambda x: x + 1e-3 * mix_last(x)), nn.Linear(4, 3)),
+        r"Rows\(...\) mixes examples",
+        ALL,
+    ),
+    "another order": (
+        lambda: doubled(nn.Linear(4, 4), Rows(lambda x: x[[0, 2, 1, 3]]), nn.Linear(4, 3)),
+        r"Rows\(...\).*changes their order",
+        ALL,
+    ),
+    "another order, by what they contain": (
+        lambda: doubled(nn.Linear(4, 4), Rows(lambda x: x.sort(0).values), nn.Linear(4, 3)),
+        r"Rows\(...\).*changes their order",
+        ALL,
+    ),
     "keyword": (
         lambda: functional(lambda m, x: m[1](input=m[0](x)))[0],
         "first positional argument",
@@ -906,6 +944,44 @@ def test_refusals(name):
     for extension in which:
         with pytest.raises(NotImplementedError, match=f"(?s){message}.*use kfac_tn.compute_kfac"):
             run(extension(), build(), CE(), *vectors())
+
+
+@pytest.mark.parametrize(("count", "other"), [(2, 1), (33, 16), (33, 32), (70, 32), (70, 64)])
+def test_any_two_rows_that_change_places_are_noticed(count, other):
+    order = torch.arange(count)
+    order[[0, other]] = order[[other, 0]]
+    x, y = torch.rand(count, 4).double(), torch.arange(count) % 3
+    model = doubled(nn.Linear(4, 4), Rows(lambda x: x[order]), nn.Linear(4, 3))
+    for extension in (tn.DiagGGNExactTN(), tn.BatchGradTN()):
+        with pytest.raises(NotImplementedError, match=r"Rows\(...\) mixes.*changes their order"):
+            run(extension, model, CE(), x, y)
+    network = doubled(nn.Linear(4, 4), Rows(torch.tanh), nn.Linear(4, 3)), CE(), x, y
+    assert_close(flat(run(tn.DiagGGNExactTN(), *network)), dense_ggn(*network).diagonal())
+
+
+def test_modules_that_take_and_return_one_number_of_each_example():
+    rows = Rows(lambda x: x.squeeze(1)), Rows(torch.sin), Rows(lambda x: x[:, None] * x[:, None])
+    network = doubled(nn.Linear(4, 1), *rows, nn.Linear(1, 3)), CE(), *vectors()
+    assert_close(flat(run(tn.DiagGGNExactTN(), *network)), dense_ggn(*network).diagonal())
+    mixing = doubled(nn.Linear(4, 1), *rows[:1], Rows(lambda x: x.cumsum(0)), *rows[2:])
+    with pytest.raises(NotImplementedError, match=r"Rows\(...\) mixes"):
+        run(tn.BatchGradTN(), mixing, nn.MSELoss(), vectors()[0], torch.zeros(4, 1).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_examples_of_any_size_are_independent(dtype):
+    """Gradients that vanish, or that aren't finite, are no sign of mixing."""
+    layers = nn.Linear(4, 4), Rows(lambda x: (x - x.mean(1, True)).tanh()), nn.Linear(4, 3)
+    model = doubled(*layers).to(dtype)
+    x = vectors()[0].to(dtype) * torch.tensor([[1e-30], [1.0], [1e4], [1e30]], dtype=dtype)
+    gradients = run(tn.BatchGradTN(), model, CE(), x, vectors()[1])
+    expected = per_example_gradients(model, CE(), x, vectors()[1])
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name])
+    x[2] = torch.nan
+    assert (
+        run(tn.BatchGradTN(), model, CE(), x, vectors()[1])["0.weight"][[0, 1, 3]].isfinite().all()
+    )
 
 
 def refuse(extension, message, model, loss_fn, call, kind=NotImplementedError):
@@ -972,8 +1048,9 @@ def test_unknown_options():
     with pytest.raises(ValueError, match="approximation must be"):
         tn.EKFAC("mean")
     for kind in (tn.KFACExpand, tn.KFACReduce, tn.EKFAC, tn.DiagGGNMCTN):
-        with pytest.raises(ValueError, match="mc_samples is 0"):
-            kind(mc_samples=0)
+        for samples in (0, -1, 1.5, float("nan"), float("inf"), "3", "auto", True, None):
+            with pytest.raises(ValueError, match=f"mc_samples is {samples}: it is a whole number"):
+                kind(mc_samples=samples)
     with pytest.raises(NotImplementedError, match="register_layer"):
         tn.BatchGradTN().set_module_extension(nn.PReLU, None)
 
@@ -981,12 +1058,73 @@ def test_unknown_options():
 def test_max_memory():
     network = PLAIN["cnn"]()
     for kind in (tn.DiagGGNExactTN, tn.DiagGGNMCTN):
-        with pytest.raises(ValueError, match="max_memory is 0"):
-            kind(max_memory=0)
+        for limit in (0, -1, 0.5, float("nan"), float("inf"), "1", True):
+            with pytest.raises(ValueError, match=f"max_memory is {limit}: it must be a positive"):
+                kind(max_memory=limit)
         with pytest.raises(ValueError, match="max_memory=8"):
             run(kind(max_memory=8), *network)
     expected = flat(run(tn.DiagGGNExactTN(), *network))
-    assert_close(flat(run(tn.DiagGGNExactTN(max_memory=20_000), *network)), expected)
+    for limit in (20_000, 2e4):
+        assert_close(flat(run(tn.DiagGGNExactTN(max_memory=limit), *network)), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.LayerNorm(4), nn.Conv1d(2, 3, 2)])
+def test_max_memory_bounds_squares_of_a_bias(layer, monkeypatch):
+    """Rows that are made at once, and their squares."""
+    shape = (2, 2) if isinstance(layer, nn.Conv1d) else (4,)
+    layer.weight.requires_grad_(False)
+    model = doubled(layer, nn.Flatten())
+    x = torch.rand(5, *shape).double()
+    network = model, nn.MSELoss(), x, torch.rand_like(model(x))
+    expected = flat(run(tn.DiagGGNExactTN(), *network))
+    assert_close(expected, dense_ggn(*network).diagonal())
+    family, held = kfac_tn.layers.gradient_family(layer), []
+    rows_of = type(family).per_example_bias_gradient
+
+    def watched(self, module, g):
+        rows = rows_of(self, module, g)
+        held.append(2 * rows.nbytes)
+        return rows
+
+    monkeypatch.setattr(type(family), "per_example_bias_gradient", watched)
+    for limit in (64, 200):
+        held.clear()
+        assert_close(flat(run(tn.DiagGGNExactTN(max_memory=limit), *network)), expected)
+        assert limit / 2 < max(held) <= limit
+    with pytest.raises(ValueError, match=r"max_memory=40 bytes is too little.*the bias of"):
+        run(tn.DiagGGNExactTN(max_memory=40), *network)
+    held.clear()
+    monkeypatch.setattr(kfac_tn.functional.common, "UNFOLD_BYTES", 100)  # the default
+    assert_close(flat(run(tn.DiagGGNExactTN(), *network)), expected)
+    assert max(held) <= 100
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_empty_batches(build):
+    x, y = vectors()
+    for loss_fn in (CE(), CE(reduction="sum")):
+        message = r"CrossEntropyLoss\(\) was called on an empty batch.*\(0, 3\): skip"
+        refuse(build(), message, mlp(), loss_fn, lambda m, f: f(m(x[:0]), y[:0]).sum(), ValueError)
+
+
+def test_what_is_not_finite():
+    """Of an eigendecomposition there would be nothing left; the others pass it on."""
+    (x, y), model = vectors(), mlp()
+    x[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"Linear.*isn't finite: look for NaN"):
+        run(tn.EKFAC(), model, CE(), x, y)
+    assert run(tn.DiagGGNExactTN(), model, CE(), x, y)["0.weight"].isnan().any()
+    assert run(tn.KFACExpand(), model, CE(), x, y)["0.weight"].input.isnan().any()
+
+
+def test_a_single_class_has_no_curvature():
+    x, model = vectors()[0], mlp(1)
+    for build in WITH_COLUMNS:
+        saved = run(build(), model, CE(), x, torch.zeros(4, dtype=torch.long))
+        if isinstance(saved["0.bias"], torch.Tensor):
+            assert not flat(saved).any()
+    factors = run(tn.KFACExpand("type-2"), model, CE(), x, torch.zeros(4, dtype=torch.long))
+    assert not factors["0.weight"].grad_output.any()
 
 
 def test_autocast_is_refused_where_modules_run_again():

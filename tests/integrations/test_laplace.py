@@ -286,6 +286,78 @@ def test_fit_in_two_parts(build):
     close(la.loss, whole.loss)
 
 
+class Pooled(nn.Module):
+    """A layer at every position, then their mean."""
+
+    def __init__(self, layer: nn.Module, axis: int):
+        super().__init__()
+        self.layer, self.last, self.axis = layer, nn.Linear(4, 3), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(x).tanh().mean(self.axis))
+
+
+POOLED = {
+    "linear": lambda: (Pooled(nn.Linear(2, 4), 1), (3, 2)),
+    "convolution": lambda: (Pooled(nn.Conv1d(2, 4, 2, bias=False), 2), (2, 3)),
+    "grouped": lambda: (Pooled(nn.Conv1d(2, 4, 2, groups=2), 2), (2, 3)),
+    "transposed": lambda: (Pooled(nn.ConvTranspose1d(2, 4, 2), 2), (2, 3)),
+}
+
+
+def of_different_lengths(build) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """Ten examples; the first four, the next four and the last two have as many positions."""
+    torch.manual_seed(0)
+    model, shape = build()
+    axis = shape.index(3)
+    data = []
+    for n in range(10):
+        sizes = list(shape)
+        sizes[axis] = (3, 12, 5)[n // 4]
+        data.append((torch.randn(sizes, dtype=torch.float64), torch.tensor(n % 3)))
+    return model.double().eval(), data
+
+
+def kfac_of(model, data, **options) -> Tensor:
+    loss_fn, loader = nn.CrossEntropyLoss(reduction="sum"), DataLoader(data, batch_size=4)
+    return kfac_tn.compute_kfac(model, loss_fn, loader, fisher="type-2", **options).to_dense()
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("build", POOLED.values(), ids=POOLED)
+def test_batches_with_different_numbers_of_positions(build, approximation):
+    model, data = of_different_lengths(build)
+    options = {"approximation": approximation}
+    la = fit(model, data, "classification", "kron", backend_kwargs=options)
+    expected = kfac_of(model, data, **options)
+    close(la.H.to_matrix(), expected)
+    close((2 * la.H_facs).to_matrix(), 2 * expected)
+
+
+@pytest.mark.parametrize("build", POOLED.values(), ids=POOLED)
+def test_a_fit_that_goes_on_with_other_numbers_of_positions(build):
+    """laplace-torch discounts what it has, in place, by numbers of examples alone."""
+    model, data = of_different_lengths(build)
+    la = Laplace(model, "classification", "all", "kron", backend=KFACTNBackend)
+    for part in (data[:4], data[4:8], data[8:]):
+        la.fit(DataLoader(part, batch_size=4), override=False)
+    close(la.H.to_matrix(), kfac_of(model, data))
+
+
+def test_loaded_factors_are_weighed_by_examples():
+    """All that laplace-torch keeps of them; right for batches of one length."""
+    model, data = make(plain, "classification")
+    half, rest = [
+        TensorDataset(*(t[part] for t in data.tensors)) for part in (slice(4), slice(4, 10))
+    ]
+    la = fit(model, half, "classification", "kron")
+    fresh = Laplace(model, "classification", "all", "kron", backend=KFACTNBackend)
+    fresh.load_state_dict(la.state_dict())
+    restore(fresh)
+    fresh.fit(DataLoader(rest, batch_size=4), override=False)
+    close(fresh.H.to_matrix(), fit(model, data, "classification", "kron").H.to_matrix())
+
+
 @pytest.mark.parametrize("build", [plain, grouped])
 @pytest.mark.parametrize("structure", ["kron", "diag"])
 def test_last_layer(build, structure):

@@ -398,7 +398,6 @@ def test_foreign_parameters_cannot_be_added_later():
         ({"overhead": "x", "factor_interval": "auto"}, "overhead is 'x'"),
         ({"betas": (0.9, True)}, r"betas are \(0.9, True\)"),
     ],
-    ids=str,
 )
 def test_hyper_parameters_out_of_range_are_refused_by_name(options, message):
     options = dict(options)
@@ -922,7 +921,9 @@ def test_factors_that_cannot_be_inverted_are_reported_and_the_last_inverse_kept(
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("step_rule", [kfac_tn.optim.Adaptive(interval=1), "quadratic"], ids=str)
+@pytest.mark.parametrize(
+    "step_rule", [kfac_tn.optim.Adaptive(interval=1), "quadratic"], ids=["adaptive", "quadratic"]
+)
 def test_a_measurement_that_fails_leaves_the_parameters_and_training_goes_on(step_rule):
     """The error is the user's to see; all that counts steps has counted this one."""
     failing = []

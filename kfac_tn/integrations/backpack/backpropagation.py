@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, TypeAlias, cast
 
 import torch
@@ -32,7 +33,7 @@ from kfac_tn.integrations.backpack.graph import (
 )
 from kfac_tn.integrations.optional import load
 from kfac_tn.layers import GradientFamily, LayerFamily, gradient_family
-from kfac_tn.likelihood import Likelihood, likelihood_of
+from kfac_tn.likelihood import Likelihood, empirical_factor, likelihood_of
 from kfac_tn.tn.nn import RandomizedConvNd
 
 _PACKAGE = "backpack-for-pytorch>=1.7"
@@ -139,6 +140,12 @@ class ColumnExtension(_Base):
             self._refuse(loss, "is a loss with submodules, which are extended, too")
         if outputs.ndim == 0 or (isinstance(loss, nn.CrossEntropyLoss) and outputs.ndim == 1):
             self._refuse(loss, "was called without a batch axis")
+        if outputs.numel() == 0:
+            self._pass = None
+            raise ValueError(
+                f"{type(self).__name__}: {loss} was called on an empty batch, with outputs of "
+                f"shape {tuple(outputs.shape)}: skip such batches."
+            )
         task = torch._C._current_graph_task_id()
         if self._pass is None or self._pass.task != task:
             self._pass = _Pass(task, len(outputs))
@@ -167,7 +174,8 @@ class ColumnExtension(_Base):
         likelihood = likelihood_of(loss)
         outputs = outputs.detach()
         weight = g_out.detach() if likelihood.reduction == "none" else None
-        columns = torch.stack(list(self._loss_columns(likelihood, outputs, targets, weight)))
+        root = list(self._loss_columns(likelihood, outputs, targets, weight))
+        columns = torch.stack(root or [torch.zeros_like(outputs)])  # of a single class it has none
         if weight is None:  # the loss's factor in the objective
             columns = columns * g_out.abs().sqrt().to(columns.dtype)
         waiting[loss] = columns.to(outputs.dtype)
@@ -179,7 +187,7 @@ class ColumnExtension(_Base):
         likelihood = likelihood_of(loss)
         if likelihood.reduction == "none":
             self._refuse(loss, "has reduction='none', of which there is no empirical Fisher")
-        terms = likelihood.num_terms(outputs.detach(), targets)
+        terms = empirical_factor(likelihood, outputs.detach(), targets)
         factor = g_out.detach().abs()
         return torch.where(factor > 0, (terms / factor).sqrt(), torch.zeros_like(factor))
 
@@ -291,17 +299,25 @@ class ColumnExtension(_Base):
         return [arguments[i] for i in wanted], output
 
     def _verify(self, module: Module, arguments: list[Tensor], output: Tensor) -> None:
-        """Refuse modules that are random, or mix examples."""
+        """Refuse modules that are random, or mix examples or move them in this batch.
+
+        If every row of what is back-propagated is multiplied by a factor of its own, then so must
+        be every row of what comes out, and nothing else.
+        """
         before = cast(Tensor, module.output)
         if not torch.allclose(output, before, rtol=1e-4, atol=1e-6, equal_nan=True):
             text = "is random, or depends on something besides its arguments"
             self._refuse(module, text)
-        column = torch.zeros_like(output)
         generator = torch.Generator().manual_seed(0)
-        column[0] = torch.randn(output[0].shape, generator=generator).to(column)
-        for gradient in vector_jacobian_products(output, arguments, column.unsqueeze(0)):
-            if len(gradient[0]) != len(output) or gradient[0, 1:].any():
-                self._refuse(module, "mixes examples")
+        column = torch.randn(output.shape, generator=generator).to(output)
+        factors = _row_factors(len(output)).to(column)
+        columns = torch.stack([column, *map(partial(_times_rows, column), factors)])
+        for plain_rows, *multiplied in vector_jacobian_products(output, arguments, columns):
+            if plain_rows.shape[:1] != output.shape[:1] or not all(
+                _close(_times_rows(each, 1 / factor), plain_rows)
+                for each, factor in zip(multiplied, factors, strict=True)
+            ):
+                self._refuse(module, "mixes examples, or changes their order")
 
     # The end -------------------------------------------------------------------------------------
 
@@ -324,6 +340,31 @@ class ColumnExtension(_Base):
     def _refuse(self, module: Module, reason: str) -> NoReturn:
         self._pass = None
         raise NotImplementedError(f"{type(self).__name__}: {module} {reason}. {_INSTEAD}")
+
+
+def _row_factors(count: int) -> Tensor:
+    """Factors of rows ``[K, N]``: of any two rows, at least one is not the same.
+
+    They are powers of two with a sign, by which what is independent is multiplied without rounding;
+    rows have their number's digits to base 16.
+    """
+    places = torch.tensor([16**k for k in range(16) if k == 0 or 16**k < count]).unsqueeze(1)
+    digits = torch.arange(count) // places % 16
+    return (1 - 2 * (digits % 2)) * torch.exp2(digits // 2 - 4.0)
+
+
+def _times_rows(column: Tensor, factors: Tensor) -> Tensor:
+    return column * factors.view(-1, *(1,) * (column.ndim - 1))
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    """Whether all rows are the same, but for the order of sums on a GPU."""
+    if not expected.numel():
+        return True
+    actual, expected = (each.reshape(len(each), -1).nan_to_num() for each in (actual, expected))
+    limits = torch.finfo(expected.dtype)
+    scale = expected.abs().amax(1).clamp_min(limits.tiny)
+    return bool(((actual - expected).abs().amax(1) <= limits.eps**0.5 * scale).all())
 
 
 _INSTEAD = (

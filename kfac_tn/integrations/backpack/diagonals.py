@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias, get_args
+from functools import reduce
+from numbers import Real
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_tn.columns import is_whole
+from kfac_tn.functional import common
 from kfac_tn.integrations.backpack.backpropagation import ColumnExtension
 from kfac_tn.layers import ConvFamily, ConvTransposeFamily, GradientFamily, LinearFamily
 from kfac_tn.likelihood import Likelihood
@@ -30,9 +34,9 @@ class FisherExtension(ColumnExtension):
         super().__init__(savefield)
         if fisher not in get_args(BackpackFisher):
             raise ValueError(f"fisher is {fisher!r}: choose one of {get_args(BackpackFisher)}.")
-        if mc_samples < 1:
-            raise ValueError(f"mc_samples is {mc_samples}: at least 1 is needed.")
-        self.fisher, self.mc_samples, self.generator = fisher, mc_samples, generator
+        if not is_whole(mc_samples) or mc_samples < 1:
+            raise ValueError(f"mc_samples is {mc_samples}: it is a whole number, at least 1.")
+        self.fisher, self.mc_samples, self.generator = fisher, int(mc_samples), generator
         self.needs_columns = fisher != "empirical"
 
     def _loss_columns(
@@ -59,7 +63,8 @@ class DiagGGNExactTN(FisherExtension):
     Raises:
         NotImplementedError: During ``backward()``, for what ``kfac_tn.integrations.backpack`` says.
         TypeError: During ``backward()``, for a loss whose likelihood isn't known.
-        ValueError: For normalization by a batch's own statistics; a ``max_memory`` too small.
+        ValueError: For normalization by a batch's own statistics; a ``max_memory`` too small; an
+            empty batch.
 
     Example:
         >>> import torch
@@ -95,7 +100,7 @@ class DiagGGNMCTN(FisherExtension):
     Raises:
         NotImplementedError: This and the following as ``DiagGGNExactTN``.
         TypeError: See there.
-        ValueError: See there; and for ``mc_samples < 1``.
+        ValueError: See there; and for ``mc_samples`` that are no whole number, at least 1.
 
     Example:
         >>> import torch
@@ -131,7 +136,7 @@ class BatchGradTN(ColumnExtension):
 
     Raises:
         NotImplementedError: During ``backward()``, for what ``kfac_tn.integrations.backpack`` says.
-        ValueError: For normalization by a batch's own statistics.
+        ValueError: For normalization by a batch's own statistics; an empty batch.
 
     Example:
         >>> import torch
@@ -181,12 +186,34 @@ def diagonals(
         terms = [family.weight_diagonal(module, x, part, max_memory) for part in parts]
         saved["weight"] = torch.stack(terms).sum(0)
     if "bias" in names:
-        g = columns.flatten(0, 1)
-        saved["bias"] = family.per_example_bias_gradient(module, g).square().sum(0)
+        saved["bias"] = _bias_diagonal(module, family, columns.flatten(0, 1), max_memory)
     return saved
 
 
+def _bias_diagonal(
+    module: Module, family: GradientFamily, g: Tensor, max_memory: int | None
+) -> Tensor:
+    """The sum of squared gradients of a bias, from output gradients of all columns' examples."""
+    parameter = cast(Tensor, module.bias)
+    needed = 2 * parameter.numel() * common.accumulation_dtype(parameter).itemsize  # and its square
+    limit = common.UNFOLD_BYTES if max_memory is None else max_memory
+    if max_memory is not None and needed > max_memory:
+        raise ValueError(
+            f"max_memory={max_memory:,} bytes is too little: one example's gradient of the bias of "
+            f"{module} takes {needed:,}"
+        )
+    squares = (
+        family.per_example_bias_gradient(module, part).square().sum(0)
+        for part in g.split(max(1, limit // needed))
+    )
+    return reduce(torch.add, squares)
+
+
 def _positive(max_memory: int | None) -> int | None:
-    if max_memory is not None and max_memory < 1:
+    """A number of bytes, perhaps given as ``1e9``."""
+    if max_memory is None:
+        return None
+    number = isinstance(max_memory, Real) and not isinstance(max_memory, bool)
+    if not number or not 1 <= max_memory < float("inf"):
         raise ValueError(f"max_memory is {max_memory}: it must be a positive number of bytes.")
-    return max_memory
+    return int(max_memory)

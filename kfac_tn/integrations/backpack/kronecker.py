@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_tn.curvature.compute import check_finite
 from kfac_tn.curvature.eigen import Bias
 from kfac_tn.curvature.eigh import eigh
 from kfac_tn.functional import common, gram
@@ -116,7 +117,7 @@ class KFACExpand(_KroneckerExtension):
     Raises:
         NotImplementedError: During ``backward()``, for what ``kfac_tn.integrations.backpack`` says.
         TypeError: During ``backward()``, for a loss whose likelihood isn't known.
-        ValueError: For unknown options; normalization by a batch's own statistics.
+        ValueError: For unknown options; normalization by a batch's own statistics; an empty batch.
 
     Example:
         >>> import torch
@@ -187,7 +188,7 @@ class EKFAC(_KroneckerExtension):
     Raises:
         NotImplementedError: This and the following as ``KFACExpand``.
         TypeError: See there.
-        ValueError: See there.
+        ValueError: See there; and during ``backward()``, for factors that aren't finite.
 
     Example:
         >>> import torch
@@ -222,6 +223,7 @@ class EKFAC(_KroneckerExtension):
         factors: KroneckerFactors,
         joint: bool = False,
     ) -> EigenFactors:
+        check_finite(str(module), *factors)
         (_, q_b), (_, q_a) = eigh(factors.grad_output), eigh(factors.input)
         if x is None:
             sums = family.sum_grad_output(module, columns.flatten(0, 1))  # [V N, G, d_out]
