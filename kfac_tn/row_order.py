@@ -145,7 +145,7 @@ def norms(g: Tensor) -> Tensor:
 
 
 def are_own(before: Tensor, after: Tensor, powers: Tensor, column: Tensor) -> bool:
-    """Whether each row became larger as its own example did, or is zero.
+    """Whether each row became larger as its own example did, or is next to zero.
 
     Args:
         before: Norms of rows ``[N]``.
@@ -167,9 +167,11 @@ def are_apart(before: Tensor, after: Tensor, powers: Tensor, column: Tensor) -> 
 
 
 def _powers(before: Tensor, after: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """By which power of two each row is larger, and which of them aren't zero."""
+    """By which power of two each row is larger, and which aren't rounding errors of others."""
     found = (after.log2() - before.log2()).to(like)
-    return found, ((before != 0) | (after != 0)).to(like.device)
+    least = 4 * torch.finfo(before.dtype).eps
+    rows = (before > least * before.max()) | (after > least * after.max())
+    return found, rows.to(like.device)
 
 
 def _tolerance(column: Tensor) -> float:

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -92,7 +92,7 @@ def unfolded(x, several):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))  # some methods apply rarely
 @given(st.data())
 def test_equals_a_product_of_unfolded_tensors(method, data):
     dimensions = data.draw(st.integers(1, 3))
