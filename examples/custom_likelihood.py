@@ -6,7 +6,7 @@ to say what its likelihood is, by four members (``kfac_tn.likelihood.Likelihood`
 ``reduction``  ``"mean"`` or ``"sum"`` over the examples;
 ``columns``    an exact root of the Fisher information of the outputs, for curvature without noise;
 ``sample``     the gradient of the loss at a target drawn from the model, for cheaper curvature;
-``num_terms``  how many terms ``"mean"`` averages, for the empirical Fisher.
+``num_terms``  how many terms ``"mean"`` averages: for the empirical Fisher, and to weigh batches.
 
 Here the model predicts a mean ``m`` and a logarithmic variance ``v`` for each example, and the loss
 is the negative log-likelihood of the target ``y`` under that Gaussian (up to a constant)::

@@ -100,10 +100,10 @@ def compute_kfac(
         ValueError: For unknown options, a model without trainable parameters, an empty loader,
             results that aren't finite, outputs that have no graph, a loss with
             ``reduction="none"``, a layer larger than ``max_dim``, a weight that is used in other
-            ways than by calling its module, an embedding with ``scale_grad_by_freq``, tensor
-            dropout in training mode, ``"forward-only"`` with diagonals or parameters that have no
-            Kronecker structure (freeze them, or choose another Fisher), or, for diagonals, batch
-            normalization in training mode and other mixing of examples.
+            ways than by calling its module, an embedding with ``scale_grad_by_freq``, outputs with
+            tensor dropout in training mode, ``"forward-only"`` with diagonals or parameters that
+            have no Kronecker structure (freeze them, or choose another Fisher), or, for diagonals,
+            batch normalization in training mode and other mixing of examples.
         TypeError: For a loss whose likelihood isn't known; for outputs that are no tensor, or
             batches that are no pairs, and no ``forward`` that says what they are.
         ImportError: For a progress bar without tqdm.
