@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from statistics import median
 
 import pytest
 import torch
@@ -122,8 +123,8 @@ def test_training_goes_on_through_poisoned_batches(half, options):
         if step % 50 == 0:
             assert all(tensor.isfinite().all() for tensor in tensors_of(run.model, run.optimizer))
     assert all(tensor.isfinite().all() for tensor in tensors_of(run.model, run.optimizer))
-    late, early = losses[-100:], losses[:20]
-    assert sum(late) / len(late) < 0.8 * sum(early) / len(early)
+    # Medians: every fifth batch is a single example, whose loss may be anything.
+    assert median(losses[-100:]) < 0.7 * median(losses[:20])
 
 
 @pytest.mark.parametrize("scale", [1e8, 1e16, 1e18, 1e19, 1e20, 1e30])
