@@ -203,6 +203,8 @@ class Capture(AttentionWatch):
                 "What is observed has no graph: give the very outputs of the model, not detached, "
                 "before backward() frees it."
             )
+        if self._rounds.begins(self._owners):
+            self.discard()
         task = -1 - len(self._passes)  # each call stands for a backward pass of its own
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         scale = torch.as_tensor(weight, dtype=dtype, device=outputs.device)
@@ -269,7 +271,7 @@ class Capture(AttentionWatch):
         values = [*args, *kwargs.values()]
         outputs = kwargs.get("input", values[0])
         targets = kwargs.get("target", values[1])
-        if targets.requires_grad and depends(targets, self._owners):
+        if isinstance(targets, Tensor) and depends(targets, self._owners):
             raise ValueError(
                 "The targets of the loss depend on the model's parameters, too, but its curvature "
                 "is that of its first argument: give targets.detach() if they are to be constant, "

@@ -234,14 +234,15 @@ class Rounds:
     """Tells where gradients begin anew: micro-batches before belong to gradients that were reset.
 
     By ``model.zero_grad()``, say, after a batch that was skipped, of which no optimizer is told.
-    Backward passes that return gradients instead of accumulating them tell nothing.
+    Backward passes that return gradients instead of accumulating them tell nothing. What is said
+    before a backward pass belongs to it: asked then, too, it begins there.
     """
 
     def __init__(self) -> None:
         self._task, self._accumulated = -1, False
 
     def begins(self, leaves: Collection[Tensor]) -> bool:
-        """Whether the backward pass that is running is the first one since gradients were reset."""
+        """Whether the backward pass that runs, or is to come, is the first one since a reset."""
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return False

@@ -394,6 +394,28 @@ def test_a_preconditioner_forgets_what_another_optimizer_resets():
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("skipped", [False, True])
+def test_what_is_observed_after_a_reset_belongs_to_the_next_gradients(skipped):
+    """Beside a loss that the module computes, in one objective."""
+    factors = []
+    for batches in (1, 3):
+        model, loss_fn = network(), nn.MSELoss()
+        options = {**EAGER, "factor_decay": 0.0, "step_rule": "graft", "lr": 0.0}
+        optimizer = kfac_tn.KFAC(model, loss_fn, **options)
+        for step in range(3 - batches, 3):
+            (x, y), (other, target) = data(step), data(10 + step, n=7)
+            outputs = model(other)
+            optimizer.observe(outputs, target)
+            (loss_fn(model(x), y) + nn.functional.mse_loss(outputs, target)).backward()
+            if step == 2 or not skipped:
+                optimizer.step()
+            model.zero_grad()
+        factors.append(optimizer.factors())
+    for name, expected in factors[0].items():
+        torch.testing.assert_close(factors[1][name].input, expected.input)
+        torch.testing.assert_close(factors[1][name].grad_output, expected.grad_output)
+
+
 @pytest.mark.parametrize("rule", ["adaptive", "quadratic"])
 def test_gradients_that_are_returned_accumulate_all_the_same(rule):
     """By torch.autograd.grad there is nothing in ``.grad`` until the user puts it there."""
