@@ -117,38 +117,6 @@ def compute_kfac(
         >>> curvature.blocks["0"].input_factor.shape
         torch.Size([1, 9, 9])
     """
-    counted = kfac_and_counts(
-        model,
-        loss_fn,
-        loader,
-        approximation,
-        fisher,
-        mc_samples,
-        bias,
-        generator,
-        forward,
-        progress_bar,
-        curvature,
-        max_dim,
-    )
-    return counted[0]
-
-
-def kfac_and_counts(
-    model: Module,
-    loss_fn: Module | Likelihood,
-    loader: Iterable[Any],
-    approximation: ApproximationChoice = "expand",
-    fisher: Fisher = "mc",
-    mc_samples: int = 1,
-    bias: Bias = "separate",
-    generator: torch.Generator | None = None,
-    forward: Forward = call_on_pair,
-    progress_bar: bool = False,
-    curvature: CurvatureChoice = "kfac",
-    max_dim: int | None = LARGEST,
-) -> tuple[Curvature, dict[str, int]]:
-    """``compute_kfac``, and by layer the number of vectors that its input factor is a mean over."""
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias is {bias!r}: choose 'joint' or 'separate'.")
     blocks, others = partition(model, approximation, curvature)
@@ -188,7 +156,8 @@ def kfac_and_counts(
         factors = statistics.factors.get(block) or _zero(block, joint)
         check_finite(block.name, *factors.witnesses())
         matrices = factors.input.contiguous(), factors.grad_output.contiguous()
-        computed[block.name] = KroneckerBlock(matrix_layout(block), *matrices, bias)
+        vectors = statistics.counts.get(block, 0)
+        computed[block.name] = KroneckerBlock(matrix_layout(block), *matrices, bias, vectors)
     for other in others:
         values = statistics.diagonals.get(other.parameter)
         if values is None:
@@ -196,8 +165,7 @@ def kfac_and_counts(
         check_finite(other.name, values)
         computed[other.name] = DiagonalBlock(other.name, values.detach())
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    counts = {block.name: statistics.counts.get(block, 0) for block in blocks}
-    return Curvature(computed, shapes), counts
+    return Curvature(computed, shapes)
 
 
 def go_through(model: Module, loader: Iterable[Any], capture: Capture, forward: Forward) -> None:

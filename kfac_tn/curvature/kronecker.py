@@ -74,6 +74,7 @@ class KroneckerBlock(MatrixBlock):
         grad_output_factor: B, ``[G, d_out, d_out]``.
         bias: ``"joint"``: the bias is a column of the weight. ``"separate"``: it has a block of its
             own, which is B, and no coupling to the weight. Of no matter without bias.
+        vectors: How many A is a mean over: examples, with ``"expand"`` times positions. 0: unknown.
 
     Example:
         >>> import torch
@@ -87,6 +88,7 @@ class KroneckerBlock(MatrixBlock):
     input_factor: Tensor
     grad_output_factor: Tensor
     bias: Bias = "separate"
+    vectors: int = 0
 
     @cached_property
     def _full_input_factor(self) -> Tensor:
@@ -160,6 +162,5 @@ class KroneckerBlock(MatrixBlock):
             return self
         (name,) = names
         layout, columns = self.layout.restrict(name)
-        return KroneckerBlock(
-            layout, self._full_input_factor[:, columns, columns], self.grad_output_factor
-        )
+        inputs = self._full_input_factor[:, columns, columns]
+        return KroneckerBlock(layout, inputs, self.grad_output_factor, vectors=self.vectors)

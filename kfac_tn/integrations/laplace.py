@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kfac_tn.curvature.block import DiagonalBlock
-from kfac_tn.curvature.compute import kfac_and_counts, matrix_layout
+from kfac_tn.curvature.compute import compute_kfac, matrix_layout
 from kfac_tn.curvature.diagonal import compute_ggn_diagonal
 from kfac_tn.curvature.kronecker import KroneckerBlock
 from kfac_tn.curvature.per_example import compute_per_example_gradients
@@ -98,7 +98,7 @@ class KFACTNBackend(_Interface):
     def kron(self, x: Any, y: Tensor, N: int) -> tuple[Tensor, Any]:
         """The loss and the factors of one batch, which add up over the N examples."""
         with self._only(self.params):
-            curvature, counts = kfac_and_counts(
+            curvature = compute_kfac(
                 self.model,
                 self.lossfunc,
                 [(x, y)],
@@ -113,11 +113,11 @@ class KFACTNBackend(_Interface):
         positions: dict[str, float] = {}
         others = [name for name, block in blocks.items() if isinstance(block, DiagonalBlock)]
         segments = {name: _rows(values) for name, values in self._diagonal(x, y, others).items()}
-        for layer, block in blocks.items():
+        for block in blocks.values():
             if isinstance(block, KroneckerBlock):
                 factors = _factors(block, self.factor, share)
                 segments.update(factors)
-                positions.update(dict.fromkeys(factors, counts[layer] / len(y)))
+                positions.update(dict.fromkeys(factors, block.vectors / len(y)))
         named = [(name, factors) for name in self._names() for factors in segments[name]]
         each = [positions.get(name, 1.0) for name, _ in named]
         return self._loss(x, y), self.arrange([factors for _, factors in named], each, share)

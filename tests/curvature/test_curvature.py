@@ -188,6 +188,15 @@ def test_approximations_by_layer():
             assert not torch.equal(actual, getattr(expand.blocks["conv"], name))
 
 
+@pytest.mark.parametrize(("approximation", "each"), [("expand", 16), ("reduce", 1)])
+def test_blocks_tell_of_how_many_vectors_they_are(approximation, each):
+    _, curvature = curvature_of(4, 3, approximation=approximation)
+    vectors = {name: curvature.blocks[name].vectors for name in ("conv", "head", "unused")}
+    assert vectors == {"conv": 7 * each, "head": 7, "unused": 0}
+    bias = curvature.submatrix(["conv.bias"]).blocks["conv"]
+    assert bias.vectors == 7 * each
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
