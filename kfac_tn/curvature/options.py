@@ -26,7 +26,7 @@ OVERHEAD = 0.25
 """What a step may cost more, where nobody says otherwise."""
 
 Range: TypeAlias = Literal[
-    "positive", "positive and finite", "in [0, inf)", "in [0, 1)"
+    "positive", "positive and finite", "in [0, inf)", "in [0, 1)", "in (0, 1)", "in [0, 1]"
 ]  # as messages say it
 
 _RANGES: dict[Range, Callable[[Any], bool]] = {
@@ -34,6 +34,8 @@ _RANGES: dict[Range, Callable[[Any], bool]] = {
     "positive and finite": lambda x: 0 < x < float("inf"),
     "in [0, inf)": lambda x: 0 <= x < float("inf"),
     "in [0, 1)": lambda x: 0 <= x < 1,
+    "in (0, 1)": lambda x: 0 < x < 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
 }
 
 

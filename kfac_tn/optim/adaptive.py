@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac_tn.curvature.intervals import is_due
+from kfac_tn.curvature.options import check_number, check_whole
 from kfac_tn.optim.step_rules import Proposal, Scaling
 
 LOOKS = 5  # steps between looks at how far one goes and where, which wait for the device
@@ -108,20 +109,12 @@ class Adaptive(Scaling):
         fresh: float = 0.2,
         horizon: float = 0.2,
     ) -> None:
-        if not share > 0:
-            raise ValueError(f"share is {share}: it must be positive.")
-        if not radius > 0:
-            raise ValueError(f"radius is {radius}: it must be positive.")
-        if not 0 <= spread <= 1:
-            raise ValueError(f"spread is {spread}: it must be in [0, 1].")
-        if interval < 1 or interval != int(interval):
-            raise ValueError(f"interval is {interval}: it must be a positive whole number.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}: it must be in [0, 1).")
-        if not 0 <= fresh <= 1:
-            raise ValueError(f"fresh is {fresh}: it must be in [0, 1].")
-        if not 0 <= horizon <= 1:
-            raise ValueError(f"horizon is {horizon}: it must be in [0, 1].")
+        check_number("share", share, "positive and finite")
+        check_number("radius", radius, "positive")
+        check_whole("interval", interval)
+        check_number("decay", decay, "in [0, 1)")
+        for name, value in {"spread": spread, "fresh": fresh, "horizon": horizon}.items():
+            check_number(name, value, "in [0, 1]")
         self.share, self.radius, self.spread = share, radius, spread
         self.fresh, self.horizon = fresh, horizon
         self.interval, self.decay = interval, decay

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_tn.curvature.estimator import CurvatureEstimator
+from kfac_tn.curvature.options import check_number, check_whole
 from kfac_tn.optim.replay import Replay
 
 Groups: TypeAlias = Sequence[dict[str, Any]]
@@ -117,14 +118,14 @@ class LevenbergMarquardt(DampingRule):
         minimum: float = 1e-6,
         maximum: float = 1e4,
     ) -> None:
-        if not 0 < minimum <= initial <= maximum:
+        for name, value in {"initial": initial, "minimum": minimum, "maximum": maximum}.items():
+            check_number(name, value, "positive")
+        if not minimum <= initial <= maximum:
             raise ValueError(
                 f"initial damping is {initial}: it must be positive, and in [{minimum}, {maximum}]."
             )
-        if not 0 < decay < 1:
-            raise ValueError(f"decay is {decay}: it must be in (0, 1).")
-        if interval < 1 or interval != int(interval):
-            raise ValueError(f"interval is {interval}: it must be a positive whole number.")
+        check_number("decay", decay, "in (0, 1)")
+        check_whole("interval", interval)
         self.initial, self.decay, self.interval = initial, decay, interval
         self.minimum, self.maximum = minimum, maximum
 
@@ -190,10 +191,5 @@ def check_damping(damping: float) -> float:
     Raises:
         ValueError: If it isn't positive and finite, or no number.
     """
-    try:
-        good = 0 < damping < float("inf")
-    except TypeError:  # such as a function: the optimizer may have one, but not a group of it
-        good = False
-    if not good:
-        raise ValueError(f"damping is {damping}: it must be positive.")
+    check_number("damping", damping, "positive and finite")
     return damping

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_tn.curvature.intervals import is_due
+from kfac_tn.curvature.options import check_number, check_whole
 from kfac_tn.optim.adaptive import Adaptive
 from kfac_tn.optim.step_rules import Fixed, Graft, KLClip, Proposal, StepRule, limit_norm
 
@@ -47,10 +48,8 @@ class QuadraticModel(StepRule):
     def __init__(
         self, interval: int = 1, momentum: bool = True, relative_norm: float | None = 0.3
     ) -> None:
-        if relative_norm is not None and not relative_norm > 0:
-            raise ValueError(f"relative_norm is {relative_norm}: it must be positive.")
-        if interval < 1 or interval != int(interval):
-            raise ValueError(f"interval is {interval}: it must be a positive whole number.")
+        check_number("relative_norm", relative_norm, "positive", None)
+        check_whole("interval", interval)
         self.interval, self.momentum, self.relative_norm = interval, momentum, relative_norm
         self.coefficients = torch.zeros(2, dtype=torch.float64)
         self.factor = torch.ones(())

@@ -260,9 +260,12 @@ def test_a_loss_that_cannot_be_computed_again_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LevenbergMarquardt(0.0), "initial damping is 0.0"),
+        (lambda: LevenbergMarquardt(0.0), "initial is 0.0"),
+        (lambda: LevenbergMarquardt(maximum="large"), "maximum is 'large'"),
+        (lambda: LevenbergMarquardt(1e-9), "initial damping is 1e-09"),
         (lambda: LevenbergMarquardt(0.1, decay=1.0), "decay is 1.0"),
         (lambda: LevenbergMarquardt(0.1, interval=0), "interval is 0"),
+        (lambda: LevenbergMarquardt(0.1, interval=True), "interval is True"),
         (lambda: DampingSchedule(lambda step: -1.0), "damping is -1.0"),
     ],
 )
