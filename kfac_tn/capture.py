@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
-from kfac_tn.attention_watch import AttentionWatch
 from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
 from kfac_tn.examples_first import (
     check_examples_first,
     check_rows_apart,
     check_rows_own,
     find_shared,
+    refuse_packed,
     refuse_shared,
 )
 from kfac_tn.factors import Gram
@@ -42,8 +42,10 @@ from kfac_tn.graph import (
     output_edge,
     remember,
 )
+from kfac_tn.hidden_watch import HiddenWatch
 from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
+from kfac_tn.layers.hidden import HiddenCall
 from kfac_tn.likelihood import Likelihood, empirical_factor, likelihood_of
 from kfac_tn.moments import Basis, MomentCollector
 from kfac_tn.passes import Passes
@@ -52,7 +54,7 @@ from kfac_tn.statistics import Call, Statistics, input_statistic
 Fisher: TypeAlias = Literal["mc", "type-2", "empirical", "forward-only"]
 
 
-class Capture(AttentionWatch):
+class Capture(HiddenWatch):
     """Watches a model and a loss, and turns what they do into Kronecker factors.
 
     Nothing happens while ``armed`` is false, under ``torch.no_grad()``, in backward passes (where
@@ -147,7 +149,7 @@ class Capture(AttentionWatch):
             )
             for module, method in watched
         ]
-        self._handles += self._watch_attention(self._blocks)
+        self._handles += self._watch_hidden(self._blocks)
         self._finalizer = weakref.finalize(self, remove, self._handles)
 
     def close(self) -> None:
@@ -236,9 +238,15 @@ class Capture(AttentionWatch):
         if self._active():
             self._record(module, args, kwargs, output)
 
+    def _after_hidden(self, call: HiddenCall) -> None:
+        if self._active():
+            self._record(call.layer, (call.x,), {}, call.output, call)
+
     @torch._disable_dynamo  # its graph would break here anyway, once for each layer
     @timed("statistics")
-    def _record(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _record(
+        self, module: Module, args: tuple, kwargs: dict, output: Any, *hidden: HiddenCall
+    ) -> None:
         block = self._blocks.get(module)
         if block is None or not block.weight.requires_grad:  # in a copy of the model, or frozen
             return
@@ -251,16 +259,16 @@ class Capture(AttentionWatch):
             return
         self.called = True
         x = block.family.input_of(module, args, kwargs)
-        if output.numel() == 0:
-            remember(edge, self._key, Call(block, module, output.shape, None, 0, 0), x)
-            return
-        counts = block.family.batch_and_positions(module, output)
+        counts = block.family.batch_and_positions(module, output) if output.numel() else (0, 0)
         with plain(output.device):
             statistic = input_statistic(block, module, x, counts, self._joint)
         call = Call(block, module, output.shape, statistic, *counts)
-        if self._basis(block) is not None:
+        if call.examples and self._basis(block) is not None:
             call.keep(x)
-        remember(edge, self._key, call, x)
+        for each in hidden:
+            call.packed = each.packed
+            refuse_packed(call)
+        remember(edge, self._key, call, x, *(each.within for each in hidden))
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
         if not recorded(self) or not isinstance(loss, Tensor):

@@ -83,6 +83,21 @@ def refuse_shared(calls: Iterable[Call], outputs: Tensor) -> None:
         )
 
 
+def refuse_packed(call: Call) -> None:
+    """Refuse packed sequences where it is to be known which positions are one example's.
+
+    Raises:
+        ValueError: Naming the layer.
+    """
+    reduce = call.block.approximation == "reduce"
+    if call.packed and (reduce or call.keeps or call.block.curvature != "kfac"):
+        raise ValueError(
+            f"KFAC-reduce, EKFAC and diagonals need all positions of an example, but layer "
+            f"'{call.block.name}' was called with a PackedSequence, which has them apart: use "
+            "approximation='expand' and curvature='kfac' for this layer, or padded sequences."
+        )
+
+
 def _without_batch(found: Iterable[Found[Call]]) -> set[str]:
     """Layers among these that were called with a single example, whose first axis is another."""
     inputs = {call: call.kept[0] for one in found if (call := one.record).kept is not None}
@@ -280,7 +295,8 @@ def check_rows_apart(found: Sequence[Found[Call]], outputs: Tensor) -> bool:
     """
     rows = outputs.shape[0] if outputs.dim() > 1 else 1  # one example's are its classes
     calls = {one.record for one in found if one.record.block.has_factors}
-    asked = {call for call in calls if call.examples not in (0, rows)}
+    packed = any(call.packed for call in calls)  # then as many positions as rows tell nothing
+    asked = {call for call in calls if call.examples and (packed or call.examples != rows)}
     if rows == 1 or not asked:
         return rows > 1
     column = _numbers(outputs)

@@ -27,6 +27,7 @@ class Found(Generic[Record]):
         output_nr: Which of the node's outputs that is.
         deepest: Whether the node depends on no other node with a record.
         source: The node that made what the recorded call was given; None without a graph.
+        within: A further node of the call, through which leaves take part that aren't below it.
     """
 
     record: Record
@@ -34,6 +35,7 @@ class Found(Generic[Record]):
     output_nr: int
     deepest: bool
     source: Node | None = None
+    within: Node | None = None
 
 
 def output_edge(output: Tensor) -> GradientEdge | None:
@@ -46,18 +48,25 @@ def output_edge(output: Tensor) -> GradientEdge | None:
         The edge; the gradient there may have the shape of the base. None for a leaf.
     """
     base = output._base
-    if base is not None and base.numel() == output.numel() and base.requires_grad:
+    if base is not None and base.numel() == output.numel() and base.grad_fn is not None:
         output = base if base.is_contiguous() and output.is_contiguous() else output
     return None if output.grad_fn is None else get_gradient_edge(output)
 
 
-def remember(edge: GradientEdge, key: object, record: object, x: Tensor | None = None) -> None:
+def remember(
+    edge: GradientEdge,
+    key: object,
+    record: object,
+    x: Tensor | None = None,
+    within: Node | None = None,
+) -> None:
     """Leave a record with a node, under the finder's key; it lives as long as the node.
 
-    With it goes where the call's input ``x`` came from, which the node keeps alive anyway.
+    With it goes where the call's input ``x`` came from, which the node keeps alive anyway, and what
+    else is part of the call.
     """
     source = get_gradient_edge(x).node if x is not None and x.requires_grad else None
-    _metadata(edge.node).setdefault(key, []).append((edge.output_nr, record, source))
+    _metadata(edge.node).setdefault(key, []).append((edge.output_nr, record, source, within))
 
 
 def find(outputs: Tensor, key: object) -> list[Found[Any]]:
@@ -86,7 +95,7 @@ def find(outputs: Tensor, key: object) -> list[Found[Any]]:
             continue
         records = _metadata(node).get(key, ())
         deep = any(below[child] for child in children if child is not None)
-        found.extend(Found(record, node, number, not deep, x) for number, record, x in records)
+        found.extend(Found(record, node, number, not deep, *of) for number, record, *of in records)
         below[node] = deep or bool(records)
     return found
 
@@ -113,6 +122,8 @@ def bypassing(
     for one in found:
         for owner in owners_of(one.record):
             recorded[one.node].add(owner)
+            if one.within is not None:
+                recorded[one.within].add(owner)
             if one.source is not None:
                 sources[owner].add(one.source)
     users: dict[Node, list[Node]] = {}

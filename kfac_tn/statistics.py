@@ -64,7 +64,8 @@ class Call:
     (reduce); None once it is counted, since a loss that the user keeps for its value keeps this
     too. ``kept`` is the very input, where each example's gradient will be asked for, with its
     version. ``shared`` is whether its first axis is found not to be that of the examples;
-    ``ignored``, whether it has no examples, or tells only a part of its layer's curvature.
+    ``packed``, whether it has positions of several examples on it; ``ignored``, whether it has no
+    examples, or tells only a part of its layer's curvature.
     """
 
     block: LayerBlock
@@ -75,6 +76,7 @@ class Call:
     positions: int
     keeps: bool = False
     shared: bool = False
+    packed: bool = False
     ignored: bool = False
     kept: tuple[Tensor, int | None] | None = None
 
@@ -200,9 +202,9 @@ def input_statistic(
         Matrices; rows ``[N, G, d]`` for reduce. With expand, rows whose outer products are summed
         (and to be divided by their number) where these are fewer numbers than the matrix; or large
         matrices to be computed later, where the input is smaller. None for a layer that has no
-        factors.
+        factors, and of no examples.
     """
-    if not block.has_factors:
+    if not block.has_factors or not counts[0]:
         return None
     family, bias, pieces = block.family, joint and block.bias is not None, block.input_pieces
     x = x.detach()

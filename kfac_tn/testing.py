@@ -5,6 +5,7 @@ Nothing here uses the package's own layers, likelihoods or factors, so that it c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -120,8 +121,9 @@ def exact_settings(seed: int = 0) -> Iterator[Setting]:
     Single convolutions of every kind (1-d to 3-d, grouped, strided, dilated, transposed, every
     padding), whose output is the prediction (expand) or is averaged (reduce); deep linear networks
     applied at every position (expand, in every layer), also to what an embedding gives; deep
-    circular linear CNNs that are averaged (reduce, in every layer), and an embedding that is. Joint
-    blocks of weight and bias.
+    circular linear CNNs that are averaged (reduce, in every layer), and an embedding that is; one
+    step of a recurrent layer, with one example or where all is linear. Joint blocks of weight and
+    bias.
 
     Args:
         seed: Of parameters and data; the global random state is left as it was.
@@ -136,6 +138,7 @@ def exact_settings(seed: int = 0) -> Iterator[Setting]:
         yield from _pointwise_networks()
         yield from _circular_networks()
         yield from _embeddings()
+        yield from _recurrent_steps()
 
 
 _CONVOLUTIONS: tuple[tuple[int, dict], ...] = (
@@ -261,6 +264,38 @@ def _embeddings() -> Iterator[Setting]:
             pooled = torch.nn.Sequential(torch.nn.Embedding(6, 2, **options), _Mean())
             y = torch.rand(3, 2, dtype=torch.float64)
             yield Setting(f"pooled Embedding, {title}", pooled, mse, x, y, "reduce", blocks[:1])
+
+
+class _Sequence(Module):
+    """The outputs of a recurrent layer."""
+
+    def __init__(self, layer: Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def _recurrent_steps() -> Iterator[Setting]:
+    kinds: dict[str, tuple[type[Module], dict[str, Any]]] = {
+        "LSTM": (torch.nn.LSTM, {}),
+        "projected LSTM": (torch.nn.LSTM, {"proj_size": 2}),
+        "GRU": (torch.nn.GRU, {"bidirectional": True}),
+        "RNN": (torch.nn.RNN, {}),
+        "linear RNN": (torch.nn.RNN, {"nonlinearity": "relu", "num_layers": 2}),
+    }
+    for (title, (kind, options)), reduction in itertools.product(kinds.items(), ("mean", "sum")):
+        model = _Sequence(kind(2, 3, **options, dtype=torch.float64))
+        linear = "nonlinearity" in options
+        x = torch.rand(1, 3 if linear else 1, 2, dtype=torch.float64)  # [T, N, d]
+        if linear:
+            for parameter in model.parameters():
+                torch.nn.init.uniform_(parameter)  # so all that is rectified is positive
+        weights = [name for name, _ in model.named_parameters() if "weight" in name]
+        names = tuple((w,) if "_hr_" in w else (w, w.replace("weight", "bias")) for w in weights)
+        mse, y = torch.nn.MSELoss(reduction=reduction), torch.rand_like(model(x))
+        yield Setting(f"step of a {title}, {reduction}", model, mse, x, y, "expand", names)
 
 
 def _jacobian(outputs: Tensor, parameters: list[Tensor]) -> Tensor:

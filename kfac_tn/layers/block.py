@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from kfac_tn.layers.attention import Projection
 from kfac_tn.layers.base import Approximation, LayerFamily
+from kfac_tn.layers.hidden import HiddenLinear
 from kfac_tn.layers.registry import FAMILIES
 
 CurvatureKind: TypeAlias = Literal["kfac", "ekfac", "diagonal", "none"]
@@ -114,7 +114,7 @@ class LayerBlock:
                 return False
             if FAMILIES.get(type(module)) is not self.family:
                 return False
-            if isinstance(module, Projection) and not module.holds():
+            if isinstance(module, HiddenLinear) and not module.holds():
                 return False
         return True
 

@@ -7,10 +7,11 @@ from typing import Any, TypeAlias, get_args
 
 from torch.nn import Module, Parameter
 
-from kfac_tn.layers.attention import projections
+from kfac_tn.layers.attention import attention_layers
 from kfac_tn.layers.base import Approximation
 from kfac_tn.layers.block import CurvatureKind, LargeFactors, LayerBlock, OtherParameter
 from kfac_tn.layers.checks import check_parameters
+from kfac_tn.layers.recurrent import recurrent_layers
 from kfac_tn.layers.registry import FAMILIES
 
 ApproximationChoice: TypeAlias = (
@@ -31,10 +32,11 @@ def partition(
     """Divide the trainable parameters of a model into Kronecker blocks and others.
 
     A weight has a block if every module that owns it is a known layer, all of one kind and with
-    the same bias; so a weight that, say, an embedding and a linear layer share has none. The
-    projections of ``torch.nn.MultiheadAttention`` count as linear layers: of a module ``"m"``
+    the same bias; so a weight that, say, an embedding and a linear layer share has none. What is
+    hidden in other modules counts as linear layers: of ``torch.nn.MultiheadAttention`` ``"m"``
     those are ``"m.in_proj"`` (or ``"m.q_proj"``, ``"m.k_proj"``, ``"m.v_proj"``) and
-    ``"m.out_proj"``.
+    ``"m.out_proj"``; of a recurrent module ``"m.ih_l0"``, ``"m.hh_l0"``, ``"m.hh_l0_reverse"``,
+    ``"m.hr_l0"`` and so on, of a cell ``"m.ih"`` and ``"m.hh"``.
 
     Args:
         model: Any module.
@@ -63,7 +65,7 @@ def partition(
     """
     check_parameters(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    modules, owners = _with_projections(model)
+    modules, owners = _with_hidden(model)
     blocks: list[LayerBlock] = []
     covered: set[Parameter] = set()
     left_out: dict[Parameter, str] = {}
@@ -134,21 +136,21 @@ def owners_of(model: Module) -> dict[Parameter, list[Owner]]:
     return owners
 
 
-def _with_projections(
+def _with_hidden(
     model: Module,
 ) -> tuple[list[tuple[str, Module]], dict[Parameter, list[Owner]]]:
-    """All modules by name, attention's projections among them, and the parameters' owners."""
+    """All modules by name, hidden layers among them, and the parameters' owners."""
     modules, owners = [], owners_of(model)
     for name, module in model.named_modules():
         modules.append((name, module))
-        for part, projection in projections(module).items():
+        for part, layer in {**attention_layers(module), **recurrent_layers(module)}.items():
             full = f"{name}.{part}" if name else part
-            modules.append((full, projection))
-            hidden = (module, module.out_proj)
-            for attribute, parameter in projection._parameters.items():
+            modules.append((full, layer))
+            for role, place in layer.places().items():
+                parameter = layer._parameters[role]
                 if parameter is not None:
-                    rest = [owner for owner in owners[parameter] if owner[1] not in hidden]
-                    owners[parameter] = [*rest, (full, projection, attribute)]
+                    rest = [owner for owner in owners[parameter] if owner[1:] != place]
+                    owners[parameter] = [*rest, (full, layer, role)]
     return modules, owners
 
 

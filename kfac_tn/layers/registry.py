@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch.nn import Module
 
-from kfac_tn.layers.attention import Projection
 from kfac_tn.layers.base import GradientFamily, LayerFamily
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.embedding import EmbeddingFamily
+from kfac_tn.layers.hidden import HiddenLinear
 from kfac_tn.layers.linear import LinearFamily
 from kfac_tn.layers.norm import NORM_FAMILIES
 from kfac_tn.tn.nn import ConvNd, ConvTransposeNd, RandomizedConvNd
 
 FAMILIES: dict[type[Module], LayerFamily] = {
     torch.nn.Linear: LinearFamily(),
-    Projection: LinearFamily(),
+    HiddenLinear: LinearFamily(),
     torch.nn.Embedding: EmbeddingFamily(),
     torch.nn.Conv1d: ConvFamily(),
     torch.nn.Conv2d: ConvFamily(),

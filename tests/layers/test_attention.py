@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kfac_tn
-from kfac_tn.layers.attention import ProjectionsApart, projections
+from kfac_tn.hidden_watch import HiddenApart
+from kfac_tn.layers.attention import attention_layers
+from kfac_tn.layers.hidden import HiddenLayers
 from kfac_tn.testing import dense_ggn, relative_error
 
 TOLERANCE = 1e-10
@@ -82,12 +84,12 @@ def test_values_and_gradients_stay(attention, inputs, batched, options, dropout,
         options["key_padding_mask"] = torch.arange(keys) == 4
         if batched:
             options["key_padding_mask"] = options["key_padding_mask"].expand(3, -1)
-    layers = {each.weight: each for each in projections(attention).values()}
+    layers = {each.weight: each for each in attention_layers(attention).values()}
     records = []
     torch.manual_seed(seed)
     expected, weights = attention(*x, **options)
     torch.manual_seed(seed)
-    with ProjectionsApart(layers, lambda *record: records.append(record)):
+    with HiddenApart(HiddenLayers(layers, records.append)):
         actual, same_weights = attention(*x, **options)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(same_weights, weights)
@@ -100,11 +102,12 @@ def test_values_and_gradients_stay(attention, inputs, batched, options, dropout,
         strict=True,
     ):
         torch.testing.assert_close(one, other)
-    assert {id(layer) for layer, _, _ in records} == {id(layer) for layer in layers.values()}
-    for layer, x_of_layer, y in records:
-        assert len(x_of_layer) == len(y) == (3 if batched else 1)
+    assert {id(call.layer) for call in records} == {id(layer) for layer in layers.values()}
+    for call in records:
+        layer = call.layer
+        assert len(call.x) == len(call.output) == (3 if batched else 1)
         if not separate or layer.weight is attention.out_proj.weight:  # else a part of the bias
-            torch.testing.assert_close(y, F.linear(x_of_layer, layer.weight, layer.bias))
+            torch.testing.assert_close(call.output, F.linear(call.x, layer.weight, layer.bias))
 
 
 # ---- the same as linear layers ---------------------------------------------------------------

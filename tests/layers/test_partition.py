@@ -85,14 +85,12 @@ CASES = {
     ),
     "frozen bias": (lambda: Layers(l=frozen(nn.Linear(2, 3), "bias")), {"l": ["l.weight"]}, {}),
     "frozen layer": (lambda: Layers(l=frozen(nn.Linear(2, 3), "weight", "bias")), {}, {}),
-    "normalization, embedding and recurrence": (
-        lambda: Layers(n=nn.LayerNorm(2), e=nn.Embedding(3, 2), g=nn.GRUCell(1, 1, bias=False)),
+    "normalization and embedding": (
+        lambda: Layers(n=nn.LayerNorm(2), e=nn.Embedding(3, 2)),
         {"e": ["e.weight"]},
         {
             "n.weight": "LayerNorm",
             "n.bias": "LayerNorm",
-            "g.weight_ih": "GRUCell",
-            "g.weight_hh": "GRUCell",
         },
     ),
     "attention": (
