@@ -261,7 +261,8 @@ class Capture(HiddenWatch):
         x = block.family.input_of(module, args, kwargs)
         counts = block.family.batch_and_positions(module, output) if output.numel() else (0, 0)
         with plain(output.device):
-            statistic = input_statistic(block, module, x, counts, self._joint)
+            called = block.family.called(module, x, output)
+            statistic = input_statistic(block, called, x, counts, self._joint)
         call = Call(block, module, output.shape, statistic, *counts)
         if call.examples and self._basis(block) is not None:
             call.keep(x)

@@ -97,6 +97,13 @@ class LayerFamily(GradientFamily):
         """Why a module has no Kronecker block, options considered. Default: it has one."""
         return None
 
+    def called(self, module: Module, x: Tensor, output: Tensor) -> Module:
+        """The module with the options of one call, if that had others. Default: the module.
+
+        A gradient at the output may stand for it.
+        """
+        return module
+
     def constrain(self, module: Module, direction: Tensor) -> None:
         """Clear, in place, what never changes of a weight from a direction. Default: nothing."""
 
@@ -151,7 +158,8 @@ class LayerFamily(GradientFamily):
             input_vectors: See ``kfac_tn.functional.rows.rotated_second_moment``.
             grad_output_vectors: There, too.
         """
-        inputs = [self.input_rows(module, x, bias) for x in xs]
+        pairs = zip(xs, gs, strict=True)
+        inputs = [self.input_rows(self.called(module, x, g), x, bias) for x, g in pairs]
         grad_outputs = [self.grad_output_rows(module, g) for g in gs]
         return rotated_second_moment(
             concatenate(inputs, 2), concatenate(grad_outputs, 2), input_vectors, grad_output_vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn import functional
+from kfac_tn.functional.networks import Geometry, spatial_sizes
 from kfac_tn.functional.rows import (
     conv_grad_output_rows,
     conv_input_rows,
@@ -88,18 +90,18 @@ class ConvFamily(_ConvFamily):
 class ConvTransposeFamily(_ConvFamily):
     """``torch.nn.ConvTranspose1d`` to ``3d`` and ``kfac_tn.tn.nn.ConvTransposeNd``.
 
-    To be called without ``output_size``: what is added to an output is ``output_padding``.
+    Their ``output_padding`` is that of each call, which may choose another by ``output_size``.
     """
 
     transposed = True
 
-    def input_of(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # noqa: D102
-        if kwargs.get("output_size", args[1] if len(args) > 1 else None) is not None:
-            raise ValueError(
-                f"output_size at a call of {module} isn't understood here: construct the module "
-                "with the output_padding that gives this size."
-            )
-        return super().input_of(module, args, kwargs)
+    def called(self, module: Any, x: Tensor, output: Tensor) -> Any:  # noqa: D102
+        extra = _extra(module, x, output)
+        if extra == tuple(module.output_padding):
+            return module
+        called = copy.copy(module)  # with the same parameters
+        called.output_padding = extra
+        return called
 
     def input_factor(self, module: Module, x: Tensor, bias: bool) -> Tensor:  # noqa: D102
         return functional.conv_transpose_input_factor(
@@ -115,16 +117,24 @@ class ConvTransposeFamily(_ConvFamily):
         return conv_transpose_input_rows(_batched(module, x), bias=bias, **_transposed(module))
 
     def per_example_weight_gradient(self, module: Module, x: Tensor, g: Tensor) -> Tensor:  # noqa: D102
+        options = _transposed(self.called(module, x, g))
         x, g = _batched(module, x), _batched(module, g)
-        return functional.conv_transpose_per_example_weight_gradient(x, g, **_transposed(module))
+        return functional.conv_transpose_per_example_weight_gradient(x, g, **options)
 
     def weight_diagonal(  # noqa: D102
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None
     ) -> Tensor:
+        options = _transposed(self.called(module, x, g))
         x, g = _batched(module, x), _batched(module, g)
-        return functional.conv_transpose_weight_diagonal(
-            x, g, max_memory=max_memory, **_transposed(module)
-        )
+        return functional.conv_transpose_weight_diagonal(x, g, max_memory=max_memory, **options)
+
+
+def _extra(module: Any, x: Tensor, output: Tensor) -> tuple[int, ...]:
+    """By how many positions an output, or its gradient, is longer than without output padding."""
+    options = {**_transposed(module), "output_padding": 0, "transposed": True}
+    _, sizes = spatial_sizes(_batched(module, x), Geometry(**options))
+    wanted = output.shape[-len(sizes) :]
+    return tuple(size - least for size, least in zip(wanted, sizes, strict=True))
 
 
 def _hyper_parameters(module: Any) -> dict[str, Any]:

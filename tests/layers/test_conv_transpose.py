@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import kfac_tn
+from kfac_tn import testing
 from kfac_tn.testing import relative_error
 
 TOLERANCE = 1e-10
@@ -97,17 +98,65 @@ def test_algebra_in_the_native_layout(bias, approximation):
     assert relative_error(actual, expected.reshape(size, size)) < TOLERANCE
 
 
-def test_output_size_at_the_call_is_refused():
-    layer = nn.ConvTranspose2d(1, 1, 3, stride=2)
+class Upsampling(nn.Module):
+    """Transposed convolutions that are told what size to return, by position or by name."""
+
+    def __init__(self, padded: bool, twice: bool = False):
+        super().__init__()
+        extra = {"output_padding": (1, 2)} if padded else {}
+        options = {"stride": (2, 3), "padding": 1, "groups": 2, **extra}
+        self.up = nn.ConvTranspose2d(4, 6, 3, **options)
+        self.more = kfac_tn.tn.nn.ConvTransposeNd(6, 2, (2, 3), stride=2, output_padding=(0, 1))
+        self.padded, self.twice = padded, twice
+
+    def forward(self, x):
+        small = self.up(x) if self.twice else 0
+        sizes = [(6, 9), (12, 20)]
+        x = self.up(x) if self.padded else self.up(x, sizes[0])
+        x = self.more(x.tanh()) if self.padded else self.more(x.tanh(), output_size=sizes[1])
+        return x if not self.twice else x + small.mean((1, 2, 3), keepdim=True)
+
+
+def upsampling(twice: bool = False):
+    torch.manual_seed(0)
+    model = Upsampling(padded=False, twice=twice).double()
+    twin = Upsampling(padded=True).double()
+    twin.load_state_dict(model.state_dict())
+    x = torch.rand(5, 4, 3, 3, dtype=torch.float64)
+    return model, twin, x, torch.rand_like(model(x))
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_output_size_at_the_call_is_that_output_padding(approximation):
+    model, twin, x, y = upsampling()
+    torch.testing.assert_close(model(x), twin(x))
+    options = {"approximation": approximation, "fisher": "type-2"}
+    actual, expected = (
+        kfac_tn.compute_kfac(net, nn.MSELoss(), [(x, y)], **options) for net in (model, twin)
+    )
+    torch.testing.assert_close(actual.to_dense(), expected.to_dense(), rtol=1e-10, atol=1e-14)
+    assert model.up.output_padding == (0, 0)
+
+
+def test_calls_of_different_output_sizes():
+    """EKFAC, its trace the GGN's, diagonals and per-example gradients of both calls together."""
+    model, _, x, y = upsampling(twice=True)
     loss_fn = nn.MSELoss()
-    optimizer = kfac_tn.KFAC(layer, loss_fn)
-    x = torch.rand(1, 1, 3, 3)
-    with pytest.raises(ValueError, match=r"output_size .* output_padding"):
-        layer(x, output_size=[8, 8])
-    with pytest.raises(ValueError, match=r"output_size .* output_padding"):
-        layer(x, [8, 8])
-    assert layer(x).shape == (1, 1, 7, 7)
-    optimizer.close()
+    ekfac = kfac_tn.compute_ekfac(model, loss_fn, [(x, y)], fisher="type-2")
+    diagonal = kfac_tn.compute_ggn_diagonal(model, loss_fn, [(x, y)])
+    ggn = testing.dense_ggn(model, loss_fn, x, y)
+    names = [name for name, _ in model.named_parameters()]
+    flat = torch.cat([diagonal[name].flatten() for name in names])
+    torch.testing.assert_close(flat, ggn.diagonal(), rtol=1e-10, atol=1e-14)
+    for layer in ("up", "more"):
+        own = testing.diagonal_block(ggn, model, (f"{layer}.weight", f"{layer}.bias"))
+        assert relative_error(ekfac.blocks[layer].trace(), own.trace()) < TOLERANCE
+    gradients = kfac_tn.compute_per_example_gradients(model, loss_fn, x, y)
+    for example in range(len(x)):
+        model.zero_grad()
+        (loss_fn(model(x[example : example + 1]), y[example : example + 1]) / len(x)).backward()
+        for name, parameter in model.named_parameters():
+            assert relative_error(gradients[name][example], parameter.grad) < TOLERANCE
 
 
 def test_trains_an_autoencoder():
