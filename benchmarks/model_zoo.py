@@ -248,6 +248,21 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x))).mT
 
 
+class RecurrentNetwork(nn.Module):
+    """A language model of a single LSTM."""
+
+    def __init__(self, vocabulary: int = 128, width: int = 64, hidden: int = 128):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`[N, T]` to `[N, vocabulary, T]`, as CrossEntropyLoss takes it."""
+        hidden, _ = self.lstm(self.tokens(tokens))
+        return self.head(hidden).mT
+
+
 def mlp() -> nn.Module:
     """Five linear layers, on flattened images."""
     widths = (3 * 32 * 32, 512, 512, 512, 512)

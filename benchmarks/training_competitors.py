@@ -44,10 +44,11 @@ def adamw(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
 
 
 def muon(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
-    chosen = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | nn.RNNBase)]
+    chosen = [p for m in linear for p in m.parameters(recurse=False) if p.ndim == 2]
     others = _without(model, chosen)
     if sum(p.numel() for p in chosen) < sum(p.numel() for p in others):
-        raise NotImplementedError("most parameters aren't 2-d weights of linear layers")
+        raise NotImplementedError("most parameters aren't 2-d weights of linear layers or LSTMs")
     if not hasattr(torch.optim, "Muon"):
         raise NotImplementedError(f"torch {torch.__version__} has no Muon: install 2.9 or newer")
     made = torch.optim.Muon(chosen, lr=lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
@@ -95,8 +96,8 @@ COMPETITORS = {
     "Muon": Competitor(
         muon,
         (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
-        "torch's, scaled to match AdamW's steps, for the weights of linear layers; AdamW with the "
-        "same learning rate for all else; left out where that is more",
+        "torch's, scaled to match AdamW's steps, for the weights of linear and recurrent layers; "
+        "AdamW with the same learning rate for all else; left out where that is more",
     ),
     "LBFGS": Competitor(
         lbfgs,

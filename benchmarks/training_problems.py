@@ -16,7 +16,7 @@ import measuring  # noqa: F401  (makes the examples importable)
 import torch
 import torch.nn.functional as F
 from defaults import normalized_classifier, regression
-from model_zoo import GPT
+from model_zoo import GPT, RecurrentNetwork
 from problems import Images, Problem, autoencoder, classifier, load_images
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
@@ -101,8 +101,13 @@ def tabular() -> Problem:
     )
 
 
-def language_model() -> Problem:
-    """A small causal transformer on characters of the standard library's source text."""
+def language_model(name: str, build: Callable[[int], nn.Module]) -> Problem:
+    """A small model of the characters of the standard library's source text.
+
+    Args:
+        name: Of the model.
+        build: The model, from the size of its vocabulary.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = "".join((folder / f"{name}.py").read_text("utf-8") for name in MODULES)
     # Printable ASCII in order, the line's end as 95, all else as 96.
@@ -114,8 +119,8 @@ def language_model() -> Problem:
     order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
     test, train = order[:256], order[256:]
     return Problem(
-        title=f"Character language model on {len(text):,} characters, cross-entropy",
-        build=lambda: GPT(vocabulary=97, context=CONTEXT, width=64, depth=2),
+        title=f"{name} on {len(text):,} characters, cross-entropy",
+        build=lambda: build(97),
         loss=nn.CrossEntropyLoss,
         train=(x[train], y[train]),
         test=(x[test], y[test]),
@@ -141,12 +146,25 @@ TASKS: dict[str, Callable[[], Task]] = {
         normalized_classifier(_digits()), "CNN", 256, share=1.25, seconds=13.0
     ),
     "language-model": lambda: Task(
-        language_model(),
+        language_model(
+            "Character language model",
+            lambda size: GPT(vocabulary=size, context=CONTEXT, width=64, depth=2),
+        ),
         "language model",
         32,
         128,
         share=2.5,
         seconds=60.0,
+        evaluated=128,
+        loss_average="batch+sequence",
+    ),
+    "lstm": lambda: Task(
+        language_model("LSTM language model", RecurrentNetwork),
+        "language model",
+        32,
+        128,
+        share=1.5,
+        seconds=30.0,
         evaluated=128,
         loss_average="batch+sequence",
     ),

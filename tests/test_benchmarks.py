@@ -198,7 +198,7 @@ def test_cosine_schedule(training):
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Muon", "LBFGS", "singd"])
-@pytest.mark.parametrize("task", ["tabular", "cnn-groupnorm", "language-model"])
+@pytest.mark.parametrize("task", ["tabular", "cnn-groupnorm", "language-model", "lstm"])
 def test_competitors_train_everything(training, task, name):
     """Each parameter belongs to exactly one of a competitor's optimizers, and moves."""
     if name == "singd":
