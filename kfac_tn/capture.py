@@ -159,6 +159,7 @@ class Capture(HiddenWatch):
 
     def discard(self) -> None:
         """Forget what was seen since the last ``take``."""
+        self._leave_all()
         self._reset()
 
     def _reset(self) -> None:

@@ -89,6 +89,14 @@ class HiddenWatch:
         if self._entered and self._entered[-1][0] is module:
             self._leave()
 
+    def _leave_all(self) -> None:
+        """Leave what is still at work: a KeyboardInterrupt there calls no hooks."""
+        while self._entered:
+            if torch.overrides._get_current_function_mode() is self._entered[-1][1]:
+                self._leave()
+            else:  # whoever entered more leaves by themselves
+                self._entered.pop()
+
     @torch._disable_dynamo
     def _enter(self, module: Module) -> None:
         mode = HiddenApart(HiddenLayers(self._hidden, self._after_hidden))

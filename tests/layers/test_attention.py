@@ -337,6 +337,26 @@ def test_attention_is_as_it_was_after_errors_copies_and_closing():
     assert not model.attention._forward_hooks
 
 
+@pytest.mark.parametrize("how", ["zero_grad", "close"])
+def test_an_interrupt_within_attention_leaves_nothing_behind(how, monkeypatch):
+    """In a notebook, training goes on in the same process; no hook sees a KeyboardInterrupt."""
+    model, _, x, y = twins()
+    optimizer = train(model, x, y, steps=1, factor_interval=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(nn.functional, "softmax", interrupted)
+        patched.setattr(nn.functional, "scaled_dot_product_attention", interrupted)
+        model(x)
+    getattr(optimizer, how)()
+    assert torch.overrides._get_current_function_mode() is None
+    expected = model(x)
+    assert torch.overrides._get_current_function_mode() is None
+    torch.testing.assert_close(expected, model(x))
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def test_compiled_attention_trains_as_it_does_plain():
     model, _, x, y = twins()
     expected = copy.deepcopy(model)
