@@ -123,9 +123,11 @@ def precondition(
             "is trained without curvature. If another loss trains it, call observe(outputs, "
             "targets) for that, or leave this layer to Adam by curvature='none' for it. "
             "Otherwise: did it take part in no step with statistics yet (see factor_interval), was "
-            "its weight used without calling the module (if only once) or replaced in the call "
-            "(torch.func.functional_call), was the batch empty or left out, or the model compiled "
-            "in an earlier call (torch._dynamo.reset() makes it see KFAC)?"
+            "its weight used without calling the module (if only once, or by a derivative of the "
+            "model in the loss: create_graph=True) or replaced in the call "
+            "(torch.func.functional_call), were gradients reset after observe(), was the batch "
+            "empty or left out, or the model compiled in an earlier call (torch._dynamo.reset() "
+            "makes it see KFAC)?"
         )
     for block, result in results.items():
         layout, parameters = layouts[block]

@@ -184,8 +184,8 @@ class CurvatureEstimator(Division):
         if not self.capture.seen_loss:
             raise RuntimeError(
                 "The loss was never called, so there is no curvature: call the very loss module "
-                "that was given (not a copy, nor its functional form), or call "
-                "observe(outputs, targets) between the model and backward()."
+                "that was given (not a copy, nor its functional form, nor within a transform of "
+                "torch.func), or call observe(outputs, targets) between the model and backward()."
             )
         statistics = self._average() if self.capture.armed else Statistics({}, {}, {})
         due, relative = is_due(self.steps, self.intervals[1]), self.options.relative_damping

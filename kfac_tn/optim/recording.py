@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,14 +10,28 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.curvature.batches import copied, tensors_of
 from kfac_tn.curvature.checks import ModelState
-from kfac_tn.graph import Rounds, concerns, depends
+from kfac_tn.graph import Rounds, concerns, depends, output_edge, remember
 from kfac_tn.hooks import WeakHook, recorded, remove
 from kfac_tn.optim.randomness import RandomState
+
+AS_THEY_ARE = re.compile(
+    "(ToCopy|Clone|View|UnsafeView|Reshape.*|Squeeze|Unsqueeze|Select|Slice|Alias)Backward[0-9]*"
+)
+"""Nodes of copies, and of views that have the elements in their order if they have all of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Lives as long as the node of autograd's graph that made outputs, with which it is left."""
+
+    numel: int
+    device: torch.device
 
 
 @dataclass
@@ -29,10 +44,12 @@ class Batch:
     random_state: RandomState
     model_state: ModelState
     parameters: list[Parameter]  # that the call was made with
-    output: Tensor | None = None  # until a loss is seen
-    known: weakref.ref[Tensor] | None = None  # then, for further losses
+    graph: weakref.ref[Graph] | None = None  # of the output; None before there is one
+    known: weakref.ref[Tensor] | None = None  # the output
+    output: Tensor | None = None  # the same without its graph, until a loss is seen
     version: int | None = None  # of the output
     shape: torch.Size | None = None  # in which the loss got it
+    dtype: torch.dtype | None = None
     loss_args: tuple = ()
     loss_kwargs: Mapping[str, Any] | None = None
     loss: Tensor | None = None
@@ -47,8 +64,27 @@ class Batch:
 
     def holds(self, outputs: Tensor) -> bool:
         """Whether a tensor is what the model returned, as it was then, or a view of all of it."""
-        base = self.known() if self.known is not None else self.output
+        whole = self.known() if self.known is not None else None
+        base = self.output if whole is None else whole
         return base is not None and _is_view(outputs, base) and _version(base) == self.version
+
+    def is_copied(self, outputs: Tensor, key: object) -> bool:
+        """Whether a tensor is a copy of what the model returned, in any precision and shape."""
+        graph = None if self.graph is None else self.graph()
+        node, number, is_other = outputs.grad_fn, outputs.output_nr, False
+        while node is not None and graph is not None:
+            if any(of == number and left is graph for of, left, *_ in _left(node, key)):
+                there = outputs.numel() == graph.numel and outputs.device == graph.device
+                return is_other and there
+            if not AS_THEY_ARE.fullmatch(node.name()):
+                return False
+            is_other = is_other or node.name().startswith(("ToCopy", "Clone"))
+            node, number = node.next_functions[0]
+        return False
+
+    def may_have_loss(self) -> bool:
+        """Whether there is one, or what the model returned can still be differentiated."""
+        return self.weight is not None or (self.graph is not None and self.graph() is not None)
 
 
 class Recorder:
@@ -58,7 +94,7 @@ class Recorder:
 
     Args:
         model: The model.
-        loss_fn: The loss module, called on what the model returns, or on a view of another shape.
+        loss_fn: The loss module, called on all that the model returns, in any shape and precision.
         required: Whether a step without a batch is an error.
     """
 
@@ -67,6 +103,8 @@ class Recorder:
         self.required = required
         self._model, self._loss_fn = model, loss_fn
         self._batches: list[Batch] = []
+        self._begun: list[Batch] = []  # calls that go on, the innermost last
+        self._key = object()  # marks what is left in graphs
         self._rounds = Rounds()
         self._handles: list[RemovableHandle] = [
             # before the user's own, which act again when the model is called again
@@ -87,6 +125,7 @@ class Recorder:
 
     def discard(self) -> None:
         """Forget what was seen since the last step, even if a loss of it is kept."""
+        self._begun = []
         self._keep_only([])
 
     def discard_gradients(self) -> None:
@@ -138,13 +177,27 @@ class Recorder:
         chained = any(depends(x, own) for x in tensors_of((args, kwargs)) if x.grad_fn is not None)
         args, kwargs = copied((args, kwargs))
         states = RandomState(device), ModelState(self._model)
-        self._batches.append(Batch(args, kwargs, autocast, *states, parameters, chained=chained))
+        self._begun.append(Batch(args, kwargs, autocast, *states, parameters, chained=chained))
 
     def _after(self, module: Module, args: tuple, output: Any) -> None:
         if module is not self._model or not self.armed or not recorded(self):
             return
-        if self._batches and isinstance(output, Tensor):
-            self._batches[-1].output, self._batches[-1].version = output, _version(output)
+        if self._begun:
+            self._end(output)
+
+    @torch._disable_dynamo
+    def _end(self, output: Any) -> None:
+        batch = self._begun.pop()
+        edge = output_edge(output) if isinstance(output, Tensor) else None
+        if edge is None:
+            return
+        # Calls that nobody differentiates, as for validation, aren't to pile up until the step.
+        self._keep_only([other for other in self._batches if other.may_have_loss()])
+        graph = Graph(output.numel(), output.device)
+        remember(edge, self._key, graph)
+        batch.graph, batch.known = weakref.ref(graph), weakref.ref(output)
+        batch.output, batch.version = output.detach(), _version(output)
+        self._batches.append(batch)
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
         if not self.armed or not recorded(self) or not isinstance(loss, Tensor):
@@ -153,15 +206,16 @@ class Recorder:
             return
         values = dict(kwargs)
         outputs = args[0] if args else values.pop("input")
-        batch = next((batch for batch in self._batches if batch.holds(outputs)), None)
+        held = (b for b in self._batches if b.holds(outputs) or b.is_copied(outputs, self._key))
+        batch = next(held, None)
         if batch is None:
             return
         if batch.output is None:  # it has a loss already
             batch = replace(batch, weight=None)
             self._batches.append(batch)
         else:
-            batch.known, batch.output = weakref.ref(batch.output), None
-        batch.shape = outputs.shape
+            batch.output = None
+        batch.shape, batch.dtype = outputs.shape, outputs.dtype
         batch.loss_args, batch.loss_kwargs = copied((args[1:], values))
         batch.loss = loss.detach()
         weigh = WeakHook(self, "_weigh")
@@ -177,6 +231,11 @@ class Recorder:
         accurate = torch.promote_types(gradient.dtype, torch.float32)
         seen = gradient.detach().to(accurate).sum()
         batch.weight = seen if batch.weight is None else batch.weight + seen
+
+
+def _left(node: Node, key: object) -> list[tuple[Any, ...]]:
+    """What ``remember`` left with a node: tuples of an output's number, the record, and more."""
+    return cast(dict[Any, Any], node.metadata).get(key, [])
 
 
 def _is_view(tensor: Tensor, base: Tensor) -> bool:
@@ -201,9 +260,10 @@ def without_batch(consequence: str) -> str:
     """What the user is told where a rule wants the batch of a step and there is none."""
     return (
         "The batch of a step can't be recorded: the loss module wasn't called on the model's "
-        "output itself (or a view of it with another shape) as the model returned it (it may have "
-        "been changed in place), that is not the only one (several outputs), its reduction is "
-        "'none', the model was called with other parameters than its own, or on what it had "
-        f"returned before, so {consequence}. Call loss_fn(model(x), y) (of one model that does "
-        "all of that), or choose rules that need no batch: step_rule='graft' and a fixed damping."
+        "output itself (or all of it in another shape or precision) as the model returned it (it "
+        "may have been changed in place), that is not the only one (several outputs), its "
+        "reduction is 'none', the model was called with other parameters than its own, or on what "
+        f"it had returned before, so {consequence}. Call loss_fn(model(x), y) (of one model that "
+        "does all of that), or choose rules that need no batch: step_rule='graft' and a fixed "
+        "damping."
     )

@@ -37,7 +37,7 @@ class Replay(Recorder):
 
     Args:
         model: The model.
-        loss_fn: The loss module, called on what the model returns, or on a view of another shape.
+        loss_fn: The loss module, called on all that the model returns, in any shape and precision.
         required: Whether a step without a batch is an error.
         processes: Over which the objective is a mean.
 
@@ -186,7 +186,7 @@ class Replay(Recorder):
         apart = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
         try:
             with torch.set_grad_enabled(self.inner_graph), apart:
-                return model(*args, **kwargs).reshape(batch.shape).detach()
+                return model(*args, **kwargs).detach().reshape(batch.shape).to(batch.dtype)
         except RuntimeError:
             if self.inner_graph:
                 raise
@@ -252,7 +252,7 @@ class Replay(Recorder):
         def call(given: tuple[tuple, dict], parameters: dict[str, Tensor]) -> Tensor:
             everything = {**{n: b.clone() for n, b in buffers.items()}, **parameters}
             outputs = torch.func.functional_call(model, everything, *given)
-            return outputs.reshape(batch.shape)
+            return outputs.reshape(batch.shape).to(batch.dtype)
 
         def on_copies() -> Callable[[dict[str, Tensor]], Tensor]:
             batch.restore()

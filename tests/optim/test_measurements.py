@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -209,6 +210,48 @@ def test_outputs_that_the_model_itself_would_not_return_are_no_batch(call):
     with pytest.raises(RuntimeError, match="can't be recorded"):
         optimizer.step()
     assert torch.equal(flat(model), before)
+
+
+COPIES = {
+    "cast": lambda y: y.double(),
+    "in another shape": lambda y: y.double().reshape(-1),
+    "of another shape": lambda y: y[None][0].reshape(-1).double(),
+    "copy": lambda y: y.clone(),
+    "of another layout": lambda y: y.reshape(-1),
+}
+
+
+class Changed(nn.Module):
+    """What is done with a model's outputs, in the model."""
+
+    def __init__(self, rest, change):
+        super().__init__()
+        self.rest, self.change = rest, change
+
+    def forward(self, x):
+        return self.change(self.rest(x))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("how", COPIES)
+def test_outputs_may_be_copied_for_the_loss(rule, how):
+    """As in ``loss_fn(logits.float().reshape(-1, C), y)``, behind autocast."""
+    copy, twins = COPIES[how], []
+    for within in (True, False):
+        model, loss_fn = network(last=2).float(), nn.MSELoss()
+        model = Changed(model, lambda y: y.T.contiguous().T)  # columns are what is contiguous
+        model, after = (Changed(model, copy), lambda y: y) if within else (model, copy)
+        optimizer = kfac_tn.KFAC(model, loss_fn, lr=0.1, **EAGER, **RULES[rule]())
+        for step in range(6):
+            x, y = data(step)
+            optimizer.zero_grad()
+            outputs = after(model(x.float()))
+            loss_fn(outputs, y.expand(-1, 2).reshape(outputs.shape).to(outputs)).backward()
+            optimizer.step()
+        twins.append((optimizer, flat(model)))
+    (one, values), (other, expected) = twins
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-7)
+    same(one, other, rtol=1e-5, atol=0)
 
 
 # The user's objective ----------------------------------------------------------------------------
@@ -504,3 +547,74 @@ def test_calls_of_one_loss_share_positions_as_before():
     rows = torch.cat([(part + part.flip(0) + 1) / 2 for part, _ in parts])
     rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
     torch.testing.assert_close(optimizer.factors()["shared"].input[0], rows.T @ rows / len(rows))
+
+
+# Calls without a loss of their own ---------------------------------------------------------------
+
+
+class Tree(nn.Module):
+    """A recursive network (Socher et al. 2011): calls itself, by name or as the module that it is.
+
+    Its batches are pairs of these, or inputs.
+    """
+
+    def __init__(self, as_module):
+        super().__init__()
+        torch.manual_seed(0)
+        self.as_module = as_module
+        self.leaf, self.join, self.last = nn.Linear(4, 6), nn.Linear(12, 6), nn.Linear(6, 1)
+        self.double()
+
+    def forward(self, tree, top=True):
+        if isinstance(tree, torch.Tensor):
+            return self.leaf(tree).tanh()
+        call = self if self.as_module else self.forward
+        h = self.join(torch.cat([call(part, top=False) for part in tree], 1)).tanh()
+        return self.last(h) if top else h
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_models_may_call_themselves(rule):
+    twins = []
+    for as_module in (True, False):
+        model, loss_fn = Tree(as_module), nn.MSELoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, lr=0.1, **EAGER, **RULES[rule]())
+        for step in range(6):
+            (one, y), (other, _) = data(step), data(step + 10)
+            optimizer.zero_grad()
+            loss_fn(model(((one, other), one)), y).backward()
+            optimizer.step()
+        twins.append((optimizer, flat(model)))
+    (one, values), (other, expected) = twins
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
+    same(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "quadratic"])
+@pytest.mark.parametrize("looked_at", ["outputs", "losses"])
+def test_calls_that_nobody_differentiates_are_not_kept(rule, looked_at):
+    """As of whoever validates, or acts in an environment, without ``torch.no_grad()``."""
+    model, loss_fn = network(), nn.MSELoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, **EAGER, **RULES[rule]())
+    nodes, inputs = [], []
+    for step in range(5):
+        x, y = data(step)
+        output = model(x)
+        nodes.append(weakref.ref(output.grad_fn.metadata.setdefault("mine", nn.Identity())))
+        inputs.append(optimizer._replay._batches[-1].args[0])
+        if looked_at == "losses":
+            loss_fn(output, y)
+        del output
+    assert all(node() is None for node in nodes)
+    kept = [batch.args[0] for batch in optimizer._replay._batches]
+    assert len(kept) == 1  # until the model is called again
+    assert kept[0] is inputs[-1]
+    x, y = data()
+    loss_fn(model(x), y).backward()
+    optimizer.step()
+    twin = network()
+    other = kfac_tn.KFAC(twin, loss_fn, **EAGER, **RULES[rule]())
+    loss_fn(twin(x), y).backward()
+    other.step()
+    assert torch.equal(flat(model), flat(twin))
+    same(optimizer, other, rtol=0, atol=0)
