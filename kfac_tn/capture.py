@@ -11,7 +11,7 @@ and a forward pass that nobody differentiates leaves nothing behind.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
-from kfac_tn.columns import Samples, empirical_column, mc_columns, random_signs, samples_of
+from kfac_tn.columns import (
+    Samples,
+    as_batch,
+    empirical_column,
+    mc_columns,
+    random_signs,
+    root_columns,
+    samples_of,
+)
 from kfac_tn.examples_first import (
     check_examples_first,
     check_rows_apart,
@@ -76,7 +84,9 @@ class Capture(HiddenWatch):
         blocks: The layers to watch.
         loss_fn: The loss module, called by the user, or a likelihood.
         fisher: ``"mc"``: targets drawn from the model, one backward pass for each sample.
-            ``"type-2"``: the exact root of the loss Hessian, one pass for each column.
+            ``"type-2"``: the exact root of the loss Hessian, one pass for each column, with random
+            signs of the examples: where the model mixes these, as batch normalization in training
+            mode or a graph's edges do, products of two examples' gradients cancel on average.
             ``"empirical"``: the gradients of the user's own pass. ``"forward-only"``: input
             factors alone; output-gradient factors are the identity (Benzing 2022, FOOF).
         mc_samples: Samples for ``"mc"``; ``"auto"``: see ``samples_of``.
@@ -217,7 +227,7 @@ class Capture(HiddenWatch):
                 self._passes.begin(task, scale, found)
                 return
             make = self._empirical if self.fisher == "empirical" else self._columns
-            self._differentiate(outputs, found, make(outputs, targets), scale, task)
+            self._differentiate(outputs, found, make(outputs, targets, found), scale, task)
 
     def take(self) -> Statistics:
         """Return the factors of all passes since the last call, and forget them."""
@@ -310,7 +320,7 @@ class Capture(HiddenWatch):
             elif self.fisher == "empirical":
                 self._listen(outputs, found, targets, scale, task)
             else:
-                columns = self._columns(outputs, targets, weight)
+                columns = self._columns(outputs, targets, found, weight)
                 self._differentiate(outputs, found, columns, scale, task)
 
     # Passes ------------------------------------------------------------------------------------
@@ -331,22 +341,29 @@ class Capture(HiddenWatch):
         return found
 
     def _columns(
-        self, outputs: Tensor, targets: Tensor, weight: Tensor | None = None
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        found: Sequence[Found[Call]],
+        weight: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """What to back-propagate, in turn: columns of a root of the loss Hessian."""
-        generator = self.generator(outputs.device)
+        outputs, generator = outputs.detach(), self.generator(outputs.device)
         if self.fisher == "mc":
             samples = samples_of(self.mc_samples, self.sizes)
-            return mc_columns(
-                self.likelihood, outputs.detach(), targets, samples, generator, weight
-            )
-        columns = self.likelihood.columns(outputs.detach(), targets, weight)
-        return (random_signs(c, generator) for c in columns) if self._signs else iter(columns)
+            return mc_columns(self.likelihood, outputs, targets, samples, generator, weight)
+        if generator is None:  # signs are chosen by us: no random state of the user's is moved
+            generator = torch.Generator(outputs.device).manual_seed(self._columns_seen)
+        single = _of_one_example(found)
+        return root_columns(self.likelihood, outputs, targets, single, generator, weight)
 
-    def _empirical(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    def _empirical(
+        self, outputs: Tensor, targets: Tensor, found: Sequence[Found[Call]]
+    ) -> Iterator[Tensor]:
         """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
+        given = outputs.detach(), targets, _of_one_example(found)
         with alone(None):
-            column = empirical_column(self._loss_fn, self.likelihood, outputs.detach(), targets)
+            column = empirical_column(self._loss_fn, self.likelihood, *given)
         generator = self.generator(outputs.device)
         yield random_signs(column, generator) if self._signs else column
 
@@ -410,7 +427,8 @@ class Capture(HiddenWatch):
                 "backward() for each, or use fisher='mc'."
             )
         one_pass = self._passes.begin(task, scale)
-        one_pass.terms = empirical_factor(self.likelihood, outputs.detach(), targets)
+        batch = as_batch(outputs.detach(), targets, _of_one_example(found))
+        one_pass.terms = empirical_factor(self.likelihood, *batch)
         heeded = [one for one in found if not one.record.ignored]
         refuse_shared(find_shared(heeded, outputs, self._shared), outputs)
         one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))
@@ -429,3 +447,8 @@ class Capture(HiddenWatch):
                 one_pass.grad_outputs.append((call, call.grad_output_statistic(gradient)))
                 one_pass.calls[call] = 0
             cast(MomentCollector, one_pass.moments).add(call, gradient)
+
+
+def _of_one_example(found: Sequence[Found[Call]]) -> bool:
+    """Whether what a loss depends on is of a single example, as far as layers tell."""
+    return bool(found) and all(one.record.examples == 1 for one in found)

@@ -76,18 +76,56 @@ def mc_columns(
         yield likelihood.sample(outputs, targets, generator, weight) / math.sqrt(samples)
 
 
+def root_columns(
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+    single: bool,
+    generator: torch.Generator | None = None,
+    weight: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Columns of a root of the loss Hessian, those of all examples together, with random signs.
+
+    Where the model mixes examples, products of the gradients of two of them have no place in the
+    sum of g g^T: they cancel on average. Elsewhere there are none, and nothing depends on signs.
+
+    Args:
+        likelihood: Of the loss.
+        outputs: Of the model.
+        targets: As the loss takes them.
+        single: Whether all is one example: what outputs have on their only axis are its numbers
+            then, also if the loss takes them for examples.
+        generator: Of the signs.
+        weight: As in ``Likelihood.columns``.
+    """
+    if single and outputs.dim() == 1:
+        weight = None if weight is None else weight.unsqueeze(0)
+        columns = likelihood.columns(*as_batch(outputs, targets), weight)
+        return (column.squeeze(0) for column in columns)
+    columns = likelihood.columns(outputs, targets, weight)
+    return (random_signs(column, generator) for column in columns)
+
+
+def as_batch(outputs: Tensor, targets: Tensor, single: bool = True) -> tuple[Tensor, Tensor]:
+    """A single example whose numbers are on one axis, as a batch of it; others as they are."""
+    if single and outputs.dim() == 1:
+        return outputs.unsqueeze(0), targets.unsqueeze(0)
+    return outputs, targets
+
+
 def empirical_column(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     likelihood: Likelihood,
     outputs: Tensor,
     targets: Tensor,
+    single: bool,
 ) -> Tensor:
     """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
     with torch.enable_grad():
         predictions = outputs.detach().requires_grad_()
         loss = loss_fn(predictions, targets)
     (gradient,) = torch.autograd.grad(loss, predictions)
-    terms = empirical_factor(likelihood, predictions.detach(), targets)
+    terms = empirical_factor(likelihood, *as_batch(outputs, targets, single))
     return gradient * torch.as_tensor(terms, dtype=gradient.dtype, device=gradient.device).sqrt()
 
 

@@ -542,17 +542,81 @@ def test_mc_samples_are_independent_and_reproducible():
 # Batches -----------------------------------------------------------------------------------------
 
 
+UNBATCHED = {
+    "cross-entropy": (nn.CrossEntropyLoss(), torch.tensor(1)),
+    "soft targets": (nn.CrossEntropyLoss(), torch.tensor([0.1, 0.2, 0.3, 0.4]).double()),
+    "squared error": (nn.MSELoss(), torch.arange(4).double()),
+    "sum of squares": (nn.MSELoss(reduction="sum"), torch.arange(4).double()),
+    "binary": (nn.BCEWithLogitsLoss(), torch.tensor([0.0, 1.0, 1.0, 0.0]).double()),
+}
+
+
+@pytest.mark.parametrize("loss", UNBATCHED)
 @pytest.mark.parametrize("fisher", DETERMINISTIC)
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
-def test_unbatched_equals_a_batch_of_one(fisher, approximation):
+def test_unbatched_equals_a_batch_of_one(fisher, approximation, loss):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(0), nn.Linear(9, 4)).double()
     batched = nn.Sequential(model[0], nn.Flatten(1), model[2])
-    x, y = torch.rand(2, 4).double(), torch.tensor(1)
-    loss_fn = nn.CrossEntropyLoss()
+    x, (loss_fn, y) = torch.rand(2, 4).double(), UNBATCHED[loss]
     expected = plain_factors(batched, loss_fn, x[None], y[None], fisher, approximation)
     actual = plain_factors(model, loss_fn, x, y, fisher, approximation)
     assert_same(actual, expected)
+
+
+def test_an_unbatched_example_behind_an_embedding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    i, y, loss_fn = torch.tensor(2), torch.tensor(1), nn.CrossEntropyLoss()
+    (_, b) = plain_factors(model, loss_fn, i, y)["2"]
+    p = model(i).softmax(0)
+    torch.testing.assert_close(b[0], (p.diag() - p.outer(p)).detach(), **CLOSE)
+
+
+class Graph(nn.Module):
+    """A graph network: each node's output depends on its neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("edges", (torch.rand(6, 6) < 0.4).double())
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.edges @ self.last((self.edges @ self.first(x)).tanh())
+
+
+MIXING = {
+    "graph": Graph,
+    "batch normalization": lambda: nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_type_2_is_unbiased_where_examples_mix(kind):
+    """Columns are those of all examples at once; products of two of these have to cancel."""
+    torch.manual_seed(0)
+    model, loss_fn = MIXING[kind]().double(), nn.MSELoss()
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    capture = watch(model, loss_fn)
+    total: dict = {}
+    for _ in range(400):
+        loss_fn(model(x), y).backward()
+        for name, (_, b) in factors(capture).items():
+            total[name] = total.get(name, 0) + b[0] / 400
+    capture.close()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            outputs = []
+            handle = layer.register_forward_hook(lambda m, i, z, seen=outputs: seen.append(z))
+            prediction = model(x)
+            handle.remove()
+            expected = torch.zeros_like(total[name])
+            for number in prediction.flatten():
+                (g,) = torch.autograd.grad(number, outputs[0], retain_graph=True)
+                expected += 2 / y.numel() * g.T @ g
+            assert (total[name] - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("fisher", FISHERS)

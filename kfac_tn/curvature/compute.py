@@ -72,8 +72,9 @@ def compute_kfac(
             ``"reduce"`` (for positions that are averaged, and cheaper), a dict by layer name or a
             function of (name, module). Of an embedding, A is diagonal for ``"expand"``.
         fisher: ``"mc"``, ``"type-2"`` (exact, one backward pass for each output of an example,
-            which wants the examples on an axis of their own: ``[N, C, T]``, not ``[N T, C]``),
-            ``"empirical"`` or ``"forward-only"`` (B is the identity).
+            which wants the examples on an axis of their own: ``[N, C, T]``, not ``[N T, C]``; an
+            estimate without bias where the model mixes examples, as batch normalization in training
+            mode does, or the edges of a graph), ``"empirical"`` or ``"forward-only"`` (B is the identity).
         mc_samples: Samples of the targets for ``"mc"``; the error falls with their square root.
         bias: ``"separate"``: a block of its own; ``"joint"``: coupled to its weight.
         generator: Source of randomness (on the model's device); by default the global one.

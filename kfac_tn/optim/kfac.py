@@ -110,8 +110,8 @@ class KFAC(Checkpoints):
         other_curvature: Of parameters without Kronecker structure: None (default): they take Adam's
             updates; ``"diagonal"``: squares of the samples' gradients, averaged, estimate the
             Fisher's diagonal, and they take part in the step rule; for ``"mc"`` and ``"type-2"``.
-        fisher: ``"mc"``, ``"type-2"`` (exact; wants the examples on an axis of their own),
-            ``"empirical"`` (the gradients of your own pass, penalties on activations included) or
+        fisher: ``"mc"``, ``"type-2"`` (exact, wants the examples on an axis of their own; right on
+            average where the model mixes them, as batch normalization does), ``"empirical"`` (the gradients of your own pass, penalties on activations included) or
             ``"forward-only"`` (KFAC alone).
         mc_samples: Samples of the targets for ``"mc"`` (else a number is refused), each a backward
             pass. ``"auto"``: as many as give B of one batch full rank, at most 4: more than one for
