@@ -1,7 +1,7 @@
 """Hooks that show the linear layers within other modules, as if they were modules that are called.
 
-These modules compute them in functions of torch, out of sight. In steps in which statistics are
-due, they compute the same with the hidden layers apart.
+These modules compute them in functions of torch, out of sight. Where statistics are due, or each
+example's gradients, they compute the same with the hidden layers apart.
 """
 
 from __future__ import annotations

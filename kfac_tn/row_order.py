@@ -7,7 +7,7 @@ is larger by a factor of its own, whose rows they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -87,7 +87,11 @@ def _leaves_alone(node: Node, count: int) -> bool:
         fixed = sizes[0] % count > 0 if weight is None else _is_parameter(weight)
         return shape[-2] % count == 0 and fixed
     if name == "Index":
-        return cast(Any, node)._saved_indices[0] is None and shape[0] % count == 0
+        return shape[0] % count == 0 and all(
+            axis > 0 and _is_other(axis, whole, count)
+            for whole in _shapes_below(node)
+            for axis in _indexed(cast(Any, node)._saved_indices)
+        )
     if name == "AsStrided":  # adaptive pooling to one position ends in one
         return shape[-1] == 1 and all(shape == whole for whole in _shapes_below(node))
     if APART.fullmatch(name):
@@ -100,9 +104,14 @@ def _leaves_alone(node: Node, count: int) -> bool:
 
 
 def _is_other(axis: int, shape: torch.Size, count: int) -> bool:
-    """Whether an axis isn't that of the examples, which is the first one as a rule."""
+    """Whether an axis isn't that of the examples, which is the first one as a rule.
+
+    The second one in sequence-first layers, where sequences may be several times as long.
+    """
     size = shape[axis] if axis < len(shape) else 1
-    return size % count > 0 or (axis > 0 and size != count and shape[0] % count == 0)
+    if size % count > 0:
+        return True
+    return size != count and axis > 0 and (shape[0] == count or (axis > 1 and not shape[0] % count))
 
 
 def _shapes_below(node: Node) -> Iterator[torch.Size]:
@@ -111,6 +120,16 @@ def _shapes_below(node: Node) -> Iterator[torch.Size]:
         if source is not None:
             variable = getattr(source, "variable", None)
             yield source._input_metadata[nr].shape if variable is None else variable.shape
+
+
+def _indexed(indices: Sequence[Tensor | None]) -> Iterator[int]:
+    """Which axes are indexed; a mask stands for as many as it has."""
+    axis = 0
+    for index in indices:
+        size = index.ndim if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            yield from range(axis, axis + size)
+        axis += size
 
 
 def _axes(node: Node, ndim: int) -> list[int]:

@@ -4,79 +4,27 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from typing import Any, cast
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module, Parameter
 
 from kfac_tn.curvature.batches import Forward, call_on_pair, outputs_and_targets, rows_of
 from kfac_tn.curvature.checks import check_graph, refuse_if_not_exact
-from kfac_tn.curvature.copies import Copies, CopiesFamily, WatchCopies
+from kfac_tn.curvature.contributions import Call, Contributions, per_example
+from kfac_tn.curvature.recorder import Recorder, own_parameters
 from kfac_tn.functional import common
-from kfac_tn.graph import bypassing, differentiate, find, output_edge, remember
+from kfac_tn.graph import bypassing, differentiate
 from kfac_tn.hooks import plain, unhooked
-from kfac_tn.layers import (
-    GradientFamily,
-    batch_hint,
-    check_parameters,
-    gradient_family,
-    owners_of,
-)
+from kfac_tn.layers import batch_hint, check_parameters
 
 FEW = 3
 """Examples that tell what a model does to many: one with others before and behind."""
 
 CHUNK = 2**18
 """Elements that are compared at once."""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of one module.
-
-    Attributes:
-        module: The module.
-        family: How the call gives each example's gradient.
-        x: Its input.
-        version: Of the input, which must not have changed when it is used.
-        shape: Of its output.
-    """
-
-    module: Module
-    family: GradientFamily
-    x: Tensor
-    version: int | None
-    shape: torch.Size
-
-    def per_example_gradient(self, attribute: str, g: Tensor, examples: slice) -> Tensor:
-        """What some examples each give the weight or the bias, ``[n, *shape]``."""
-        if attribute == "bias":
-            return self.family.per_example_bias_gradient(self.module, g[examples])
-        x = self.x[examples]
-        return self.family.per_example_weight_gradient(self.module, x, g[examples])
-
-    def lacks_batch(self) -> bool:
-        """Whether it is a call on a single example, which has no axis of its own."""
-        return bool(self.shape.numel()) and self.family.lacks_batch(self.module, self.x)
-
-    def check_unchanged(self) -> None:
-        """Refuse an input that was overwritten after the call.
-
-        Raises:
-            RuntimeError: If it was.
-        """
-        if self.version is not None and self.x._version != self.version:
-            raise RuntimeError(
-                f"The input of {self.module} was changed in place after the call: its gradients "
-                "can't be computed."
-            )
-
-
-Contributions = Sequence[tuple[Call, Tensor]]
 
 
 class Calls:
@@ -86,6 +34,7 @@ class Calls:
         model: The model.
         batch: A batch of data.
         forward: What to do with it. Default: to call the model with the inputs of a pair.
+        apart: See ``Recorder``: the same for all batches that are to be treated alike.
 
     Attributes:
         outputs: What the model returned, ``[N, ...]``.
@@ -102,26 +51,21 @@ class Calls:
         TypeError: If the model's output isn't a tensor with a batch axis.
     """
 
-    def __init__(self, model: Module, batch: Any, forward: Forward = call_on_pair) -> None:
+    def __init__(
+        self,
+        model: Module,
+        batch: Any,
+        forward: Forward = call_on_pair,
+        apart: dict[Module, bool] | None = None,
+    ) -> None:
         check_parameters(model)
         refuse_if_not_exact(model)
         self._model, self._batch, self._forward = model, batch, forward
         self.seen_in_few = False
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._attributes, own = _known(model)
-        self._copies = {parameter: Copies(parameter) for parameter in own}
-        self._key = object()
-        modules = {m for m in model.modules() if any(p in self._attributes for p in _own(m))}
-        handles = [
-            m.register_forward_hook(cast(Any, self._after_layer), prepend=True, with_kwargs=True)
-            for m in modules
-        ]
-        try:
-            with WatchCopies(own, self._at_copies) if own else nullcontext():
-                outputs, self.targets = outputs_and_targets(forward, model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._recorder = recorder = Recorder(model, {} if apart is None else apart)
+        with recorder.records():
+            outputs, self.targets = outputs_and_targets(forward, model, batch)
         if not isinstance(outputs, Tensor) or outputs.ndim == 0:
             raise TypeError(
                 "The model must return one tensor with examples first, but returned a "
@@ -130,27 +74,30 @@ class Calls:
             )
         check_graph(outputs)
         self.outputs = outputs
-        self._found = find(outputs, self._key)
+        self._found = recorder.find(outputs)
         self._counts = Counter(
-            p for one in self._found if one.record.shape.numel() for p in self._of(one.record)
+            p
+            for one in self._found
+            if one.record.shape.numel()
+            for p in recorder.parameters_of(one.record)
         )
-        known: dict[Tensor, Parameter] = {p: p for p in self._attributes}
-        elsewhere = bypassing(outputs, self._found, known, self._of)
+        known: dict[Tensor, Parameter] = {p: p for p in recorder.attributes}
+        elsewhere = bypassing(outputs, self._found, known, recorder.parameters_of)
         elsewhere |= {
             parameter  # of a call whose first axis can't be that of the examples
             for one in self._found
             if one.record.shape.numel()
             and not one.record.x.shape[:1] == one.record.shape[:1] == outputs.shape[:1]
-            for parameter in self._of(one.record)
+            for parameter in recorder.parameters_of(one.record)
         }
         unbatched = {c.module for one in self._found if (c := one.record).lacks_batch()}
-        elsewhere |= {p for module in unbatched for p in _own(module)}
+        elsewhere |= {p for module in unbatched for p in own_parameters(module)}
         self._unbatched = [name for name, m in model.named_modules() if m in unbatched]
-        elsewhere |= own - self._counts.keys()
+        elsewhere |= recorder.own - self._counts.keys()
         self.unknown = {
             name
             for name, p in self.parameters.items()
-            if p not in self._attributes or p in elsewhere
+            if p not in recorder.attributes or p in elsewhere
         }
 
     def __len__(self) -> int:
@@ -160,26 +107,6 @@ class Calls:
     def input_bytes(self) -> int:
         """What the inputs of all calls take; they are kept."""
         return sum(one.record.x.nbytes for one in self._found)
-
-    def _after_layer(self, module: Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        family, edge = gradient_family(module), output_edge(output)
-        if family is None or edge is None:
-            return
-        x = family.input_of(module, args, kwargs)
-        version = None if x.is_inference() else x._version
-        remember(edge, self._key, Call(module, family, x.detach(), version, output.shape), x)
-
-    def _at_copies(self, parameter: Parameter, copies: Tensor) -> None:
-        if copies.requires_grad:
-            module = self._copies[parameter]
-            call = Call(module, CopiesFamily(), copies.detach(), None, copies.shape)
-            remember(get_gradient_edge(copies), self._key, call)
-
-    def _of(self, call: Call) -> list[Parameter]:
-        """Parameters that a call gives gradients to."""
-        return [p for p in _own(call.module) if p in self._attributes]
 
     def backward(
         self,
@@ -199,13 +126,14 @@ class Calls:
         Returns:
             The gradients of ``parameters``.
         """
+        recorder = self._recorder
         names = {parameter: name for name, parameter in self.parameters.items()}
         waiting: dict[Parameter, list[tuple[Call, Tensor]]] = defaultdict(list)
 
         def hand_over(parameter: Parameter) -> None:
             name = names[parameter]
             if name not in self.unknown:
-                receive(name, self._attributes[parameter], waiting.pop(parameter))
+                receive(name, recorder.attributes[parameter], waiting.pop(parameter))
 
         def at_call(call: Call, gradient: Tensor) -> None:
             if not gradient.numel():  # of no examples
@@ -213,7 +141,7 @@ class Calls:
             call.check_unchanged()
             gradient = common.cast(gradient.detach().reshape(call.shape))
             with plain(gradient.device):
-                for parameter in self._of(call):
+                for parameter in recorder.parameters_of(call):
                     waiting[parameter].append((call, gradient))
                     if len(waiting[parameter]) == self._counts[parameter]:
                         hand_over(parameter)
@@ -221,7 +149,8 @@ class Calls:
         if not self.outputs.requires_grad or not (self._found or parameters):
             return (None,) * len(parameters)
         column = column.to(self.outputs.dtype)
-        gradients = differentiate(self.outputs, column, self._found, at_call, parameters)
+        with recorder.apart():
+            gradients = differentiate(self.outputs, column, self._found, at_call, parameters)
         with plain(column.device):
             for parameter in list(waiting):  # some of whose calls the column doesn't reach
                 hand_over(parameter)
@@ -279,7 +208,8 @@ class Calls:
             return None
         rows = torch.tensor([0, count // 2, count - 1])
         try:
-            few = Calls(self._model, rows_of(self._batch, rows, count), self._forward)
+            batch = rows_of(self._batch, rows, count)
+            few = Calls(self._model, batch, self._forward, self._recorder.decisions)
         except Exception:  # such batches can't be cut
             return None
         expected = self.outputs.detach()[rows]
@@ -341,69 +271,6 @@ class Calls:
             return [_dense(gradient) for gradient in found]
 
         return gradients
-
-
-def sum_of_squares(
-    attribute: str, contributions: Contributions, max_memory: int | None = None
-) -> Tensor:
-    """Sum over examples of a parameter's squared per-example gradients, shaped like it.
-
-    Raises:
-        ValueError: If that takes more than ``max_memory`` bytes.
-    """
-    if len(contributions) == 1:
-        ((call, g),) = contributions
-        if attribute == "weight":
-            return call.family.weight_diagonal(call.module, call.x, g, max_memory)
-    # Gradients of several calls add up before they are squared.
-    parameter = cast(Tensor, getattr(contributions[0][0].module, attribute))
-    copies = 2 if len(contributions) == 1 else 3  # of one example's, and their square
-    needed = copies * parameter.numel() * common.accumulation_dtype(parameter).itemsize
-    limit = common.UNFOLD_BYTES if max_memory is None else max_memory
-    if max_memory is not None and needed > max_memory:
-        raise ValueError(
-            f"max_memory={max_memory:,} bytes is too little: one example's gradients of the "
-            f"{attribute} of {contributions[0][0].module} take {needed:,}"
-        )
-    size = max(1, limit // needed)
-    total: Tensor | float = 0.0
-    for start in range(0, len(contributions[0][1]), size):
-        total = total + per_example(
-            attribute, contributions, slice(start, start + size)
-        ).square().sum(0)
-    return cast(Tensor, total)
-
-
-def per_example(
-    attribute: str, contributions: Contributions, examples: slice = slice(None)
-) -> Tensor:
-    """Each example's gradient of a parameter, ``[n, *shape]``, from all its calls."""
-    (call, g), *others = contributions
-    total = call.per_example_gradient(attribute, g, examples)
-    for call, g in others:
-        total = total + call.per_example_gradient(attribute, g, examples)
-    return total
-
-
-def _known(model: Module) -> tuple[dict[Parameter, str], set[Parameter]]:
-    """Trainable parameters that may be understood: whether weight or bias; and which no layer has.
-
-    The others are in modules of unknown kinds, or have different roles in several.
-    """
-    known, own = {}, set()
-    for parameter, owners in owners_of(model).items():
-        attributes = {attribute for _, _, attribute in owners}
-        understood = {gradient_family(module) is not None for _, module, _ in owners}
-        if parameter.requires_grad and understood == {False}:
-            known[parameter] = "bias"
-            own.add(parameter)
-        elif parameter.requires_grad and understood == {True} and len(attributes) == 1:
-            known[parameter] = attributes.pop()
-    return {p: attribute for p, attribute in known.items() if attribute in ("weight", "bias")}, own
-
-
-def _own(module: Module) -> list[Parameter]:
-    return [p for p in module._parameters.values() if p is not None]
 
 
 def _dense(gradient: Tensor) -> Tensor:

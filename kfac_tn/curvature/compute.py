@@ -74,7 +74,8 @@ def compute_kfac(
         fisher: ``"mc"``, ``"type-2"`` (exact, one backward pass for each output of an example,
             which wants the examples on an axis of their own: ``[N, C, T]``, not ``[N T, C]``; an
             estimate without bias where the model mixes examples, as batch normalization in training
-            mode does, or the edges of a graph), ``"empirical"`` or ``"forward-only"`` (B is the identity).
+            mode does, or the edges of a graph), ``"empirical"`` or ``"forward-only"`` (B is the
+            identity).
         mc_samples: Samples of the targets for ``"mc"``; the error falls with their square root.
         bias: ``"separate"``: a block of its own; ``"joint"``: coupled to its weight.
         generator: Source of randomness (on the model's device); by default the global one.

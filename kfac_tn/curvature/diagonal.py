@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn.curvature.batches import Forward, call_on_pair, with_progress
-from kfac_tn.curvature.calls import Call, Calls, Contributions, sum_of_squares
+from kfac_tn.curvature.calls import Calls
 from kfac_tn.curvature.checks import restored
 from kfac_tn.curvature.compute import check_finite
+from kfac_tn.curvature.contributions import Call, Contributions, sum_of_squares
 from kfac_tn.curvature.order import find_mixed
 from kfac_tn.functional import common
 from kfac_tn.functional.common import cast
@@ -40,13 +41,15 @@ def compute_ggn_diagonal(
     """Diagonal of the generalised Gauss-Newton matrix (= Fisher) of a model's loss over a data set.
 
     The sum over examples and back-propagated columns of the loss Hessian's root of each parameter's
-    squared gradient (Dangel et al. 2020, arXiv 1912.10985). Linear layers, (transposed)
-    convolutions, embeddings and normalizations give it from their inputs and output gradients, and
-    so do one's own parameters that are added to or multiplied with something of every example, or
-    expanded. For any other parameter (recurrent layers), and where the examples aren't on the first
-    axis, each example is differentiated alone, which is exact as well but slow: freeze what isn't
-    needed. Which way is right is verified on the first batch of several examples. The model is used
-    in the mode it is in; that must not mix examples.
+    squared gradient (Dangel et al. 2020, arXiv 1912.10985). Linear layers (within attention and
+    recurrent layers, too), (transposed) convolutions, embeddings and normalizations give it from
+    their inputs and output gradients, and so do one's own parameters that are added to or
+    multiplied with something of every example, or expanded. For any other parameter, and where the
+    examples aren't on the first axis or sequences are packed, each example is differentiated
+    alone, which is exact as well but slow: freeze what isn't needed. Weights of recurrent layers
+    are treated so, too, where that is faster: of few examples, if the first batch has few. Which
+    way is right is verified on the first batch of several examples. The model is used in the mode
+    it is in; that must not mix examples.
 
     Args:
         model: The model; called on each batch. Its outputs are one tensor, examples first.
@@ -111,6 +114,7 @@ def compute_ggn_diagonal(
     totals: dict[str, Tensor] = {}
     total_weight: Tensor | float = 0.0
     unknown: set[str] = set()
+    apart: dict[Module, bool] = {}
     batches, verified = 0, False
     for batch in with_progress(loader, "GGN diagonal", progress_bar):
         with (
@@ -120,7 +124,7 @@ def compute_ggn_diagonal(
             uncompiled(),
             alone(None),
         ):
-            calls = Calls(model, batch, forward)
+            calls = Calls(model, batch, forward, apart)
             if calls.outputs.numel() == 0:
                 continue
             blind = False  # to what moves rows by their number alone

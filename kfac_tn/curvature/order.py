@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_tn.curvature.calls import Call, Calls, Contributions
+from kfac_tn.curvature.calls import Calls
+from kfac_tn.curvature.contributions import Call, Contributions
 from kfac_tn.row_order import are_apart, are_own, enlarged, exponents, may_move_rows, norms
 
 

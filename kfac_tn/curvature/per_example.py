@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_tn.curvature.batches import Forward, call_on_pair
-from kfac_tn.curvature.calls import Calls, Contributions, per_example
+from kfac_tn.curvature.calls import Calls
 from kfac_tn.curvature.checks import restored
+from kfac_tn.curvature.contributions import Contributions, per_example
 from kfac_tn.curvature.order import Order
 from kfac_tn.functional.common import cast
 from kfac_tn.hooks import alone, uncompiled
@@ -28,12 +29,13 @@ def compute_per_example_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of a loss, split into what each example of a batch contributes.
 
-    One forward and one backward pass for all layers of known kinds (linear layers, (transposed)
-    convolutions, embeddings, normalizations) and for one's own parameters that are added to or
-    multiplied with something of every example, or expanded; a further one for each example, alone,
-    for parameters that are used otherwise. Another backward pass or two verify which way is right.
-    The model is used in the mode it is in; that must not mix examples. Neither ``.grad`` nor
-    buffers are changed.
+    One forward and one backward pass for all layers of known kinds (linear layers, within attention
+    and recurrent layers, too, (transposed) convolutions, embeddings, normalizations) and for one's
+    own parameters that are added to or multiplied with something of every example, or expanded; a
+    further one for each example, alone, for parameters that are used otherwise, for those of packed
+    sequences, and of recurrent layers where few examples make that faster. Another backward pass or
+    two verify which way is right. The model is used in the mode it is in; that must not mix
+    examples. Neither ``.grad`` nor buffers are changed.
 
     Args:
         model: The model; returns one tensor with the ``N`` examples first.

@@ -5,8 +5,15 @@ from kfac_tn.layers.block import CurvatureKind, LargeFactors, LayerBlock, OtherP
 from kfac_tn.layers.checks import batch_hint, check_model, check_parameters
 from kfac_tn.layers.conv import ConvFamily, ConvTransposeFamily
 from kfac_tn.layers.embedding import EmbeddingFamily
+from kfac_tn.layers.hidden import HiddenCall, HiddenLinear
 from kfac_tn.layers.linear import LinearFamily
-from kfac_tn.layers.partition import ApproximationChoice, CurvatureChoice, owners_of, partition
+from kfac_tn.layers.partition import (
+    ApproximationChoice,
+    CurvatureChoice,
+    owners_of,
+    partition,
+    with_hidden,
+)
 from kfac_tn.layers.registry import gradient_family, register_layer
 
 __all__ = [
@@ -18,6 +25,8 @@ __all__ = [
     "CurvatureKind",
     "EmbeddingFamily",
     "GradientFamily",
+    "HiddenCall",
+    "HiddenLinear",
     "LargeFactors",
     "LayerBlock",
     "LayerFamily",
@@ -30,4 +39,5 @@ __all__ = [
     "owners_of",
     "partition",
     "register_layer",
+    "with_hidden",
 ]

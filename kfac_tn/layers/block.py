@@ -16,6 +16,10 @@ from kfac_tn.layers.registry import FAMILIES
 CurvatureKind: TypeAlias = Literal["kfac", "ekfac", "diagonal", "none"]
 LargeFactors: TypeAlias = Literal["auto", "blocks", "diagonal"]
 
+MOST_ROWS = 2048
+"""Rows of a block of a factor that is cut. Six of them are inverted in 1 s where two of 6144 take
+7 s (two threads of an AMD EPYC of Zen 3); a step of such a layer may take a hundredth of that."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerBlock:
@@ -37,7 +41,7 @@ class LayerBlock:
         max_dim: Dimension above which a factor is cut into pieces, of which only the blocks on the
             diagonal are kept; None: never.
         large_factors: ``"diagonal"``: pieces of one row; ``"blocks"``: as few as have at most
-            ``max_dim`` rows; ``"auto"``: blocks of input factors, diagonals of the others.
+            ``max_dim`` rows, and ``MOST_ROWS``; ``"auto"``: blocks of input factors, diagonals of the others.
     """
 
     name: str
@@ -84,7 +88,7 @@ class LayerBlock:
         if self.max_dim is None or size <= self.max_dim:
             return 1
         kind = auto if self.large_factors == "auto" else self.large_factors
-        return size if kind == "diagonal" else -(-size // self.max_dim)
+        return size if kind == "diagonal" else -(-size // min(self.max_dim, MOST_ROWS))
 
     @property
     def has_factors(self) -> bool:

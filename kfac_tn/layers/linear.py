@@ -54,8 +54,8 @@ class LinearFamily(LayerFamily):
         return functional.linear_per_example_weight_gradient(_batched(x), _batched(g))
 
     def columns_together(self, module: Any, g: Tensor, columns: int) -> int:  # noqa: D102
-        shape = g.shape[-1], module.in_features, math.prod(g.shape[1:-1])
-        return columns_together(*shape, columns)
+        d_in, positions = module.weight.shape[1], math.prod(g.shape[1:-1])
+        return columns_together(g.shape[-1], d_in, positions, columns)
 
     def weight_diagonal(  # noqa: D102
         self, module: Module, x: Tensor, g: Tensor, max_memory: int | None = None

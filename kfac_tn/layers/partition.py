@@ -65,7 +65,7 @@ def partition(
     """
     check_parameters(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    modules, owners = _with_hidden(model)
+    modules, owners = with_hidden(model)
     blocks: list[LayerBlock] = []
     covered: set[Parameter] = set()
     left_out: dict[Parameter, str] = {}
@@ -136,10 +136,13 @@ def owners_of(model: Module) -> dict[Parameter, list[Owner]]:
     return owners
 
 
-def _with_hidden(
+def with_hidden(
     model: Module,
 ) -> tuple[list[tuple[str, Module]], dict[Parameter, list[Owner]]]:
-    """All modules by name, hidden layers among them, and the parameters' owners."""
+    """All modules by name, hidden layers among them, and the parameters' owners.
+
+    Hidden layers are ``HiddenLinear``, and own what their modules would own.
+    """
     modules, owners = [], owners_of(model)
     for name, module in model.named_modules():
         modules.append((name, module))

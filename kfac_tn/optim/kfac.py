@@ -104,15 +104,16 @@ class KFAC(Checkpoints):
             1.502 after 400 steps (two seeds), with ``"none"`` for its embedding at 1.504 and 1.505.
         max_dim: Dimension above which a factor is computed only in part: inverses cost its cube.
             8192: half a GB with its inverse, below the size of a vocabulary. None: no limit.
-        large_factors: That part: ``"blocks"`` along the diagonal, of at most ``max_dim`` rows, or
-            the ``"diagonal"``; ``"auto"``: blocks of input factors, the diagonal of the others
+        large_factors: That part: ``"blocks"`` along the diagonal, of at most ``max_dim`` rows (and
+            2048: each costs its cube), or the ``"diagonal"``; ``"auto"``: blocks of input factors, the diagonal of the others
             (of a vocabulary, where it was as good as the whole; hidden layers want blocks).
         other_curvature: Of parameters without Kronecker structure: None (default): they take Adam's
             updates; ``"diagonal"``: squares of the samples' gradients, averaged, estimate the
             Fisher's diagonal, and they take part in the step rule; for ``"mc"`` and ``"type-2"``.
         fisher: ``"mc"``, ``"type-2"`` (exact, wants the examples on an axis of their own; right on
-            average where the model mixes them, as batch normalization does), ``"empirical"`` (the gradients of your own pass, penalties on activations included) or
-            ``"forward-only"`` (KFAC alone).
+            average where the model mixes them, as batch normalization does), ``"empirical"`` (the
+            gradients of your own pass, penalties on activations included) or ``"forward-only"``
+            (KFAC alone).
         mc_samples: Samples of the targets for ``"mc"`` (else a number is refused), each a backward
             pass. ``"auto"``: as many as give B of one batch full rank, at most 4: more than one for
             layers with more outputs than the batch has examples (and positions), small heads aside.

@@ -636,12 +636,16 @@ def test_every_batch_is_searched_for_weights_used_without_their_module():
     assert relative_error(flat(diagonal, model), sum(both) / 2) < TOLERANCE
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """Whatever it may compute."""
+
+
 class Masked(nn.Module):
     """Attention whose mask of all examples isn't part of the batch."""
 
     def __init__(self):
         super().__init__()
-        self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+        self.attention = OwnAttention(2, 1, batch_first=True)
         self.mask = torch.zeros(N, 3, dtype=torch.bool)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -756,7 +760,7 @@ def test_lower_precision(dtype):
 )
 def test_infinite_outputs_are_told_to_be_that(poison, unknown):
     model = (
-        nn.Sequential(nn.Unflatten(1, (1, 3)), nn.RNN(3, 2, batch_first=True), FirstOf())
+        nn.Sequential(nn.Unflatten(1, (1, 3)), OwnRecurrence(3, 2, batch_first=True), FirstOf())
         if unknown
         else nn.Linear(3, 2)
     )
@@ -764,6 +768,10 @@ def test_infinite_outputs_are_told_to_be_that(poison, unknown):
     x[1, 1] = poison
     with pytest.raises(ValueError, match="finite"):
         kfac_tn.compute_ggn_diagonal(model, nn.MSELoss(), [(x, y)])
+
+
+class OwnRecurrence(nn.RNN):
+    """Whatever it may compute."""
 
 
 class FirstOf(nn.Module):
@@ -788,7 +796,7 @@ def test_outputs_without_positions_are_no_batch():
 
 @pytest.mark.parametrize("unknown", [False, True])
 def test_hooks_of_parameters_have_no_part_in_it(unknown):
-    layers = [nn.Unflatten(1, (1, 3)), nn.RNN(3, 2, batch_first=True), FirstOf()]
+    layers = [nn.Unflatten(1, (1, 3)), OwnRecurrence(3, 2, batch_first=True), FirstOf()]
     model = nn.Sequential(*layers) if unknown else nn.Linear(3, 2)
     x, y, loss_fn = torch.randn(4, 3), torch.randn(4, 2), nn.MSELoss()
     results = []

@@ -872,6 +872,11 @@ ALL = [
 WITH_COLUMNS = ALL[:-2]  # gradients alone are there wherever autograd is
 REFUSALS = {
     "no rule": (lambda: doubled(nn.Linear(4, 3), nn.PReLU()), r"PReLU.*no rule", ALL),
+    "no rule for cells": (
+        lambda: doubled(nn.Linear(4, 3), nn.GRUCell(3, 3)),
+        r"GRUCell.*no rule",
+        ALL,
+    ),
     "own parameters": (Owner, "Owner.*parameters of its own", ALL),
     "weight norm": (lambda: doubled(weight_norm(True)), "parameters of its own", ALL),
     "weight norm, no bias": (lambda: doubled(weight_norm(False)), "parameters of its own", ALL),

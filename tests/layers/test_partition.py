@@ -371,3 +371,13 @@ def test_families_may_lack_what_only_diagonals_need():
 
     with pytest.raises(NotImplementedError, match=r"Mine has no per_example_weight_gradient\(\)"):
         Mine().per_example_weight_gradient(nn.Linear(1, 1), torch.ones(1, 1), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("limit", "size", "pieces"), [(8192, 8191, 1), (8192, 12287, 6), (64, 127, 2), (4096, 8191, 4)]
+)
+def test_blocks_of_factors_that_are_cut_are_small(limit, size, pieces):
+    """They cost the cube of their size: of one size, two halves of a very large one still do."""
+    layer = nn.Linear(size, 1, device="meta")  # and a row for the bias
+    [block], _ = partition(layer, max_dim=limit)
+    assert block.input_pieces == pieces
