@@ -41,7 +41,8 @@ class LayerBlock:
         max_dim: Dimension above which a factor is cut into pieces, of which only the blocks on the
             diagonal are kept; None: never.
         large_factors: ``"diagonal"``: pieces of one row; ``"blocks"``: as few as have at most
-            ``max_dim`` rows, and ``MOST_ROWS``; ``"auto"``: blocks of input factors, diagonals of the others.
+            ``max_dim`` rows, and ``MOST_ROWS``; ``"auto"``: blocks of input factors, diagonals of
+            the others.
     """
 
     name: str

@@ -105,8 +105,9 @@ class KFAC(Checkpoints):
         max_dim: Dimension above which a factor is computed only in part: inverses cost its cube.
             8192: half a GB with its inverse, below the size of a vocabulary. None: no limit.
         large_factors: That part: ``"blocks"`` along the diagonal, of at most ``max_dim`` rows (and
-            2048: each costs its cube), or the ``"diagonal"``; ``"auto"``: blocks of input factors, the diagonal of the others
-            (of a vocabulary, where it was as good as the whole; hidden layers want blocks).
+            2048: each costs its cube), or the ``"diagonal"``; ``"auto"``: blocks of input factors,
+            the diagonal of the others (of a vocabulary, where it was as good as the whole; hidden
+            layers want blocks).
         other_curvature: Of parameters without Kronecker structure: None (default): they take Adam's
             updates; ``"diagonal"``: squares of the samples' gradients, averaged, estimate the
             Fisher's diagonal, and they take part in the step rule; for ``"mc"`` and ``"type-2"``.

@@ -378,6 +378,6 @@ def test_families_may_lack_what_only_diagonals_need():
 )
 def test_blocks_of_factors_that_are_cut_are_small(limit, size, pieces):
     """They cost the cube of their size: of one size, two halves of a very large one still do."""
-    layer = nn.Linear(size, 1, device="meta")  # and a row for the bias
+    layer = nn.Linear(size, 1)  # and a row for the bias
     [block], _ = partition(layer, max_dim=limit)
     assert block.input_pieces == pieces
