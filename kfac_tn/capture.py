@@ -22,12 +22,12 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.columns import (
     Samples,
-    as_batch,
     empirical_column,
     mc_columns,
     random_signs,
     root_columns,
     samples_of,
+    single_factor,
 )
 from kfac_tn.examples_first import (
     check_examples_first,
@@ -54,7 +54,7 @@ from kfac_tn.hidden_watch import HiddenWatch
 from kfac_tn.hooks import WeakHook, alone, plain, recorded, remove, timed
 from kfac_tn.layers import LayerBlock, OtherParameter
 from kfac_tn.layers.hidden import HiddenCall
-from kfac_tn.likelihood import Likelihood, empirical_factor, likelihood_of
+from kfac_tn.likelihood import Likelihood, likelihood_of
 from kfac_tn.moments import Basis, MomentCollector
 from kfac_tn.passes import Passes
 from kfac_tn.statistics import Call, Statistics, input_statistic
@@ -354,14 +354,14 @@ class Capture(HiddenWatch):
             return mc_columns(self.likelihood, outputs, targets, samples, generator, weight)
         if generator is None:  # signs are chosen by us: no random state of the user's is moved
             generator = torch.Generator(outputs.device).manual_seed(self._columns_seen)
-        single = _of_one_example(found)
+        single = _of_one_example(found, outputs)
         return root_columns(self.likelihood, outputs, targets, single, generator, weight)
 
     def _empirical(
         self, outputs: Tensor, targets: Tensor, found: Sequence[Found[Call]]
     ) -> Iterator[Tensor]:
         """The gradient of the loss itself, scaled such that sum_n g g^T is the empirical Fisher."""
-        given = outputs.detach(), targets, _of_one_example(found)
+        given = outputs.detach(), targets, _of_one_example(found, outputs)
         with alone(None):
             column = empirical_column(self._loss_fn, self.likelihood, *given)
         generator = self.generator(outputs.device)
@@ -427,8 +427,8 @@ class Capture(HiddenWatch):
                 "backward() for each, or use fisher='mc'."
             )
         one_pass = self._passes.begin(task, scale)
-        batch = as_batch(outputs.detach(), targets, _of_one_example(found))
-        one_pass.terms = empirical_factor(self.likelihood, *batch)
+        single = _of_one_example(found, outputs)
+        one_pass.terms = single_factor(self.likelihood, outputs, targets, single)
         heeded = [one for one in found if not one.record.ignored]
         refuse_shared(find_shared(heeded, outputs, self._shared), outputs)
         one_pass.moments = MomentCollector(self._basis, self._keep_until_taken(found, outputs))
@@ -449,6 +449,7 @@ class Capture(HiddenWatch):
             cast(MomentCollector, one_pass.moments).add(call, gradient)
 
 
-def _of_one_example(found: Sequence[Found[Call]]) -> bool:
-    """Whether what a loss depends on is of a single example, as far as layers tell."""
-    return bool(found) and all(one.record.examples == 1 for one in found)
+def _of_one_example(found: Sequence[Found[Call]], outputs: Tensor) -> bool:
+    """Whether the only axis of outputs is that of one example's numbers, as far as layers tell."""
+    several = outputs.dim() == 1 and len(outputs) > 1
+    return several and bool(found) and all(one.record.examples == 1 for one in found)

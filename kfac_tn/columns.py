@@ -93,24 +93,17 @@ def root_columns(
         likelihood: Of the loss.
         outputs: Of the model.
         targets: As the loss takes them.
-        single: Whether all is one example: what outputs have on their only axis are its numbers
-            then, also if the loss takes them for examples.
+        single: Whether the only axis of outputs is that of one example's numbers, also if the loss
+            takes them for examples.
         generator: Of the signs.
         weight: As in ``Likelihood.columns``.
     """
-    if single and outputs.dim() == 1:
+    if single:
         weight = None if weight is None else weight.unsqueeze(0)
-        columns = likelihood.columns(*as_batch(outputs, targets), weight)
+        columns = likelihood.columns(outputs.unsqueeze(0), targets.unsqueeze(0), weight)
         return (column.squeeze(0) for column in columns)
     columns = likelihood.columns(outputs, targets, weight)
     return (random_signs(column, generator) for column in columns)
-
-
-def as_batch(outputs: Tensor, targets: Tensor, single: bool = True) -> tuple[Tensor, Tensor]:
-    """A single example whose numbers are on one axis, as a batch of it; others as they are."""
-    if single and outputs.dim() == 1:
-        return outputs.unsqueeze(0), targets.unsqueeze(0)
-    return outputs, targets
 
 
 def empirical_column(
@@ -125,8 +118,17 @@ def empirical_column(
         predictions = outputs.detach().requires_grad_()
         loss = loss_fn(predictions, targets)
     (gradient,) = torch.autograd.grad(loss, predictions)
-    terms = empirical_factor(likelihood, *as_batch(outputs, targets, single))
+    terms = single_factor(likelihood, outputs, targets, single)
     return gradient * torch.as_tensor(terms, dtype=gradient.dtype, device=gradient.device).sqrt()
+
+
+def single_factor(
+    likelihood: Likelihood, outputs: Tensor, targets: Tensor, single: bool
+) -> Tensor | int:
+    """``empirical_factor``, also of what ``root_columns`` calls single."""
+    if single:
+        outputs, targets = outputs.unsqueeze(0), targets.unsqueeze(0)
+    return empirical_factor(likelihood, outputs.detach(), targets)
 
 
 def random_signs(column: Tensor, generator: torch.Generator | None = None) -> Tensor:
