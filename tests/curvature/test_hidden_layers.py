@@ -22,8 +22,9 @@ import kfac_tn
 from kfac_tn.curvature.calls import Calls
 from kfac_tn.hooks import uncompiled
 from kfac_tn.testing import dense_ggn, relative_error, trainable
+from tests.layers.test_recurrent import CELLS, HIDDEN, IN, Steps
 
-E, HEADS, IN, HIDDEN = 4, 2, 2, 3
+E, HEADS = 4, 2
 TOLERANCE = 1e-10
 MiB = 2**20
 
@@ -275,7 +276,6 @@ KINDS: dict[str, Any] = {
     "tanh": nn.RNN,
     "relu": lambda *sizes, **options: nn.RNN(*sizes, nonlinearity="relu", **options),
 }
-CELLS: dict[str, Any] = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "tanh": nn.RNNCell}
 
 
 class Recurrent(nn.Module):
@@ -339,27 +339,12 @@ def test_recurrences(options, examples, length):
     check(model, torch.randn(examples, length, 3).double(), unknown)
 
 
-class Steps(nn.Module):
-    """Cells in a loop of one's own."""
-
-    def __init__(self, kind: str, **options: Any) -> None:
-        super().__init__()
-        self.cell, self.head = CELLS[kind](IN, HIDDEN, **options), nn.Linear(HIDDEN, 3)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = None
-        for each in x.unbind(1):
-            state = self.cell(each, state)
-        return self.head(state[0] if isinstance(state, tuple) else state)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", CELLS)
 def test_cells(kind, bias):
     torch.manual_seed(0)
     for examples, length in itertools.product([1, 4, 5], [2, 4]):
-        model = Steps(kind, bias=bias)
+        model = Steps(kind, outputs=3, bias=bias)
         check(model, torch.randn(examples, length, IN).double(), set())
 
 
@@ -608,7 +593,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "sequence first": lambda: Attending(batch_first=False, need_weights=False),
     "LSTM": lambda: Recurrent(bidirectional=True, bias=False),
     "GRU": lambda: Recurrent("GRU", batch_first=True),
-    "cell": lambda: nn.Sequential(nn.Linear(3, IN), Steps("GRU")).double(),
+    "cell": lambda: nn.Sequential(nn.Linear(3, IN), Steps("GRU", outputs=3)).double(),
 }
 
 

@@ -219,18 +219,17 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int = 4, **options: Any
     return optimizer
 
 
+CURVATURES: list[dict] = [
+    {},
+    {"approximation": "reduce"},
+    {"curvature": "ekfac", "fisher": "type-2"},
+    {"curvature": "diagonal", "fisher": "type-2"},
+    {"fisher": "empirical"},
+]
+
+
 @pytest.mark.parametrize("options", MODELS, ids=str)
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        {},
-        {"approximation": "reduce"},
-        {"curvature": "ekfac", "fisher": "type-2"},
-        {"curvature": "diagonal", "fisher": "type-2"},
-        {"fisher": "empirical"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kinds", CURVATURES, ids=str)
 def test_steps_are_those_of_linear_layers(kinds, options):
     model, twin, x, y = twins(**options)
     before = copy.deepcopy(model.state_dict())

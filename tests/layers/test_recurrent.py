@@ -21,6 +21,7 @@ from kfac_tn.hidden_watch import HiddenApart
 from kfac_tn.layers.hidden import HiddenCall, HiddenLayers
 from kfac_tn.layers.recurrent import recurrent_layers
 from kfac_tn.testing import dense_ggn, diagonal_block, relative_error, trainable
+from tests.layers.test_attention import CURVATURES
 
 TOLERANCE = 1e-10
 IN, HIDDEN, N, T = 2, 3, 4, 5
@@ -253,17 +254,7 @@ def train(model: nn.Module, x: Any, y: Tensor, steps: int = 4, **options: Any) -
     return optimizer
 
 
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        {},
-        {"approximation": "reduce"},
-        {"curvature": "ekfac", "fisher": "type-2"},
-        {"curvature": "diagonal", "fisher": "type-2"},
-        {"fisher": "empirical"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kinds", CURVATURES, ids=str)
 def test_steps_are_those_of_linear_layers(kinds):
     for options in MODELS[1:3]:
         model, twin, x, y = twins(**options)
@@ -284,9 +275,9 @@ def test_steps_are_those_of_linear_layers(kinds):
 class Steps(nn.Module):
     """Cells as others use them: a loop of one's own."""
 
-    def __init__(self, kind: str, **options: Any) -> None:
+    def __init__(self, kind: str, outputs: int = 2, **options: Any) -> None:
         super().__init__()
-        self.cell, self.head = CELLS[kind](IN, HIDDEN, **options), nn.Linear(HIDDEN, 2)
+        self.cell, self.head = CELLS[kind](IN, HIDDEN, **options), nn.Linear(HIDDEN, outputs)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
