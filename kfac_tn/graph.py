@@ -69,6 +69,11 @@ def remember(
     _metadata(edge.node).setdefault(key, []).append((edge.output_nr, record, source, within))
 
 
+def left_with(node: Node, key: object) -> list[tuple[Any, ...]]:
+    """What ``remember`` left with a node: tuples of an output's number, the record, and more."""
+    return _metadata(node).get(key, [])
+
+
 def find(outputs: Tensor, key: object) -> list[Found[Any]]:
     """All records that outputs depend on.
 
@@ -93,7 +98,7 @@ def find(outputs: Tensor, key: object) -> list[Found[Any]]:
             stack.append((node, True))
             stack.extend((child, False) for child in children)
             continue
-        records = _metadata(node).get(key, ())
+        records = left_with(node, key)
         deep = any(below[child] for child in children if child is not None)
         found.extend(Found(record, node, number, not deep, *of) for number, record, *of in records)
         below[node] = deep or bool(records)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -113,9 +114,15 @@ def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A batch of the same structure, with every tensor changed."""
 
     def changed(leaf: Any) -> Any:
-        if isinstance(leaf, UserDict):  # transformers' batches; no structure that torch knows
-            part = copy(leaf)
+        if isinstance(leaf, UserDict):  # transformers' batches; torch knows neither
+            part: Any = copy(leaf)
             part.data = {key: _changed(value, change) for key, value in leaf.data.items()}
+            return part
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            part = copy(leaf)
+            for each in fields(leaf):
+                value = _changed(getattr(leaf, each.name), change)
+                object.__setattr__(part, each.name, value)  # also of frozen ones
             return part
         return change(leaf) if isinstance(leaf, Tensor) else leaf
 

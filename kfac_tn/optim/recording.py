@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
 from kfac_tn.curvature.batches import copied, tensors_of
 from kfac_tn.curvature.checks import ModelState
-from kfac_tn.graph import Rounds, concerns, depends, output_edge, remember
+from kfac_tn.graph import Rounds, concerns, depends
 from kfac_tn.hooks import WeakHook, recorded, remove
 from kfac_tn.optim.randomness import RandomState
-
-AS_THEY_ARE = re.compile(
-    "(ToCopy|Clone|View|UnsafeView|Reshape.*|Squeeze|Unsqueeze|Select|Slice|Alias)Backward[0-9]*"
-)
-"""Nodes of copies, and of views that have the elements in their order if they have all of them."""
-
-
-@dataclass(frozen=True, eq=False)
-class Graph:
-    """Lives as long as the node of autograd's graph that made outputs, with which it is left."""
-
-    numel: int
-    device: torch.device
+from kfac_tn.optim.selection import Output, Selection, mark, selected
 
 
 @dataclass
@@ -44,12 +30,8 @@ class Batch:
     random_state: RandomState
     model_state: ModelState
     parameters: list[Parameter]  # that the call was made with
-    graph: weakref.ref[Graph] | None = None  # of the output; None before there is one
-    known: weakref.ref[Tensor] | None = None  # the output
-    output: Tensor | None = None  # the same without its graph, until a loss is seen
-    version: int | None = None  # of the output
-    shape: torch.Size | None = None  # in which the loss got it
-    dtype: torch.dtype | None = None
+    outputs: list[weakref.ref[Output]] = field(default_factory=list)  # what the model returned
+    selection: Selection | None = None  # what the loss got of it; None until a loss is seen
     loss_args: tuple = ()
     loss_kwargs: Mapping[str, Any] | None = None
     loss: Tensor | None = None
@@ -62,29 +44,9 @@ class Batch:
         self.random_state.restore()
         self.model_state.restore()
 
-    def holds(self, outputs: Tensor) -> bool:
-        """Whether a tensor is what the model returned, as it was then, or a view of all of it."""
-        whole = self.known() if self.known is not None else None
-        base = self.output if whole is None else whole
-        return base is not None and _is_view(outputs, base) and _version(base) == self.version
-
-    def is_copied(self, outputs: Tensor, key: object) -> bool:
-        """Whether a tensor is a copy of what the model returned, in any precision and shape."""
-        graph = None if self.graph is None else self.graph()
-        node, number, is_other = outputs.grad_fn, outputs.output_nr, False
-        while node is not None and graph is not None:
-            if any(of == number and left is graph for of, left, *_ in _left(node, key)):
-                there = outputs.numel() == graph.numel and outputs.device == graph.device
-                return is_other and there
-            if not AS_THEY_ARE.fullmatch(node.name()):
-                return False
-            is_other = is_other or node.name().startswith(("ToCopy", "Clone"))
-            node, number = node.next_functions[0]
-        return False
-
     def may_have_loss(self) -> bool:
         """Whether there is one, or what the model returned can still be differentiated."""
-        return self.weight is not None or (self.graph is not None and self.graph() is not None)
+        return self.weight is not None or any(output() is not None for output in self.outputs)
 
 
 class Recorder:
@@ -94,7 +56,7 @@ class Recorder:
 
     Args:
         model: The model.
-        loss_fn: The loss module, called on all that the model returns, in any shape and precision.
+        loss_fn: The loss module, called on what the model returns, or elements of it.
         required: Whether a step without a batch is an error.
     """
 
@@ -138,7 +100,7 @@ class Recorder:
     def _keep_only(self, batches: list[Batch]) -> None:
         for batch in self._batches:
             if not any(batch is kept for kept in batches):
-                batch.args, batch.kwargs, batch.output, batch.known = (), {}, None, None
+                batch.args, batch.kwargs, batch.outputs, batch.selection = (), {}, [], None
                 batch.loss_args, batch.loss_kwargs, batch.loss = (), None, None
         self._batches = batches
 
@@ -188,15 +150,12 @@ class Recorder:
     @torch._disable_dynamo
     def _end(self, output: Any) -> None:
         batch = self._begun.pop()
-        edge = output_edge(output) if isinstance(output, Tensor) else None
-        if edge is None:
+        outputs = mark(output, self._key)
+        if not outputs:
             return
         # Calls that nobody differentiates, as for validation, aren't to pile up until the step.
         self._keep_only([other for other in self._batches if other.may_have_loss()])
-        graph = Graph(output.numel(), output.device)
-        remember(edge, self._key, graph)
-        batch.graph, batch.known = weakref.ref(graph), weakref.ref(output)
-        batch.output, batch.version = output.detach(), _version(output)
+        batch.outputs = [weakref.ref(one) for one in outputs]
         self._batches.append(batch)
 
     def _after_loss(self, module: Module, args: tuple, kwargs: dict, loss: Any) -> None:
@@ -206,16 +165,18 @@ class Recorder:
             return
         values = dict(kwargs)
         outputs = args[0] if args else values.pop("input")
-        held = (b for b in self._batches if b.holds(outputs) or b.is_copied(outputs, self._key))
-        batch = next(held, None)
+        found = selected(outputs, self._key) if isinstance(outputs, Tensor) else None
+        if found is None:
+            return
+        output, selection = found
+        of = (b for b in self._batches if any(output is one() for one in b.outputs))
+        batch = next(of, None)
         if batch is None:
             return
-        if batch.output is None:  # it has a loss already
+        if batch.selection is not None:  # it has a loss already
             batch = replace(batch, weight=None)
             self._batches.append(batch)
-        else:
-            batch.output = None
-        batch.shape, batch.dtype = outputs.shape, outputs.dtype
+        batch.selection = selection
         batch.loss_args, batch.loss_kwargs = copied((args[1:], values))
         batch.loss = loss.detach()
         weigh = WeakHook(self, "_weigh")
@@ -233,24 +194,6 @@ class Recorder:
         batch.weight = seen if batch.weight is None else batch.weight + seen
 
 
-def _left(node: Node, key: object) -> list[tuple[Any, ...]]:
-    """What ``remember`` left with a node: tuples of an output's number, the record, and more."""
-    return cast(dict[Any, Any], node.metadata).get(key, [])
-
-
-def _is_view(tensor: Tensor, base: Tensor) -> bool:
-    """Whether a tensor is another, or has its elements in the same order in another shape."""
-    if tensor is base:
-        return True
-    whole = tensor.is_contiguous() and base.is_contiguous() and tensor.numel() == base.numel()
-    return whole and tensor.data_ptr() == base.data_ptr()
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often it was changed in place; None where autograd doesn't count."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def _same(ones: list[Parameter], others: list[Parameter]) -> bool:
     """Whether these are the very same, in the same order."""
     return len(ones) == len(others) and all(a is b for a, b in zip(ones, others, strict=True))
@@ -259,11 +202,10 @@ def _same(ones: list[Parameter], others: list[Parameter]) -> bool:
 def without_batch(consequence: str) -> str:
     """What the user is told where a rule wants the batch of a step and there is none."""
     return (
-        "The batch of a step can't be recorded: the loss module wasn't called on the model's "
-        "output itself (or all of it in another shape or precision) as the model returned it (it "
-        "may have been changed in place), that is not the only one (several outputs), its "
-        "reduction is 'none', the model was called with other parameters than its own, or on what "
-        f"it had returned before, so {consequence}. Call loss_fn(model(x), y) (of one model that "
-        "does all of that), or choose rules that need no batch: step_rule='graft' and a fixed "
-        "damping."
+        "The batch of a step can't be recorded: the loss module wasn't called on what the model "
+        "returned as it returned it (a tensor, or one of a tuple or dict; in any precision, shape "
+        "or order; all elements, or some of them, none twice), its reduction is 'none', the model "
+        "was called with other parameters than its own, or on what it had returned before, so "
+        f"{consequence}. Call loss_fn(model(x), y) (of one model that does all of that), or choose "
+        "rules that need no batch: step_rule='graft' and a fixed damping."
     )

@@ -21,6 +21,7 @@ from kfac_tn.hooks import alone, uncompiled
 from kfac_tn.likelihood import likelihood_of
 from kfac_tn.optim.randomness import RandomState
 from kfac_tn.optim.recording import Batch, Recorder
+from kfac_tn.optim.selection import Selection
 
 TOLERANCE = 0.05
 """By how much slopes may differ that are one; those of central differences are less precise."""
@@ -37,7 +38,7 @@ class Replay(Recorder):
 
     Args:
         model: The model.
-        loss_fn: The loss module, called on all that the model returns, in any shape and precision.
+        loss_fn: The loss module, called on what the model returns, or elements of it.
         required: Whether a step without a batch is an error.
         processes: Over which the objective is a mean.
 
@@ -186,7 +187,7 @@ class Replay(Recorder):
         apart = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
         try:
             with torch.set_grad_enabled(self.inner_graph), apart:
-                return model(*args, **kwargs).detach().reshape(batch.shape).to(batch.dtype)
+                return cast(Selection, batch.selection).of(model(*args, **kwargs)).detach()
         except RuntimeError:
             if self.inner_graph:
                 raise
@@ -252,7 +253,7 @@ class Replay(Recorder):
         def call(given: tuple[tuple, dict], parameters: dict[str, Tensor]) -> Tensor:
             everything = {**{n: b.clone() for n, b in buffers.items()}, **parameters}
             outputs = torch.func.functional_call(model, everything, *given)
-            return outputs.reshape(batch.shape).to(batch.dtype)
+            return cast(Selection, batch.selection).of(outputs)
 
         def on_copies() -> Callable[[dict[str, Tensor]], Tensor]:
             batch.restore()

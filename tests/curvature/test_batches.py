@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import UserDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor, nn
 
 import kfac_tn
 from kfac_tn.testing import relative_error
+
+
+@dataclass(frozen=True)
+class Record:
+    """As batches of graphs or texts are, unknown to torch."""
+
+    ids: Tensor
+    x: Tensor
 
 
 class TwoInputs(nn.Module):
@@ -27,6 +36,7 @@ class TwoInputs(nn.Module):
     def forward(self, both, x: Tensor | None = None, scale: float = 1.0) -> Tensor:
         if x is not None:
             both = {"ids": both, "x": x}
+        both = vars(both) if isinstance(both, Record) else both
         ids, x = both if isinstance(both, tuple) else (both["ids"], both["x"])
         return scale * self.head((self.embedding(ids).mean(1) + self.hidden(x)).tanh())
 
@@ -38,6 +48,7 @@ STRUCTURES = {
     "a pair with a tuple": (lambda i, x, y: ((i, x), y), None),
     "a pair with a dict": (lambda i, x, y: [{"ids": i, "x": x}, y], None),
     "a pair with a dict-like": (lambda i, x, y: (UserDict(ids=i, x=x), y), None),
+    "a pair with a dataclass": (lambda i, x, y: (Record(i, x), y), None),
     "three": (lambda i, x, y: [i, x, y], lambda model, b: (model(b[0], b[1]), b[2])),
     "a named tuple": (Named, lambda model, b: (model(b.ids, x=b.x), b.labels)),
     "a dict": (
@@ -111,7 +122,7 @@ def test_structures(compute, structure):
     assert relative_error(*reversed(results)) < 1e-12
 
 
-@pytest.mark.parametrize("inputs", [tuple, dict, UserDict])
+@pytest.mark.parametrize("inputs", [tuple, dict, UserDict, Record])
 def test_per_example_gradients_take_inputs_of_any_structure(inputs):
     model, loss_fn, ((ids, x, y), _) = problem()
     both = (ids, x) if inputs is tuple else inputs(ids=ids, x=x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import kfac_tn
+from kfac_tn import testing
 from kfac_tn.optim import Adaptive, LevenbergMarquardt, QuadraticModel
 
 EAGER = {"factor_interval": 1, "inverse_interval": 1, "fisher": "type-2"}
@@ -218,6 +220,14 @@ COPIES = {
     "of another shape": lambda y: y[None][0].reshape(-1).double(),
     "copy": lambda y: y.clone(),
     "of another layout": lambda y: y.reshape(-1),
+    "transposed": lambda y: y.view(4, 3, 2).transpose(1, 2),
+    "the first of each": lambda y: y.view(4, 3, 2)[:, :-1].contiguous().view(-1, 2).double(),
+    "masked": lambda y: y[torch.arange(12) % 3 > 0],
+    "chosen": lambda y: y.index_select(0, torch.tensor([7, 2, 3, 11])).double(),
+    "gathered": lambda y: y.gather(1, (torch.arange(12) % 2)[:, None]),
+    "a column": lambda y: y.unbind(1)[1],
+    "a part": lambda y: y.split([5, 7])[1],
+    "backwards": lambda y: y.flip(0).roll(1, 0),
 }
 
 
@@ -246,12 +256,120 @@ def test_outputs_may_be_copied_for_the_loss(rule, how):
             x, y = data(step)
             optimizer.zero_grad()
             outputs = after(model(x.float()))
-            loss_fn(outputs, y.expand(-1, 2).reshape(outputs.shape).to(outputs)).backward()
+            loss_fn(outputs, copy(y.expand(-1, 2).contiguous()).to(outputs)).backward()
             optimizer.step()
         twins.append((optimizer, flat(model)))
     (one, values), (other, expected) = twins
-    torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-6)
     same(one, other, rtol=1e-5, atol=0)
+
+
+@dataclasses.dataclass
+class Answer:
+    """As research code returns, unknown to torch."""
+
+    text: str
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+RETURNED = {
+    "tuple": (lambda h, y: (y, h), lambda out: out[0]),
+    "nested": (lambda h, y: [h, {"all": (h, y)}], lambda out: out[1]["all"][1]),
+    "dataclass": (lambda h, y: Answer("yes", y, h), lambda out: out.logits),
+    "part of a view": (lambda h, y: {"states": h, "y": y.mT}, lambda out: out["y"].mT),
+}
+
+
+class Returning(nn.Module):
+    """A model that returns more than its prediction."""
+
+    def __init__(self, structure):
+        super().__init__()
+        self.net, self.structure = network(), structure
+
+    def forward(self, x):
+        hidden = self.net[:2](x)
+        return self.structure(hidden, self.net[2](hidden))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("how", RETURNED)
+def test_models_may_return_more_than_the_loss_gets(rule, how):
+    """As language models do: logits, hidden states, caches."""
+    structure, logits = RETURNED[how]
+    twins = []
+    for model, after in ((network(), lambda out: out), (Returning(structure), logits)):
+        loss_fn = nn.MSELoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, lr=0.1, **EAGER, **RULES[rule]())
+        for step in range(6):
+            x, y = data(step)
+            optimizer.zero_grad()
+            loss_fn(after(model(x)), y).backward()
+            optimizer.step()
+        twins.append((optimizer, flat(model)))
+    (one, values), (other, expected) = twins
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
+    same(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_losses_of_several_outputs_are_one_objective():
+    """Deep supervision: a loss of each exit, weighted."""
+    model, loss_fn = Returning(lambda h, y: (h, y)), nn.MSELoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, **RULES["quadratic"]())
+    x, y = data()
+    hidden, outputs = model(x)
+    loss = loss_fn(outputs, y) + 0.3 * loss_fn(hidden[:, :2], y.expand(-1, 2))
+    loss.backward()
+    replay, capture = optimizer._replay, optimizer._estimator.capture
+    assert replay.check()
+    torch.testing.assert_close(replay.loss(capture), loss.detach() / 1.3)
+    generator = torch.Generator().manual_seed(1)
+    vector = {p: torch.randn(p.shape, generator=generator).double() for p in model.parameters()}
+    slope = sum((p.grad * v).sum() for p, v in vector.items())
+    whole = testing.dense_ggn(model.net, loss_fn, x, y)
+    v = torch.cat([vector[p].flatten() for p in model.net.parameters()])
+    first = len(v) - vector[model.net[2].weight].numel() - 1
+    exit_model = Changed(model.net[:2], lambda h: h[:, :2])
+    part = testing.dense_ggn(exit_model, loss_fn, x, y.expand(-1, 2))
+    expected = (v @ whole @ v + 0.3 * v[:first] @ part @ v[:first]) / 1.3
+    for form, factor in (
+        replay.gram([vector], slope, capture),
+        replay.form(vector, torch.ones(4).double(), slope, capture),
+    ):
+        torch.testing.assert_close(form.squeeze(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(factor, torch.tensor(1.3).double(), rtol=1e-6, atol=0)
+
+
+def repeated(outputs):
+    return outputs[torch.tensor([0, 1, 1])]
+
+
+def scaled(outputs):
+    return (2 * outputs)[:3]
+
+
+def summed(outputs):
+    return outputs.view(4, 3).sum(1, keepdim=True)[:3]
+
+
+def clamped(outputs):
+    chosen = outputs[:3].clone()
+    with torch.no_grad():
+        chosen.clamp_(-0.01, 0.01)
+    return chosen
+
+
+@pytest.mark.parametrize("change", [repeated, scaled, summed, clamped])
+def test_what_is_more_than_a_selection_is_no_batch(change):
+    model, loss_fn = network(), nn.MSELoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=QuadraticModel())
+    x, y = data()
+    loss_fn(change(model(x)), y[:3]).backward()
+    before = flat(model)
+    with pytest.raises(RuntimeError, match="can't be recorded"):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
 
 
 # The user's objective ----------------------------------------------------------------------------
