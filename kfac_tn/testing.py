@@ -21,10 +21,10 @@ def trainable(model: Module) -> dict[str, Tensor]:
 
 
 def dense_ggn(model: Module, loss_fn: Module, x: Tensor, y: Tensor) -> Tensor:
-    """The generalized Gauss-Newton matrix J^T H J by autograd, row by row.
+    """The generalized Gauss-Newton matrix J^T H J by autograd.
 
     J is the Jacobian of all outputs, H the loss Hessian with respect to all of them (Schraudolph
-    2002). Slow and plain; for small models.
+    2002). Both are formed as they are; for small models.
 
     Args:
         model: The model.
@@ -45,7 +45,9 @@ def dense_ggn(model: Module, loss_fn: Module, x: Tensor, y: Tensor) -> Tensor:
     outputs = model(x)
     jacobian = _jacobian(outputs, list(trainable(model).values()))
     hessian = torch.autograd.functional.hessian(
-        lambda flat: loss_fn(flat.view_as(outputs), y), outputs.detach().reshape(-1)
+        lambda flat: loss_fn(flat.view_as(outputs), y),
+        outputs.detach().reshape(-1),
+        vectorize=True,
     )
     return jacobian.T @ hessian @ jacobian
 
@@ -299,11 +301,25 @@ def _recurrent_steps() -> Iterator[Setting]:
 
 
 def _jacobian(outputs: Tensor, parameters: list[Tensor]) -> Tensor:
-    """``[outputs, P]``, one backward pass for each row."""
-    rows = []
-    for output in outputs.reshape(-1):
+    """``[outputs, P]``: a backward pass for each row, all at once where torch can do that."""
+    unit = torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device)
+
+    def rows(directions: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
         gradients = torch.autograd.grad(
-            output, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            outputs,
+            parameters,
+            directions.view(*lead, *outputs.shape),
+            retain_graph=True,
+            is_grads_batched=bool(lead),
+            allow_unused=True,
         )
-        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
-    return torch.stack(rows)
+        known = (
+            p.new_zeros(*lead, *p.shape) if g is None else g
+            for p, g in zip(parameters, gradients, strict=True)
+        )
+        return torch.cat([g.reshape(*lead, -1) for g in known], dim=-1)
+
+    try:
+        return rows(unit, (len(unit),))
+    except RuntimeError:  # an operation that vmap doesn't know
+        return torch.stack([rows(row) for row in unit])

@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 settings.register_profile(
     "kfac_tn",
     deadline=None,
+    max_examples=50,  # where a test says nothing else; `pytest -m slow` draws thousands
     suppress_health_check=[HealthCheck.too_slow],
     derandomize="CI" in os.environ,
 )

@@ -21,6 +21,47 @@ def dense_kfac(model, loss_fn, data, **options):
     return kfac_tn.compute_kfac(model, loss_fn, data, **options).to_dense()
 
 
+class Unbatched(torch.autograd.Function):
+    """What it is given; nobody said how to differentiate it for several rows at once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class PassOn(nn.Module):
+    """That, as a layer."""
+
+    def forward(self, x):
+        return Unbatched.apply(x)
+
+
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.CrossEntropyLoss(reduction="sum")])
+def test_the_dense_ggn_is_that_of_single_rows(loss_fn):
+    torch.manual_seed(0)
+    model, spare = cnn(), nn.Parameter(torch.rand(2, dtype=torch.float64))
+    model.register_parameter("unused", spare)
+    x = torch.rand(3, 2, 6, 6, dtype=torch.float64)
+    y = torch.rand(3, 3, dtype=torch.float64).softmax(1)
+    outputs = model(x)
+    rows = []
+    for output in outputs.flatten():
+        gradients = torch.autograd.grad(
+            output, list(model.parameters()), retain_graph=True, materialize_grads=True
+        )
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    jacobian = torch.stack(rows)
+    hessian = torch.autograd.functional.hessian(lambda z: loss_fn(z, y), outputs.detach())
+    expected = jacobian.T @ hessian.view(9, 9) @ jacobian
+    assert relative_error(dense_ggn(model, loss_fn, x, y), expected) < TOLERANCE
+    model.append(PassOn())
+    assert relative_error(dense_ggn(model, loss_fn, x, y), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("algorithm", [None, *kfac_tn.tn.ALGORITHMS])
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_oracles_1_to_4_and_8_kfac_is_the_ggn(setting, algorithm, monkeypatch):

@@ -57,7 +57,7 @@ def convolutions(draw):
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 @pytest.mark.parametrize("bias", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(convolution=convolutions())
 def test_conv_input_factor(approximation, bias, convolution):
     x, *geometry, mode = convolution

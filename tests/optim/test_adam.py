@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -74,6 +74,7 @@ def test_half_precision_is_averaged_in_float32():
     torch.testing.assert_close(updates[p], torch.tensor([1.0, -1.0, 1.0]))
 
 
+@settings(max_examples=12)
 @given(
     st.sampled_from([0.0, 0.5, 0.9, 0.95]), st.sampled_from([0.1, 0.2, 0.37, 1.0]), st.booleans()
 )

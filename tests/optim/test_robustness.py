@@ -146,7 +146,7 @@ def test_it_continues_bit_for_bit_from_any_step(half, options):
     """Saved and loaded after every step, among poisoned batches: no other parameters."""
     straight = Run(half, options)
     cut = Run(half, options)
-    for step in range(60):
+    for step in range(40):
         straight.step(step)
         cut.step(step)
         cut = cut.saved_and_loaded()

@@ -63,7 +63,7 @@ def convolutions(draw, least=1, most=3, transposed=False):
     return x, w, rand(channels[1], seed=4), options
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(conv=convolutions())
 def test_conv_as_torch(conv):
     x, weight, bias, options = conv
@@ -73,7 +73,7 @@ def test_conv_as_torch(conv):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(conv=convolutions(transposed=True))
 def test_conv_transpose_as_torch(conv):
     x, weight, bias, options = conv
@@ -150,7 +150,7 @@ def one_hot(channels, kernel):
     return torch.eye(channels * prod(kernel), dtype=torch.float64).reshape(-1, channels, *kernel)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(conv=convolutions())
 def test_unfold_and_fold(conv):
     x, weight, _, options = conv

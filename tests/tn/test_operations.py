@@ -261,19 +261,19 @@ def check(spec):
         assert_equal(network.evaluate(**operands), expected, builder.__name__)
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(spec=specs())
 def test_convolution(spec):
     check(spec)
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(spec=specs(transposed=True))
 def test_transposed_convolution(spec):
     check(spec)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(spec=ANY_4D)
 def test_four_dimensions(spec):
     check(spec)
@@ -284,7 +284,7 @@ def test_windows_before_the_input(spec):
     check(spec)
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(spec=far())
 def test_more_padding_than_kernel(spec):
     check(spec)
@@ -355,7 +355,7 @@ def test_einsum_and_simplify_are_evaluate(builder, spec):
 # ---- randomised derivatives ---------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(spec=ANY)
 def test_randomized_vjps(spec):
     """Sampling is masking: the input or the weight, or, along the kernel, what is left of it."""
