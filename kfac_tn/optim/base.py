@@ -26,16 +26,22 @@ class CurvatureUser:
     def observe(self, outputs: Tensor, targets: Tensor, weight: float = 1.0) -> None:
         """Show a loss that isn't computed by the loss module: after the model, before the step.
 
+        Rules that compute the loss once more do so by the loss module. How far steps go by default
+        is measured where the gradient turns out to be that of this loss, times the weight;
+        elsewhere (of a penalty, too, or a surrogate as of policy gradients) steps are grafted.
+
         Args:
-            outputs: What the model returned, with its graph.
+            outputs: What the model returned, or elements of it, with its graph.
             targets: What the loss compares them with.
-            weight: Factor of this loss in the objective, relative to other calls before the step.
+            weight: Factor of this loss in the objective.
 
         Raises:
             ValueError: If the loss has ``reduction="none"``, for outputs without a graph, or a
                 weight that isn't in [0, inf).
         """
         self._estimator.capture.observe(outputs, targets, weight)
+        if self._replay is not None:
+            self._replay.observe(outputs, targets, weight)
 
     def coverage(self) -> Coverage:
         """How each parameter is treated and why; prints as a table."""

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_tn.curvature.batches import copied, tensors_of
 from kfac_tn.curvature.checks import ModelState
 from kfac_tn.graph import Rounds, concerns, depends
-from kfac_tn.hooks import WeakHook, recorded, remove
+from kfac_tn.hooks import WeakHook, alone, recorded, remove
 from kfac_tn.optim.randomness import RandomState
 from kfac_tn.optim.selection import Output, Selection, mark, selected
 
@@ -37,6 +37,7 @@ class Batch:
     loss: Tensor | None = None
     weight: Tensor | None = None
     chained: bool = False  # whether inputs are the work of the model itself, in an earlier call
+    observed: bool = False  # whether it is the user's word that this is the objective's loss
     passed_over: bool = False  # whether gradients were reset while it waited for its backward pass
 
     def restore(self) -> None:
@@ -165,22 +166,44 @@ class Recorder:
             return
         values = dict(kwargs)
         outputs = args[0] if args else values.pop("input")
-        found = selected(outputs, self._key) if isinstance(outputs, Tensor) else None
-        if found is None:
-            return
-        output, selection = found
-        of = (b for b in self._batches if any(output is one() for one in b.outputs))
-        batch = next(of, None)
+        batch = self._batch_of(outputs) if isinstance(outputs, Tensor) else None
         if batch is None:
             return
-        if batch.selection is not None:  # it has a loss already
-            batch = replace(batch, weight=None)
-            self._batches.append(batch)
-        batch.selection = selection
         batch.loss_args, batch.loss_kwargs = copied((args[1:], values))
         batch.loss = loss.detach()
         weigh = WeakHook(self, "_weigh")
         loss.register_hook(lambda gradient: weigh(batch, outputs, gradient))
+
+    def observe(self, outputs: Tensor, targets: Tensor, weight: float) -> None:
+        """Take the user's word that a factor of the loss of these outputs is in the objective."""
+        if not self.armed or not torch.is_grad_enabled():
+            return
+        if self._rounds.begins(list(self._model.parameters())):
+            self._keep_only([other for other in self._batches if other.weight is None])
+        batch = self._batch_of(outputs)
+        if batch is None:
+            return
+        batch.loss_args, batch.loss_kwargs, batch.observed = (copied(targets),), {}, True
+        with torch.no_grad(), alone(None):
+            batch.loss = self._loss_fn(outputs.detach(), targets)
+        accurate = torch.promote_types(outputs.dtype, torch.float32)
+        batch.weight = torch.as_tensor(weight, dtype=accurate, device=outputs.device)
+
+    def _batch_of(self, outputs: Tensor) -> Batch | None:
+        """The call whose outputs these are, to have a loss of them; None if there is none."""
+        found = selected(outputs, self._key)
+        if found is None:
+            return None
+        output, selection = found
+        of = (b for b in self._batches if any(output is one() for one in b.outputs))
+        batch = next(of, None)
+        if batch is None:
+            return None
+        if batch.selection is not None:  # it has a loss already
+            batch = replace(batch, weight=None, observed=False)
+            self._batches.append(batch)
+        batch.selection = selection
+        return batch
 
     def _weigh(self, batch: Batch, outputs: Tensor, gradient: Tensor) -> None:
         """On a loss: the factor that it has in the objective, added up over backward calls."""

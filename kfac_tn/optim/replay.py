@@ -144,7 +144,8 @@ class Replay(Recorder):
             capture: Whose hooks are to notice nothing.
 
         Returns:
-            That, and the factor of the user's objective, which G is without: see ``_factor``.
+            That, and the factor of the user's objective, which G is without: see ``_factor``. NaN
+            both where the gradient isn't that of a loss that the user observed.
         """
         parameters, directions = [p.detach() for p in vector], list(vector.values())
         start = [p.clone() for p in parameters]
@@ -173,7 +174,10 @@ class Replay(Recorder):
                     gram, own = self._loss_gram(batch, (high + low) / 2, [tangent])
                     forms.append(gram[0, 0])
                     slopes.append(own[0])
-        return self._total(forms), self._factor(self._total(slopes), slope)
+        factor, form = self._factor(self._total(slopes), slope), self._total(forms)
+        if any(batch.observed for batch in self._batches):  # is it the objective's at all?
+            form = torch.where(factor.isnan(), torch.nan, form)
+        return form, factor
 
     # Tools -------------------------------------------------------------------------------------
 

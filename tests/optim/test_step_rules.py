@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kfac_tn
 from kfac_tn.optim.adaptive import Adaptive
+from kfac_tn.optim.damping_rules import LevenbergMarquardt
 from kfac_tn.optim.quadratic import QuadraticModel
 from kfac_tn.optim.replay import Replay
 from kfac_tn.optim.step_rules import Graft, TrustRegion, clip_kl, graft
@@ -764,8 +765,8 @@ def test_measurements_of_micro_batches_and_scaled_gradients_are_the_same(how):
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
 
 
-def functional(model, x, y, optimizer):
-    outputs = model(x)
+def of_something_else(model, x, y, optimizer):
+    outputs = 1.0 * model(x)
     optimizer.observe(outputs, y)
     nn.functional.cross_entropy(outputs, y).backward()
 
@@ -779,7 +780,7 @@ def in_a_chain(model, x, y, optimizer):
     optimizer._loss_fn(model(model(x).tanh()), y).backward()
 
 
-@pytest.mark.parametrize("backward", [functional, of_a_part, in_a_chain])
+@pytest.mark.parametrize("backward", [of_something_else, of_a_part, in_a_chain])
 def test_without_a_batch_steps_are_grafted_and_the_user_is_told(backward):
     results = []
     for rule in (Adaptive(fresh=0.0), "graft"):
@@ -794,6 +795,71 @@ def test_without_a_batch_steps_are_grafted_and_the_user_is_told(backward):
         results.append(flat(model.parameters()))
         said = [str(w.message) for w in told if "can't be recorded" in str(w.message)]
         assert len(said) == (rule != "graft")
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+RULES_WITH_BATCH = {
+    "adaptive": lambda: {"step_rule": Adaptive(interval=1)},
+    "quadratic": lambda: {"step_rule": QuadraticModel(relative_norm=None)},
+    "Levenberg-Marquardt": lambda: {"damping": LevenbergMarquardt(0.1, interval=1)},
+}
+
+
+def observed(model, loss_fn, optimizer, seed, scale, parts):
+    """Functional losses, as of models that compute their own."""
+    for x, y in zip(*(part.chunk(parts) for part in batch(seed)), strict=True):
+        outputs = {"logits": model(x)}["logits"]
+        optimizer.observe(outputs, y, weight=scale / parts)
+        (scale / parts * nn.functional.cross_entropy(outputs, y)).backward()
+
+
+def called(model, loss_fn, optimizer, seed, scale, parts):
+    for x, y in zip(*(part.chunk(parts) for part in batch(seed)), strict=True):
+        (scale / parts * loss_fn(model(x), y)).backward()
+
+
+@pytest.mark.parametrize(("scale", "parts"), [(1.0, 1), (0.25, 1), (1.0, 2), (3.0, 4)])
+@pytest.mark.parametrize("rule", RULES_WITH_BATCH)
+def test_what_is_observed_is_measured_like_what_the_module_computes(rule, scale, parts):
+    results = []
+    for way in (observed, called):
+        model, loss_fn = smooth(), nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, **RULES_WITH_BATCH[rule](), **EAGER)
+        for seed in range(4):
+            optimizer.zero_grad()
+            way(model, loss_fn, optimizer, seed, scale, parts)
+            optimizer.step()
+        state = optimizer._rule.state_dict()
+        measured = state.get("excess", state.get("coefficients"))
+        assert measured.isfinite().all()
+        damping = torch.tensor(optimizer.param_groups[0]["damping"])
+        results.append((flat(model.parameters()), measured, state["factor"], damping))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["another weight", "a penalty", "a surrogate"])
+def test_what_is_observed_but_not_differentiated_is_not_measured(kind):
+    """Then steps are grafted."""
+    results = []
+    for rule in (Adaptive(interval=1, fresh=0.0), "graft"):
+        model, loss_fn = smooth(), nn.CrossEntropyLoss()
+        optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, **EAGER)
+        for seed in range(3):
+            x, y = batch(seed)
+            optimizer.zero_grad()
+            outputs = model(x)
+            optimizer.observe(outputs, y)
+            loss = nn.functional.cross_entropy(outputs, y, reduction="none")
+            if kind == "another weight":
+                loss = 0.5 * loss.mean()
+            elif kind == "a penalty":
+                loss = loss.mean() + 0.3 * sum(p.square().sum() for p in model.parameters())
+            else:  # advantages, as of policy gradients
+                loss = (loss * torch.linspace(-1, 1, len(loss)).to(loss)).mean()
+            loss.backward()
+            optimizer.step()
+        results.append(flat(model.parameters()))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
