@@ -333,7 +333,7 @@ def test_losses_of_several_outputs_are_one_objective():
     exit_model = Changed(model.net[:2], lambda h: h[:, :2])
     part = testing.dense_ggn(exit_model, loss_fn, x, y.expand(-1, 2))
     expected = (v @ whole @ v + 0.3 * v[:first] @ part @ v[:first]) / 1.3
-    for form, factor in (
+    for form, factor, *_ in (
         replay.gram([vector], slope, capture),
         replay.form(vector, torch.ones(4).double(), slope, capture),
     ):

@@ -962,3 +962,82 @@ def test_states_of_rules_with_other_entries_are_refused_whole(rule, other):
         return
     optimizer.load_state_dict(saved)
     assert optimizer.steps_taken == 3
+
+
+# What factors lack -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), nn.MSELoss()], ids=["CE", "MSE"])
+def test_what_layers_lack_is_what_cauchy_and_schwarz_tell(loss_fn, scale):
+    """(d^T g)^2 / (r^T H^+ r) over d^T F d, by layer; by hand for both losses."""
+    model, rule = smooth(), Adaptive(interval=1, decay=0.0, tolerance=1e-6)
+    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule, **EAGER)
+    x, y = batch(0)
+    outputs = model(x)
+    y = y if isinstance(loss_fn, nn.CrossEntropyLoss) else outputs.detach().cos()
+    loss = loss_fn(outputs, y)
+    (scale * loss).backward()
+    if isinstance(loss_fn, nn.CrossEntropyLoss):
+        p = outputs.detach().softmax(1)[torch.arange(len(x)), y]
+        decrement = ((1 - p) / p).mean()
+    else:
+        decrement = 2 * loss.detach()
+    gradients = {p: p.grad.clone() for p in model.parameters()}
+    optimizer.step()
+    directions = optimizer._estimator.precondition(gradients)
+    products = {p: (d * gradients[p]).sum() / scale**2 for p, d in directions.items()}
+    layers = optimizer._estimator.layer_of
+    expected = torch.zeros(max(layers[p] for p in products) + 1, dtype=torch.float64)
+    for p, product in products.items():
+        expected[layers[p]] += product / decrement / 1e-6
+    torch.testing.assert_close(rule.lacking, expected, rtol=1e-4, atol=0)
+    assert rule.excess.isfinite()
+
+
+class Attending(nn.Module):
+    """Classifies by one position, which looks at the others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(3, 8)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.embed(x).tanh()
+        h = h + F.scaled_dot_product_attention(self.query(h), self.key(h), self.value(h))
+        return self.last(h[:, 0])
+
+
+def test_keys_of_which_reduce_has_nothing_do_not_take_the_whole_step():
+    """Sums over positions of keys' gradients are zero, and so is B."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(24, 5, 3, generator=generator)
+    y = (x[:, 0] + x.mean(1)).argmax(1)
+    losses, lacking = {}, {}
+    for tolerance in (torch.inf, 20.0):
+        model, loss_fn = Attending(), nn.CrossEntropyLoss()
+        rule = Adaptive(tolerance=tolerance)
+        optimizer = kfac_tn.KFAC(model, loss_fn, approximation="reduce", step_rule=rule)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+        losses[tolerance] = loss_fn(model(x), y).item()
+        if len(rule.lacking):
+            layers = optimizer._estimator.layer_of
+            modules = model.named_children()
+            lacking = {name: float(rule.lacking[layers[m.weight]]) for name, m in modules}
+        again = Adaptive(tolerance=tolerance)
+        again.load_state_dict(rule.state_dict())
+        assert torch.equal(again.lacking, rule.lacking)
+    assert max(lacking, key=lambda name: lacking[name]) == "key"
+    assert lacking["key"] > 1e6 > lacking["value"]
+    assert losses[20.0] < 0.5 * losses[torch.inf]
+
+
+def test_a_tolerance_that_is_no_positive_number_is_refused():
+    with pytest.raises(ValueError, match="tolerance is 0"):
+        Adaptive(tolerance=0)
