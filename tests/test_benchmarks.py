@@ -327,6 +327,14 @@ def test_inverses(tmp_path):
 
 
 @pytest.mark.slow
+def test_tolerance(tmp_path):
+    rows, report = run("tolerance.py", tmp_path)
+    assert len(rows) == 2
+    assert all(len(row["losses"]) == 3 for row in rows)
+    assert "tolerance inf" in report
+
+
+@pytest.mark.slow
 def test_estimates(tmp_path):
     rows, report = run("estimates.py", tmp_path)
     assert {row["operation"] for row in rows} >= {"forward", "expand factor", "reduce's means"}
