@@ -1,6 +1,6 @@
 """How much a layer's curvature may lack before its direction is divided: what the default is worth.
 
-    python benchmarks/tolerance.py       # 10 minutes; benchmarks/results/tolerance.{md,json}
+    python benchmarks/tolerance.py       # 15 minutes; benchmarks/results/tolerance.{md,json}
 
 Training losses after so many steps, with `Adaptive(tolerance=...)` and nothing else set. Networks
 of `training_problems.py`, whose curvature KFAC fits, want a large tolerance; those of
@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter
 
 import matplotlib.pyplot as plt
 import torch
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of the models of few images")
     parser.add_argument("--quick", action="store_true", help="two steps of few problems")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
+    options, start = parser.parse_args(), perf_counter()
     torch.set_num_threads(options.threads)
     runs: list[tuple[str, Callable[[int], Training], int, dict[str, str]]] = []
     for name, steps in STEPS.items():
@@ -114,7 +115,7 @@ def main() -> None:
         }
         rows.append({"problem": title, "steps": steps, "losses": losses})
         print(title, {t: f"{statistics.median(of):.2e}" for t, of in losses.items()}, flush=True)
-    setting = f"{len(seeds)} seeds, {options.threads} threads; {machine('cpu')}."
+    setting = f"{len(seeds)} seeds, {perf_counter() - start:.0f} s in all; {machine('cpu')}."
     head = ["problem", "steps", *(f"tolerance {tolerance:g}" for tolerance in tolerances)]
     medians = [[f"{statistics.median(of):.2e}" for of in row["losses"].values()] for row in rows]
     named = ([row["problem"], row["steps"]] for row in rows)

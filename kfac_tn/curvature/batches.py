@@ -110,20 +110,32 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return found
 
 
-def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A batch of the same structure, with every tensor changed."""
+def _changed(
+    batch: Any, change: Callable[[Tensor], Tensor], parts: dict[int, Any] | None = None
+) -> Any:
+    """A batch of the same structure, with every tensor changed.
+
+    Args:
+        batch: The batch.
+        change: What is made of a tensor.
+        parts: What became of the objects that torch doesn't look into, by their ids: they may refer
+            to each other.
+    """
+    known: dict[int, Any] = {} if parts is None else parts
 
     def changed(leaf: Any) -> Any:
-        if isinstance(leaf, UserDict):  # transformers' batches; torch knows neither
+        if isinstance(leaf, UserDict):  # as transformers' batches are
             part: Any = copy(leaf)
-            part.data = {key: _changed(value, change) for key, value in leaf.data.items()}
+            part.data = {key: _changed(value, change, known) for key, value in leaf.data.items()}
             return part
         if is_dataclass(leaf) and not isinstance(leaf, type):
-            part = copy(leaf)
-            for each in fields(leaf):
-                value = _changed(getattr(leaf, each.name), change)
-                object.__setattr__(part, each.name, value)  # also of frozen ones
-            return part
+            if id(leaf) not in known:
+                part = known[id(leaf)] = copy(leaf)
+                for each in fields(leaf):
+                    if hasattr(leaf, each.name):
+                        value = _changed(getattr(leaf, each.name), change, known)
+                        object.__setattr__(part, each.name, value)  # also of frozen ones
+            return known[id(leaf)]
         return change(leaf) if isinstance(leaf, Tensor) else leaf
 
     whole = (torch.Size,)  # for torch, tuples like others

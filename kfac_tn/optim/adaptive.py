@@ -44,8 +44,9 @@ class Adaptive(Scaling):
     where it is less: where a model that fits all is saturated, the curvature on a batch all but
     vanishes, and returns a few steps away; that of F, averaged over steps, is the better guide.
 
-    Where the batch isn't to be had (a loss that no module computes, or not of what the model
-    returns), and until the first measurement, steps have the lengths of ``graft``'s.
+    Where the batch isn't to be had (of a loss that is not of elements of what the model returns, or
+    was shown to ``observe`` but isn't what is differentiated), and until the first measurement,
+    steps have the lengths of ``graft``'s.
 
     That is one number for all layers. But of single layers F may have next to nothing of the
     curvature, so that their directions are all that is left of a step: of keys with KFAC-reduce,
@@ -104,9 +105,10 @@ class Adaptive(Scaling):
         horizon: Share of the steps since m began, or a parameter joined, over which it reaches
             back, if that is further than ``betas`` say; 0: always as they say. Not of parameters
             that take Adam's steps, nor where beta1 is 0.
-        tolerance: Of what F lacks, by layer; ``math.inf``: whatever that is. Small
-            networks, whose layers lack up to ten times what F has of them, train better so: 1 took
-            regressions ten times as long. Transformers and CNNs with few examples gain from less.
+        tolerance: Of what F lacks, by layer; ``math.inf``: whatever that is. Small regressions,
+            whose layers lack up to ten times what F has of them, train better so: with 1 they end
+            at 4 to 6 times the loss, where a CNN with group normalization, and models of few
+            examples, gain from less than the default (``benchmarks/tolerance.py``).
 
     Raises:
         ValueError: For values out of range.
@@ -136,7 +138,7 @@ class Adaptive(Scaling):
             check_number(name, value, "in [0, 1]")
         check_number("tolerance", tolerance, "positive")
         self.tolerance = tolerance
-        self.lacking = torch.ones(0)  # by layer, 1 where that is nothing; empty: never measured
+        self.lacking = torch.ones(0)  # by layer, 1 where that is nothing; NaN: never measured
         self._lacks = False  # anywhere
         self.share, self.radius, self.spread = share, radius, spread
         self.fresh, self.horizon = fresh, horizon
@@ -166,8 +168,9 @@ class Adaptive(Scaling):
             return torch.ones(())
         parameters, directions = list(proposal.directions), list(proposal.directions.values())
         layers = [proposal.estimator.layer_of[p] for p in parameters]
-        if self._lacks and len(self.lacking) == max(layers) + 1:
-            torch._foreach_div_(directions, list(self.lacking.to(directions[0])[layers].unbind()))
+        if self._lacks:
+            known = self._known(layers, directions[0])[layers].nan_to_num(1.0)
+            torch._foreach_div_(directions, list(known.unbind()))
         adam, given, bound, weights = self._bounds(proposal, layers)
         best: float | Tensor = self.share / self.lr
         if weights is not None or proposal.replay is not None:
@@ -177,7 +180,7 @@ class Adaptive(Scaling):
                 slopes = _slopes(directions, [current[p] for p in parameters])
                 form, decrement = self._measure(proposal, bound, weights, slopes)
                 change = self._lack(layers, sums, slopes, decrement)
-                if bool((change != 1).any()):
+                if change is not None:
                     torch._foreach_div_(directions, list(change.to(directions[0]).unbind()))
                     sums, slopes = sums / change, slopes / change
                     adam, given, bound, _ = self._bounds(proposal, layers)
@@ -219,7 +222,15 @@ class Adaptive(Scaling):
         self.factor = torch.where(factor.isnan(), self.factor.to(factor), factor)
         return form, decrement
 
-    def _lack(self, layers: list[int], sums: Tensor, slopes: Tensor, decrement: Tensor) -> Tensor:
+    def _known(self, layers: list[int], like: Tensor) -> Tensor:
+        """What was measured of all layers so far; NaN of those that are new."""
+        known = self.lacking.to(like)
+        missing = max(0, max(layers) + 1 - len(known))
+        return torch.nn.functional.pad(known, (0, missing), value=math.nan)
+
+    def _lack(
+        self, layers: list[int], sums: Tensor, slopes: Tensor, decrement: Tensor
+    ) -> Tensor | None:
         """Measure what F lacks of each layer's curvature: what is more than ``tolerance`` times.
 
         Args:
@@ -229,22 +240,26 @@ class Adaptive(Scaling):
             decrement: Of the loss.
 
         Returns:
-            By how much more than before directions are to be divided, for each parameter.
+            By how much more than before directions are to be divided, for each parameter; None if
+            by nothing.
         """
         if math.isinf(self.tolerance):
-            return torch.ones_like(sums)
-        places, count = torch.tensor(layers, device=sums.device), max(layers) + 1
-        known = len(self.lacking) == count
-        before = self.lacking.to(sums) if known else torch.ones_like(sums[:1]).expand(count)
+            return None
+        places, before = torch.tensor(layers, device=sums.device), self._known(layers, sums)
+        divisor = before.nan_to_num(1.0)  # of directions as they are
         model, own = (
-            torch.zeros_like(before).index_add(0, places, values) * before
+            torch.zeros_like(divisor).index_add(0, places, values) * divisor
             for values in (sums, slopes)
         )
         least = (own / self.factor.to(own)).square() / (decrement.to(own) * model)
         now = (least / self.tolerance).nan_to_num(1.0, MOST, 1.0).clamp(1.0, MOST)
-        self.lacking = before.lerp(now, 1 - self.decay) if known else now
-        self._lacks = bool((self.lacking > 1).any())
-        return (self.lacking / before)[places]
+        after = torch.where(before.isnan(), now, before.lerp(now, 1 - self.decay))
+        # Layers without a gradient in this step remain as they were.
+        self.lacking = before.index_copy(0, places, after[places])
+        change = (after / divisor)[places]
+        lacks, changes = torch.stack([(self.lacking > 1).any(), (change != 1).any()]).tolist()
+        self._lacks = lacks
+        return change if changes else None
 
     def _growth(self, proposal: Proposal, like: Tensor) -> float | Tensor:
         """By how much the share of alpha has grown: one number, or one for each direction."""
@@ -262,8 +277,7 @@ class Adaptive(Scaling):
         if proposal.current is None or not old or step % LOOKS:
             return
         current = [proposal.current[p] for p in proposal.directions]
-        products = torch._foreach_mul(list(proposal.directions.values()), current)
-        slopes = torch.stack([product.sum() for product in products]) * scales
+        slopes = _slopes(list(proposal.directions.values()), current) * scales
         slope = (slopes if weights is None else slopes * weights).sum()
         length = (scales / alpha).mean().nan_to_num(0.0)
         downhill, found = torch.stack([slope, length]).tolist()

@@ -123,7 +123,7 @@ class Replay(Recorder):
                 # of attention's kernels, only the plain one can be differentiated twice
                 with self._as_recorded(batch), sdpa_kernel(SDPBackend.MATH):
                     outputs, tangents = self._push_forward(batch, vectors)
-                    gram, own = self._loss_gram(batch, outputs, tangents)
+                    gram, own = self._loss_gram(*self._loss_gradient(batch, outputs), tangents)
                     grams.append(gram)
                     slopes.append(own[0])
         return self._total(grams), self._factor(self._total(slopes), slope)
@@ -175,10 +175,11 @@ class Replay(Recorder):
             for batch, high, low in zip(self._batches, *ends, strict=True):
                 with self._as_recorded(batch):
                     tangent = (high - low) / (2 * step).to(high.dtype)
-                    gram, own = self._loss_gram(batch, (high + low) / 2, [tangent])
+                    outputs, gradient = self._loss_gradient(batch, (high + low) / 2)
+                    gram, own = self._loss_gram(outputs, gradient, [tangent])
                     forms.append(gram[0, 0])
                     slopes.append(own[0])
-                    decrements.append(self._decrement(batch, (high + low) / 2))
+                    decrements.append(self._decrement(outputs, gradient))
         factor, form = self._factor(self._total(slopes), slope), self._total(forms)
         if any(batch.observed for batch in self._batches):  # is it the objective's at all?
             form = torch.where(factor.isnan(), torch.nan, form)
@@ -205,14 +206,20 @@ class Replay(Recorder):
         return self._outputs(batch)
 
     @torch.enable_grad()
-    def _loss_gram(
-        self, batch: Batch, outputs: Tensor, tangents: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """``t_i^T H t_j`` with the Hessian of the loss in the outputs, and ``t_i^T g``."""
-        outputs = outputs.detach().requires_grad_()
+    def _loss_gradient(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs as a leaf, and the gradient of the loss in them, to be differentiated again."""
+        accurate = torch.promote_types(outputs.dtype, torch.float32)  # products underflow in half
+        outputs = outputs.detach().to(accurate).requires_grad_()
         normalized = getattr(likelihood_of(self._loss_fn), "normalized", lambda outputs: outputs)
         loss = self._loss_of(batch, normalized(outputs))
         (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        return outputs, gradient
+
+    def _loss_gram(
+        self, outputs: Tensor, gradient: Tensor, tangents: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """``t_i^T H t_j`` with the Hessian of the loss in the outputs, and ``t_i^T g``."""
+        tangents = [tangent.to(gradient.dtype) for tangent in tangents]
         slopes = torch.stack([(gradient.detach() * tangent).sum() for tangent in tangents])
         rows = []
         for tangent in tangents:
@@ -220,22 +227,17 @@ class Replay(Recorder):
             rows.append(torch.stack([(row * other).sum() for other in tangents]))
         return torch.stack(rows), slopes
 
-    @torch.enable_grad()
-    def _decrement(self, batch: Batch, outputs: Tensor) -> Tensor:
+    def _decrement(self, outputs: Tensor, gradient: Tensor) -> Tensor:
         """``g^T H^+ g`` with gradient and Hessian of the loss in the outputs, by CG.
 
-        A few steps, from below. For cross-entropy the mean of (1 - p) / p of the targets.
+        A few steps, which end below it. For cross-entropy with index targets it is the mean of
+        (1 - p) / p over their probabilities p.
         """
-        accurate = torch.promote_types(outputs.dtype, torch.float32)
-        outputs = outputs.detach().to(accurate).requires_grad_()
-        normalized = getattr(likelihood_of(self._loss_fn), "normalized", lambda outputs: outputs)
-        loss = self._loss_of(batch, normalized(outputs))
-        (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
         left = direction = gradient.detach()
-        size, total = left.square().sum(), torch.zeros_like(loss.detach())
+        size = left.square().sum()
+        total = torch.zeros_like(size)
         for _ in range(CONJUGATE_GRADIENTS):
             (image,) = torch.autograd.grad(gradient, outputs, direction, retain_graph=True)
-            # The quadratic rises by size^2 / (2 d^T H d) along each of the conjugate directions.
             curvature = (direction * image).sum()
             length = torch.where(curvature > 0, size / curvature, 0.0)
             total, left = total + length * size, left - length * image

@@ -100,7 +100,10 @@ def selected(tensor: Tensor, key: object) -> tuple[Output, Selection] | None:
     while node is not None:
         for of, output, *_ in left_with(node, key):
             if of == number:
-                elements, found = _elements(tensor, output, way)
+                try:
+                    elements, found = _elements(tensor, output, way)
+                except RuntimeError:  # the graph is freed: a loss that is only looked at
+                    return None
                 selection = Selection(output.place, elements, tensor.shape, tensor.dtype)
                 return (output, selection) if found else None
         if node.name() == ON_MODULES:

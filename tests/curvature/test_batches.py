@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import UserDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kfac_tn
+from kfac_tn.curvature.batches import copied
 from kfac_tn.testing import relative_error
 
 
@@ -213,3 +214,25 @@ def test_progress_bar_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match="pip install tqdm"):
         kfac_tn.compute_kfac(model, loss_fn, parts, progress_bar=True)
+
+
+@dataclass
+class Node:
+    """Of a tree that knows its parents; ``late`` may never be set."""
+
+    value: Tensor
+    parent: Node | None = None
+    children: list[Node] = field(default_factory=list)
+    late: int = field(init=False)
+
+
+def test_structures_that_refer_to_themselves_are_copied_once():
+    root = Node(torch.ones(2))
+    leaf = Node(torch.zeros(2), root)
+    root.children += [leaf, leaf]
+    twin = copied({"root": root, "again": leaf})
+    one, other = twin["root"].children
+    assert one is other is twin["again"]
+    assert one.parent is twin["root"] is not root
+    root.value.zero_()
+    assert torch.equal(twin["root"].value, torch.ones(2))

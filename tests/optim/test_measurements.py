@@ -341,6 +341,42 @@ def test_losses_of_several_outputs_are_one_objective():
         torch.testing.assert_close(factor, torch.tensor(1.3).double(), rtol=1e-6, atol=0)
 
 
+def test_losses_of_a_part_may_be_looked_at_after_the_backward_pass():
+    """When the graph that tells which part is freed."""
+    model, loss_fn = network(), nn.MSELoss()
+    optimizer = kfac_tn.KFAC(model, loss_fn, **EAGER, **RULES["adaptive"]())
+    x, y = data()
+    mask = torch.arange(len(x)) % 2 > 0
+    outputs = model(x)[mask]
+    loss = loss_fn(outputs, y[mask])
+    loss.backward()
+    assert loss_fn(outputs, y[mask]) == loss
+    optimizer.step()
+    assert optimizer._rule.excess.isfinite()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_models_may_have_backward_hooks(rule):
+    """For which torch puts a node of its own behind what the model returns."""
+    twins = []
+    for hooked in (False, True):
+        model, loss_fn = network(), nn.MSELoss()
+        if hooked:
+            model.register_full_backward_hook(lambda module, inputs, outputs: None)
+        optimizer = kfac_tn.KFAC(model, loss_fn, lr=0.1, **EAGER, **RULES[rule]())
+        for step in range(4):
+            x, y = data(step)
+            optimizer.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of inputs that require no gradient
+                loss_fn(model(x)[2:], y[2:]).backward()
+            optimizer.step()
+        twins.append((optimizer, flat(model)))
+    (one, values), (other, expected) = twins
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
+    same(one, other, rtol=1e-9, atol=1e-12)
+
+
 def repeated(outputs):
     return outputs[torch.tensor([0, 1, 1])]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -1036,6 +1037,26 @@ def test_keys_of_which_reduce_has_nothing_do_not_take_the_whole_step():
     assert max(lacking, key=lambda name: lacking[name]) == "key"
     assert lacking["key"] > 1e6 > lacking["value"]
     assert losses[20.0] < 0.5 * losses[torch.inf]
+
+
+def test_what_layers_lack_is_kept_where_a_step_leaves_them_out():
+    """Of layers that are used in some steps only, as experts are; and new ones may join."""
+    model, loss_fn = Attending(), nn.CrossEntropyLoss()
+    rule = Adaptive(interval=1, decay=0.5, tolerance=1e-3)
+    optimizer = kfac_tn.KFAC(model, loss_fn, step_rule=rule)
+    x, y = torch.randn(12, 5, 3, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+    layers, seen = optimizer._estimator.layer_of, []
+    for names in (["embed", "query", "key", "value", "last"], ["last"], ["embed", "last"]):
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        for name, module in model.named_children():
+            if name not in names:
+                module.zero_grad()  # sets to None: takes no part in the step
+        optimizer.step()
+        seen.append({n: float(rule.lacking[layers[m.weight]]) for n, m in model.named_children()})
+    assert min(seen[0].values()) > 1
+    changed = [{n for n in seen[0] if one[n] != other[n]} for one, other in pairwise(seen)]
+    assert changed == [{"last"}, {"embed", "last"}]
 
 
 def test_a_tolerance_that_is_no_positive_number_is_refused():
